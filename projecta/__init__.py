@@ -1,0 +1,43 @@
+"""Fast selective scans and token pruning, and the performance-regression suite that keeps them fast.
+
+The public names are imported when they are first used: `import projecta` loads no tensor library.
+
+>>> import projecta
+>>> projecta.available_backends()["reference"]
+''
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BackendUnavailable": "projecta.scan",
+    "available_backends": "projecta.scan",
+    "selective_scan": "projecta.scan",
+    "selective_state_update": "projecta.scan",
+    "mrss_scan": "projecta.mrss",
+    "Plan": "projecta.vtp",
+}
+_ROOMS = ("clip", "mrss", "regress", "scan", "vtp")
+
+if TYPE_CHECKING:
+    from projecta.mrss import mrss_scan as mrss_scan
+    from projecta.scan import BackendUnavailable as BackendUnavailable
+    from projecta.scan import available_backends as available_backends
+    from projecta.scan import selective_scan as selective_scan
+    from projecta.scan import selective_state_update as selective_state_update
+    from projecta.vtp import Plan as Plan
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _ROOMS:
+        return import_module(f"projecta.{name}")
+    raise AttributeError(f"module 'projecta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, *_ROOMS, "__version__"])

@@ -1,0 +1,49 @@
+"""One format for every error message: `function: argument must rule; got value[. what to do]`."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+def fail(function: str, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError) -> NoReturn:
+    """Raise `error` with the one-line message.
+
+    >>> fail("prune", "keep", "lie in (0, 1]", 1.5)
+    Traceback (most recent call last):
+    ValueError: prune: keep must lie in (0, 1]; got 1.5.
+    """
+    raise error(f"{function}: {argument} must {rule}; got {value}." + (f" {advice}" if advice else ""))
+
+
+class Checker:
+    """The checks of one public function, so that each check names the function only once."""
+
+    def __init__(self, function: str):
+        self.function = function
+
+    def that(self, holds: bool, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError):
+        if not holds:
+            fail(self.function, argument, rule, value, advice, error)
+
+    def tensor(self, argument: str, value: Any, device: Any = None):
+        """A torch tensor, on `device` if that is given."""
+        import torch
+
+        self.that(isinstance(value, torch.Tensor), argument, "be a tensor", type(value).__name__, error=TypeError)
+        if device is not None:
+            self.that(value.device == device, argument, f"be on {device} like u", value.device)
+
+    def shape(self, argument: str, value: Any, shape: Sequence[int], axes: str, why: str = ""):
+        """`axes` names the expected `shape`, as in "(b, d, l)"; `why` says where it comes from."""
+        rule = f"have shape {axes} = {tuple(shape)}" + (f" {why}" if why else "")
+        self.that(tuple(value.shape) == tuple(shape), argument, rule, tuple(value.shape))
+
+    def dtype(self, argument: str, value: Any, allowed: Sequence[Any]):
+        names = " or ".join(", ".join(_short(d) for d in allowed).rsplit(", ", 1))
+        self.that(value.dtype in allowed, argument, f"be {names}", _short(value.dtype), error=TypeError)
+
+    def one_of(self, argument: str, value: object, allowed: Sequence[object]):
+        self.that(value in allowed, argument, "be one of " + ", ".join(map(repr, allowed)), repr(value))
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,98 @@
+"""Makes one PyTorch operator out of a backend's forward and backward functions.
+
+A backend gives three functions over the canonical arguments (see `projecta.scan`):
+
+    forward(inputs, delta_softplus, saved) -> (y, last_state)      fills `saved` if it is not empty
+    backward(grad_y, grad_last, saved, inputs, delta_softplus) -> nine gradients, None where an input is None
+    saved_shape(u, A, B) -> the shape of what the backward pass needs besides the inputs
+
+and gets a callable with the signature of `reference.selective_scan` that autograd, `torch.compile(fullgraph=True)` and
+`torch.library.opcheck` accept. Nothing is saved when no gradient can be asked for.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The tensors of one scan, in the order of the public signature."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+DIFFERENTIABLE = 9  # all but cu_seqlens
+
+
+def define(name: str, forward: Callable, backward: Callable, saved_shape: Callable) -> Callable:
+    """Register `projecta::{name}` and its backward operator; return the function to call."""
+
+    def allocate(inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        u, A = inputs.u, inputs.A
+        sequences = u.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+        saved = saved_shape(u, A, inputs.B) if save else (0,)
+        return torch.empty_like(u), A.new_empty(sequences, *A.shape), A.new_empty(saved)
+
+    @torch.library.custom_op(f"projecta::{name}", mutates_args=())
+    def scan(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+        delta_softplus: bool, save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+        y, last_state, saved = allocate(inputs, save)
+        forward(inputs, delta_softplus, y, last_state, saved)
+        return y, last_state, saved
+
+    @scan.register_fake
+    def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save):
+        return allocate(Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens), save)
+
+    @torch.library.custom_op(f"projecta::{name}_backward", mutates_args=())
+    def scan_backward(
+        grad_y: Tensor, grad_last: Tensor, saved: Tensor,
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+        delta_softplus: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+        grads = [None if t is None else torch.empty_like(t) for t in inputs[:DIFFERENTIABLE]]
+        backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads, None))
+        return [u.new_empty(0) if g is None else g for g in grads]
+
+    @scan_backward.register_fake
+    def _(grad_y, grad_last, saved, *rest):
+        return [rest[0].new_empty(0) if t is None else torch.empty_like(t) for t in rest[:DIFFERENTIABLE]]
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.delta_softplus, ctx.save = inputs
+        ctx.save_for_backward(output[2], *tensors)
+
+    def differentiate(ctx, grad_y, grad_last, _):
+        saved, *tensors = ctx.saved_tensors
+        if not ctx.save:
+            raise RuntimeError(f"projecta::{name}: save must be True for a backward pass; got False.")
+        grads = scan_backward(grad_y, grad_last, saved, *tensors, ctx.delta_softplus)
+        present = zip(grads, tensors, strict=False)
+        return *(None if t is None else g for g, t in present), None, None, None
+
+    scan.register_autograd(differentiate, setup_context=setup_context)
+
+    def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+        tensors = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y, last_state, _ = scan(*tensors, delta_softplus, save)
+        return y, last_state
+
+    return selective_scan

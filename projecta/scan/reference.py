@@ -1,0 +1,94 @@
+"""The recurrence, written to be read beside the paper; it judges every other backend.
+
+One plain loop over time. It is differentiated by autograd alone, so that its gradients owe nothing to ours, and it
+computes in float64 when u is float64. Shapes and symbols: see `projecta.scan`.
+
+Departures from the paper (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section 3):
+none in the formula. B is discretised as delta * B (the simplified rule of the paper's released code), A as exp(delta * A).
+
+What this is not: fast, or frugal with memory in training.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unavailable() -> str:
+    """Why this backend cannot run; "" when it can."""
+    return ""
+
+
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+    """y (b, d, l) and the last state (b, d, n), or (s, d, n) when `cu_seqlens` packs s sequences."""
+    if cu_seqlens is None:
+        return _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    bounds = cu_seqlens.tolist()
+    outputs, states = [u[..., :0]], []
+    for s, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        def cut(t, span=slice(start, stop)):
+            return t if t is None or t.dim() == 2 else t[..., span]  # a (d, n) B or C is constant in time
+
+        state = None if initial_state is None else initial_state[s : s + 1]
+        y, last = _scan_one(cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias, delta_softplus, state)
+        outputs.append(y)
+        states.append(last)
+    return torch.cat(outputs, -1), torch.cat(states) if states else A.new_zeros(0, *A.shape)
+
+
+def _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+    b, d, l = u.shape
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    x = u.to(real)
+    delta = step_size(delta, delta_bias, delta_softplus, real)
+    state = A.new_zeros(b, *A.shape) if initial_state is None else initial_state  # (b, d, n)
+    ys = []
+    for t in range(l):
+        A_bar = torch.exp(delta[..., t, None] * A)  # (b, d, n)
+        B_bar_u = (delta[..., t] * x[..., t])[..., None] * at_time(B, t, d)
+        state = A_bar * state + B_bar_u
+        ys.append(read_out(state, at_time(C, t, d)))  # (b, d)
+    y = torch.stack(ys, -1) if ys else x
+    return skip_and_gate(y, x, D, z).to(u.dtype), state
+
+
+def step_size(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, real: torch.dtype) -> Tensor:
+    """delta + delta_bias, through softplus if asked for (the identity above 20)."""
+    delta = delta.to(real)
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None].to(real)
+    return F.softplus(delta) if delta_softplus else delta
+
+
+def at_time(B: Tensor, t: int, d: int) -> Tensor:
+    """B (or C) at step t, to be multiplied with a (b, d, n) state: (d, n), (b, 1, n) or (b, d, n)."""
+    if B.dim() == 2:
+        return B
+    b, g, n, _ = B.shape
+    B_t = B[..., t]  # (b, g, n)
+    return B_t if g == 1 else B_t.repeat_interleave(d // g, 1)
+
+
+def read_out(state: Tensor, C: Tensor) -> Tensor:
+    """y = C h, or 2 Re(C h) when the state is complex (a conjugate pair of states each)."""
+    y = (state * C).sum(-1)
+    return 2 * y.real if y.is_complex() else y
+
+
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) * silu(z)."""
+    if D is not None:
+        y = y + D[:, None].to(x.dtype) * x
+    return y if z is None else y * F.silu(z.to(x.dtype))
+
+
+def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    """One step of the recurrence on (b, d) inputs; overwrites `state` (b, d, n) and returns y (b, d)."""
+    b, d = x.shape
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    u = x.to(real)[..., None]  # a sequence of length 1
+    delta = step_size(dt[..., None], dt_bias, dt_softplus, real)
+    new = torch.exp(delta * A) * state + delta * u * at_time(B[..., None], 0, d)
+    state.copy_(new)
+    y = read_out(new, at_time(C[..., None], 0, d))[..., None]
+    return skip_and_gate(y, u, D, None if z is None else z[..., None])[..., 0].to(x.dtype)

@@ -1,0 +1,267 @@
+"""The scan in plain PyTorch operations, on any device, without a loop over every step.
+
+Time is cut into segments, so that memory does not grow with (b, d, l, n), and a segment into chunks of `CHUNK` steps
+that are scanned side by side: `CHUNK` steps of a loop work on every chunk at once, then the state is carried from
+chunk to chunk. Stable for any length: only products of the decay factors are formed, none is divided by.
+
+The backward pass recomputes each segment from the state at its start, which is all that the forward pass saves.
+
+Inside a segment, time comes first and channels are grouped as B and C are: (t, b, g, k, n) with d = g k.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from projecta.scan import reference
+from projecta.scan._operator import Inputs, define
+
+CHUNK = 16  # steps per chunk: the loop's length
+SEGMENT_ELEMENTS = 3_000_000  # elements of (t, b, d, n) that a segment aims at: it should stay in the cache
+
+
+def unavailable() -> str:
+    """Why this backend cannot run; "" when it can."""
+    return ""
+
+
+selective_state_update = reference.selective_state_update  # one step has nothing to vectorise
+
+
+def linear_recurrence_(a: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
+    """h_t = a_t h_{t-1} + v_t from h = 0 (reversed: h_t = a_t h_{t+1} + v_t) along the first axis; v becomes h, a is lost."""
+    whole = len(a) // CHUNK * CHUNK
+    parts = [t for t in (slice(0, whole), slice(whole, len(a))) if t.start < t.stop]
+    before = None  # the part done last
+    for part in reversed(parts) if reverse else parts:
+        if before is not None:
+            first, neighbour = (part.stop - 1, before.start) if reverse else (part.start, before.stop - 1)
+            v[first] += a[first] * v[neighbour]
+        _scan_chunks_(a[part], v[part], reverse)
+        before = part
+    return v
+
+
+def _scan_chunks_(a: Tensor, v: Tensor, reverse: bool) -> None:
+    """`linear_recurrence_` for one chunk, or any number of whole ones."""
+    chunk = min(CHUNK, len(a))
+    a, v = a.view(-1, chunk, *a.shape[1:]), v.view(-1, chunk, *v.shape[1:])
+    steps = range(chunk - 1, -1, -1) if reverse else range(chunk)
+    for before, t in zip(steps, steps[1:], strict=False):
+        torch.addcmul(v[:, t], a[:, t], v[:, before], out=v[:, t])
+        a[:, t] *= a[:, before]
+    chunks = range(len(a) - 1, -1, -1) if reverse else range(len(a))
+    for before, c in zip(chunks, chunks[1:], strict=False):
+        torch.addcmul(v[c], a[c], v[before, steps[-1]], out=v[c])
+
+
+def _segments(l: int, elements_per_step: int) -> list[tuple[int, int]]:
+    """(start, stop) of the segments: whole chunks, but for the last."""
+    size = max(1, SEGMENT_ELEMENTS // (elements_per_step * CHUNK)) * CHUNK
+    return [(start, min(start + size, l)) for start in range(0, l, size)]
+
+
+class _Scan:
+    """The views and sizes of one call, shared by the two passes."""
+
+    def __init__(self, inputs: Inputs, delta_softplus: bool):
+        u, _, A, B, C = inputs[:5]
+        self.inputs, self.delta_softplus = inputs, delta_softplus
+        self.b, self.d, self.l = u.shape
+        self.n = A.shape[1]
+        self.g = next((t.shape[1] for t in (B, C) if t.dim() == 4), 1)
+        self.real = A.real.dtype if A.is_complex() else A.dtype
+        self.A = A.view(self.g, -1, self.n)
+        self.axes_B, self.axes_C = ("tbgn" if t.dim() == 4 else "gkn" for t in (B, C))
+        packed = inputs.cu_seqlens is not None
+        bounds = inputs.cu_seqlens.tolist() if packed else [0, self.l]
+        self.sequences = list(zip(bounds[:-1], bounds[1:], strict=True))
+        self.segments = _segments(self.l, max(1, self.b * self.d * self.n))
+        self.packed = packed
+
+    def states(self, states: Tensor | None) -> Tensor | None:
+        """(b, d, n), or (s, d, n) if packed, as (sequence, b, g, k, n)."""
+        if states is None:
+            return None
+        return states.view(-1, 1 if self.packed else self.b, *self.A.shape)
+
+    def channels(self, t: Tensor, start: int, stop: int) -> Tensor:
+        """(b, d, l) at start...stop as (t, b, g, k)."""
+        return t[..., start:stop].permute(2, 0, 1).to(self.real).reshape(stop - start, self.b, self.g, -1)
+
+    def weights(self, B: Tensor, start: int, stop: int) -> Tensor:
+        """B or C at start...stop as (t, b, g, n), or (g, k, n) if constant."""
+        if B.dim() == 2:
+            return B.to(self.A.dtype).view(self.A.shape)
+        return B[..., start:stop].permute(3, 0, 1, 2).to(self.A.dtype).contiguous()
+
+    def vector(self, t: Tensor) -> Tensor:
+        """(d,) as (g, k)."""
+        return t.to(self.real).view(self.g, -1)
+
+    def starts(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(sequence, step in the segment) of the sequences that begin in start...stop."""
+        return [(s, a - start) for s, (a, z) in enumerate(self.sequences) if start <= a < stop and a < z]
+
+    def ends(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(sequence, last step in the segment) of the sequences that end in start...stop."""
+        return [(s, z - 1 - start) for s, (a, z) in enumerate(self.sequences) if start < z <= stop and a < z]
+
+    def step_size(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """delta before and after softplus, (t, b, g, k)."""
+        raw = self.channels(self.inputs.delta, start, stop)
+        if self.inputs.delta_bias is not None:
+            raw = raw + self.vector(self.inputs.delta_bias)
+        return raw, F.softplus(raw) if self.delta_softplus else raw
+
+    def buffers(self, count: int) -> list[Tensor]:
+        """Room for one (t, b, g, k, n) tensor each, to be used again by every segment: fresh pages cost more than the sums."""
+        longest = max((stop - start for start, stop in self.segments), default=0)
+        return [self.A.new_empty(longest, self.b, *self.A.shape) for _ in range(count)]
+
+    def decay(self, delta: Tensor, out: Tensor) -> Tensor:
+        """exp(delta A), (t, b, g, k, n)."""
+        return torch.mul(delta[..., None], self.A, out=out[: len(delta)]).exp_()
+
+    def spread(self, x: Tensor, B: Tensor, out: Tensor) -> Tensor:
+        """x_t B_t, (t, b, g, k, n), for x (t, b, g, k) and B as `weights` gives it."""
+        return torch.mul(x[..., None], B if B.dim() == 3 else B[..., None, :], out=out[: len(x)])
+
+    def hidden(self, a: Tensor, v: Tensor, initial: Tensor | None, carry: Tensor | None, start: int, stop: int) -> Tensor:
+        """The states of a segment from its decays a, its inputs v and the state before it; overwrites a and v."""
+        starts = self.starts(start, stop)
+        for s, t in starts:
+            if initial is not None:
+                v[t] += a[t] * initial[s]
+            a[t] = 0
+        if carry is not None and (0 not in (t for _, t in starts)):
+            v[0] += a[0] * carry
+        return linear_recurrence_(a, v)
+
+    def read_out(self, h: Tensor, C: Tensor, x: Tensor) -> Tensor:
+        """C h + D u, (t, b, g, k)."""
+        y = _real(torch.einsum(f"tbgkn,{self.axes_C}->tbgk", h, C))
+        return y if self.inputs.D is None else y + self.vector(self.inputs.D) * x
+
+
+def _real(t: Tensor) -> Tensor:
+    """2 Re(t) of a complex t: each complex state stands for a conjugate pair."""
+    return 2 * t.real if t.is_complex() else t
+
+
+def _put(out: Tensor, start: int, stop: int, t: Tensor) -> None:
+    """Write (t, b, g, k) into start...stop of the (b, d, l) tensor `out`."""
+    out[..., start:stop] = t.flatten(2).permute(1, 2, 0)
+
+
+def _forward(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+    scan = _Scan(inputs, delta_softplus)
+    initial, last = scan.states(inputs.initial_state), scan.states(last_state)
+    last.copy_(torch.zeros_like(last) if initial is None else initial)  # what an empty sequence ends with
+    carry = None
+    room_a, room_v = scan.buffers(2)
+    for i, (start, stop) in enumerate(scan.segments):
+        if saved.numel() and carry is not None:
+            saved[i] = carry.view(saved[i].shape)
+        x = scan.channels(inputs.u, start, stop)
+        _, delta = scan.step_size(start, stop)
+        B, C = (scan.weights(t, start, stop) for t in (inputs.B, inputs.C))
+        v = scan.spread(delta * x, B, room_v)
+        h = scan.hidden(scan.decay(delta, room_a), v, initial, carry, start, stop)
+        out = scan.read_out(h, C, x)
+        if inputs.z is not None:
+            out = out * F.silu(scan.channels(inputs.z, start, stop))
+        _put(y, start, stop, out)
+        for s, t in scan.ends(start, stop):
+            last[s] = h[t]
+        carry = h[-1].clone()
+
+
+def _backward(grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs) -> None:
+    scan = _Scan(inputs, delta_softplus)
+    initial, dlast = scan.states(inputs.initial_state), scan.states(grad_last)
+    dA, dB0, dC0 = torch.zeros_like(scan.A), torch.zeros_like(scan.A), torch.zeros_like(scan.A)  # B0, C0: constant B, C
+    dD, dbias = scan.A.new_zeros(2, *scan.A.shape[:2], dtype=scan.real)
+    dinitial = None
+    if grads.initial_state is not None:
+        dinitial = scan.states(grads.initial_state)
+        dinitial.copy_(dlast)  # right for an empty sequence; the others are set below
+    room_h, room_g, room_a, room_decay, room_before = scan.buffers(5)
+    later = None  # (a g) of the segment behind: the gradient that reaches this segment's last state
+    for i, (start, stop) in reversed(list(enumerate(scan.segments))):
+        x = scan.channels(inputs.u, start, stop)
+        raw, delta = scan.step_size(start, stop)
+        B, C = (scan.weights(t, start, stop) for t in (inputs.B, inputs.C))
+        dy = scan.channels(grad_y, start, stop)
+
+        # The states again, from the one that the forward pass saved.
+        p = delta * x
+        v = scan.spread(p, B, room_h)
+        decay = scan.decay(delta, room_decay)
+        carry = saved[i].view(scan.b, *scan.A.shape) if i else None
+        h = scan.hidden(room_a[: len(x)].copy_(decay), v, initial, carry, start, stop)
+        before = room_before[: len(x)]  # the state before each step
+        before[1:] = h[:-1]
+        before[0] = 0 if carry is None else carry
+        for s, t in scan.starts(start, stop):
+            before[t] = 0 if initial is None else initial[s]
+
+        if inputs.z is not None:
+            z = scan.channels(inputs.z, start, stop)
+            sigma = torch.sigmoid(z)
+            y = scan.read_out(h, C, x)
+            _put(grads.z, start, stop, dy * y * sigma * (1 + z * (1 - sigma)))
+            dy = dy * z * sigma
+        dx = torch.zeros_like(x)
+        if inputs.D is not None:
+            dD += (dy * x).sum((0, 1))
+            dx = dy * scan.vector(inputs.D)
+        dy = (2 * dy if scan.A.is_complex() else dy).to(scan.A.dtype)
+
+        # g_t = C_t dy_t + a_{t+1} g_{t+1}, and nothing crosses the start of a sequence.
+        g = scan.spread(dy, C.conj(), room_g)
+        for s, t in scan.ends(start, stop):
+            g[t] += dlast[s]
+        if later is not None:
+            g[-1] += later
+        a_next = room_a[: len(x)]
+        a_next[:-1] = decay[1:].conj()
+        a_next[-1] = 0
+        for _, t in scan.starts(start, stop):
+            if t:
+                a_next[t - 1] = 0
+        g = linear_recurrence_(a_next, g, reverse=True)
+        begun = [(s, t, decay[t].conj() * g[t]) for s, t in scan.starts(start, stop)]
+        if dinitial is not None:
+            for s, _, grad in begun:
+                dinitial[s] = grad
+        later = None if any(t == 0 for _, t, _ in begun) else decay[0].conj() * g[0]
+
+        dC = torch.einsum(f"tbgkn,tbgk->{scan.axes_C}", h.conj(), dy)
+        dB = torch.einsum(f"tbgkn,tbgk->{scan.axes_B}", g, p.to(g.dtype))
+        dp = torch.einsum(f"tbgkn,{scan.axes_B}->tbgk", g, B.conj()).real
+        exponent = before.conj_physical_().mul_(g).mul_(decay.conj())  # gradient of delta A
+        ddelta = torch.einsum("tbgkn,gkn->tbgk", exponent, scan.A.conj()).real + dp * x
+        dA += torch.einsum("tbgkn,tbgk->gkn", exponent, delta.to(exponent.dtype))
+        if delta_softplus:
+            ddelta = ddelta * torch.where(raw > 20, 1.0, torch.sigmoid(raw))
+        dbias += ddelta.sum((0, 1))
+        _put(grads.u, start, stop, dx + dp * delta)
+        _put(grads.delta, start, stop, ddelta)
+        for grad, constant, part in ((grads.B, dB0, dB), (grads.C, dC0, dC)):
+            if grad.dim() == 2:
+                constant += part
+            else:
+                grad[..., start:stop] = part.permute(1, 2, 3, 0)
+    for grad, total in ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB0), (grads.C, dC0)):
+        if grad is not None and grad.dim() < 4:
+            grad.copy_(total.view(grad.shape))
+
+
+def _saved_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+    """The state before each segment."""
+    b, d, l = u.shape
+    return len(_segments(l, max(1, b * d * A.shape[1]))), b, *A.shape
+
+
+selective_scan = define("scan_vectorised", _forward, _backward, _saved_shape)
