@@ -1,0 +1,1 @@
+"""The asv suites, one module per room of the package; `common` holds what they share."""

@@ -1,0 +1,91 @@
+"""Vision token pruning in the CLIP ViT-B/16 vision tower, by keep ratio and batch, on real photographs."""
+
+import functools
+
+import torch
+
+from benchmarks import common
+
+KEEP = (1.0, 0.7, 0.5)
+VERSION = common.version(__file__)
+
+
+@functools.cache
+def _tower():
+    """CLIP ViT-B/16's vision tower at full size, random weights from a fixed seed."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        patch_size=16, image_size=224, projection_dim=512,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLIPVisionModelWithProjection(config).eval().to(common.device())
+
+
+@torch.inference_mode()
+def _pruned_by_hand(model, pixels, keep):
+    """The pruned tower written out: embed, keep the class token and the longest patch tokens, encode, project."""
+    tower = model.vision_model
+    tokens = tower.pre_layrnorm(tower.embeddings(pixels))
+    lengths = tokens[:, 1:].norm(dim=-1)
+    count = tokens.shape[1] - 1 if keep == 1 else {0.7: 138, 0.5: 98}[keep]
+    order = lengths.topk(count).indices.sort().values + 1
+    kept = torch.stack([row[torch.cat([order.new_zeros(1), index])] for row, index in zip(tokens, order, strict=True)])
+    for block in tower.encoder.layers:
+        kept = block(kept, None)
+    return model.visual_projection(tower.post_layernorm(kept[:, 0]))
+
+
+@functools.cache
+def _forward(keep: float, batch: int):
+    """A call of the pruned tower, checked against the one written out."""
+    prune, Plan = common.require("projecta.clip", "prune"), common.require("projecta.vtp", "Plan")
+    model, pixels = _tower(), common.photographs(batch)
+    truth = _pruned_by_hand(model, pixels, keep)
+
+    @torch.inference_mode()
+    def run():
+        with prune(model, Plan(keep=keep)):
+            return model(pixel_values=pixels).image_embeds
+
+    common.check_close(f"keep {keep}", run(), truth, 1e-5)
+    return run
+
+
+class Vtp(common.Suite):
+    """Float32, plan "norm" before block 0; keep 1.0 is the unpruned tower."""
+
+    params = (KEEP, (1, 8))
+    param_names = ("keep", "batch")
+    version = VERSION
+    repeat = (3, 5, 6.0)
+
+    def setup(self, keep, batch):
+        _forward(keep, batch)
+
+    def time_forward(self, keep, batch):
+        _forward(keep, batch)()
+
+    def track_peak_forward(self, keep, batch):
+        return common.peak_mib(_forward(keep, batch))
+
+
+class FullVtp(common.Suite):
+    """The same at the batches of a large GPU."""
+
+    params = (KEEP, (64, 256))
+    param_names = ("keep", "batch")
+    version = VERSION
+    timeout = 1200
+
+    def setup(self, keep, batch):
+        common.require_full()
+        _forward(keep, batch)
+
+    def time_forward(self, keep, batch):
+        _forward(keep, batch)()
+
+    def track_peak_forward(self, keep, batch):
+        return common.peak_mib(_forward(keep, batch))

@@ -1,0 +1,180 @@
+"""What every suite shares: device, clock, seeds, inputs, checks, peak memory. Holds no benchmark.
+
+Nothing here touches the device, or starts a thread, when it is imported: asv forks the measuring processes from one
+that has imported the suites.
+"""
+
+import ast
+import ctypes
+import functools
+import gc
+import hashlib
+import importlib
+import os
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from asv_runner.benchmarks.mark import SkipNotImplemented
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+LONG_LENGTHS = (2048, 8192, 32768, 65536)
+
+
+class WrongResult(Exception):
+    """What was about to be timed computes something else than the reference does."""
+
+
+class Suite:
+    """Attributes of every timing suite.
+
+    Each sample is one call, and `repeat` bounds what a slow one may take: (least, most, seconds).
+    """
+
+    number = 1
+    repeat = (3, 10, 2.0)
+    warmup_time = 0.0  # setup has run the call already
+    rounds = 2
+    unit = "MiB"
+
+    @staticmethod
+    def timer() -> float:
+        """The wall clock, read when the device has finished what it was given."""
+        synchronise()
+        return timeit.default_timer()
+
+
+def version(source: str, revision: int = 1) -> str:
+    """asv's key to comparable results: a number of the suite's own, and a hash of the code that it shares.
+
+    The hash is of the syntax tree, so that comments and docstrings do not cut a history in two.
+    """
+    trees = [ast.parse(Path(path).read_text()) for path in (__file__, source)]
+    for tree in trees:
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:]  # type: ignore[attr-defined]
+    digest = hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:12]
+    return f"{revision}-{digest}"
+
+
+def skip(reason: str) -> None:
+    """Leave a benchmark out, for a reason that asv shows."""
+    raise SkipNotImplemented(reason)
+
+
+def require(module: str, name: str) -> Any:
+    """`module.name` of the projecta under measurement; skip on commits that do not have it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        skip(f"this commit has no {module}.{name} ({error})")
+
+
+def require_full() -> None:
+    """Skip unless PROJECTA_FULL=1: for sizes that want a large machine."""
+    if os.environ.get("PROJECTA_FULL") != "1":
+        skip("long; set PROJECTA_FULL=1 to run it")
+
+
+@functools.cache
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise() -> None:
+    """Wait until the device has finished."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    """Standard normal numbers, the same on every machine and device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device())
+
+
+def scan_inputs(b: int, d: int, l: int, n: int = 16) -> dict[str, torch.Tensor]:
+    """Arguments of a Mamba layer's scan: rates 1...n, steps around softplus(-3), as its initialisation makes them."""
+    return {
+        "u": randn(b, d, l, seed=0),
+        "delta": 0.5 * randn(b, d, l, seed=1),
+        "A": -torch.arange(1.0, n + 1, device=device()).repeat(d, 1),
+        "B": randn(b, n, l, seed=2),
+        "C": randn(b, n, l, seed=3),
+        "D": torch.ones(d, device=device()),
+        "z": randn(b, d, l, seed=4),
+        "delta_bias": torch.full((d,), -3.0, device=device()),
+    }
+
+
+def pick_channels(inputs: dict[str, torch.Tensor], count: int = 4) -> dict[str, torch.Tensor]:
+    """Some channels of `scan_inputs`, on the CPU in float64. Channels do not mix: the reference need not run on all."""
+    rows = channel_rows(inputs["u"].shape[1], count)
+    along = {"u": 1, "delta": 1, "z": 1, "A": 0, "D": 0, "delta_bias": 0}
+    return {
+        name: (t.cpu().index_select(along[name], rows) if name in along else t.cpu()).double()
+        for name, t in inputs.items()
+    }
+
+
+def channel_rows(d: int, count: int = 4) -> torch.Tensor:
+    """Indices of `count` channels spread over d."""
+    return torch.linspace(0, d - 1, count).long()
+
+
+def check_close(name: str, got: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
+    """Raise WrongResult if the largest error exceeds `tolerance` times the largest value."""
+    error = (got.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().cpu()
+    if not error <= tolerance:
+        raise WrongResult(f"{name}: error {error:.1e} of the largest value; at most {tolerance:.0e} is right")
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """The most memory (MiB) that the call takes over what is resident before it; on the GPU if there is one."""
+    call()  # what is loaded or cached once belongs to the floor
+    gc.collect()
+    if device().type == "cuda":
+        synchronise()
+        torch.cuda.reset_peak_memory_stats()
+        floor = torch.cuda.memory_allocated()
+        call()
+        synchronise()
+        return (torch.cuda.max_memory_allocated() - floor) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        skip("the peak of host memory is read from Linux's /proc")
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+    floor_kib = _status_kib("VmRSS")
+    result = call()
+    peak = (_status_kib("VmHWM") - floor_kib) / 1024
+    del result
+    return max(0.0, peak)
+
+
+def _status_kib(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1])
+
+
+@functools.cache
+def photographs(count: int, size: int = 224) -> torch.Tensor:
+    """Real photographs that scikit-image ships, (count, 3, size, size), normalised as CLIP wants them."""
+    import numpy as np
+    import skimage.data
+    import skimage.transform
+
+    names = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry", "colorwheel")
+    images = []
+    for i in range(count):
+        image = getattr(skimage.data, names[i % len(names)])()[..., :3]
+        side = min(image.shape[:2])
+        top, left = ((edge - side) // 2 for edge in image.shape[:2])
+        square = image[top : top + side, left : left + side]
+        images.append(skimage.transform.resize(square, (size, size), anti_aliasing=True))
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = (np.stack(images) - mean) / std
+    return torch.from_numpy(pixels).float().permute(0, 3, 1, 2).contiguous().to(device())

@@ -1,0 +1,136 @@
+"""The selective scan: forward, forward and backward, and the step, by backend and length."""
+
+import functools
+
+import torch
+
+from benchmarks import common
+
+BACKENDS = ("reference", "vectorised")
+STEPS = 64
+VERSION = common.version(__file__)
+
+
+@functools.cache
+def _scan(backend: str, l: int, d: int, backward: bool):
+    """A call of the scan, checked against the reference in float64."""
+    selective_scan = common.require("projecta", "selective_scan")
+    inputs = common.scan_inputs(1, d, l)
+    grad = common.randn(1, d, l, seed=5)
+
+    def run(inputs, grad, backend):
+        leaves = {name: t.requires_grad_(backward) for name, t in inputs.items()}
+        with torch.set_grad_enabled(backward):
+            y = selective_scan(**leaves, delta_softplus=True, backend=backend)
+        return (y, *torch.autograd.grad(y, list(leaves.values()), grad)) if backward else (y,)
+
+    rows = common.channel_rows(d)
+    picked = common.pick_channels(inputs)
+    truth = run(picked, grad.cpu()[:, rows].double(), "reference")
+    got = run(inputs, grad, backend)
+    for name, g, t in zip(("y", *(f"d{name}" for name in inputs)), got, truth, strict=False):
+        if name not in ("dB", "dC"):  # sums over all channels: the tests hold them
+            axis = 0 if name in ("dA", "dD", "ddelta_bias") else 1
+            common.check_close(f"{backend} {name}", g.detach().index_select(axis, rows.to(g.device)), t.detach(), 1e-4)
+    return functools.partial(run, inputs, grad, backend)
+
+
+@functools.cache
+def _steps(backend: str, d: int):
+    """A call that decodes STEPS tokens one by one, checked against the scan."""
+    selective_scan = common.require("projecta", "selective_scan")
+    step = common.require("projecta", "selective_state_update")
+    inputs = common.scan_inputs(1, d, STEPS)
+    per_step = [
+        {name: inputs[name][..., t].contiguous() for name in ("u", "delta", "B", "C", "z")} for t in range(STEPS)
+    ]
+    A, D, bias = inputs["A"], inputs["D"], inputs["delta_bias"]
+
+    @torch.inference_mode()
+    def run():
+        state = torch.zeros(1, *A.shape, device=A.device)
+        return [
+            step(state, now["u"], now["delta"], A, now["B"], now["C"], D, now["z"], bias, True, backend=backend)
+            for now in per_step
+        ]
+
+    truth = selective_scan(**inputs, delta_softplus=True, backend="reference")
+    common.check_close(f"{backend} step", torch.stack(run(), -1), truth, 1e-4)
+    return run
+
+
+class Scan(common.Suite):
+    """b = 1, d = 256, n = 16, float32, with z, D, delta_bias and softplus."""
+
+    params = (BACKENDS, common.LENGTHS)
+    param_names = ("backend", "length")
+    version = VERSION
+    d = 256
+
+    def setup(self, backend, length):
+        _scan(backend, length, self.d, backward=False)
+
+    def time_forward(self, backend, length):
+        _scan(backend, length, self.d, backward=False)()
+
+    def track_peak_forward(self, backend, length):
+        return common.peak_mib(_scan(backend, length, self.d, backward=False))
+
+    def track_bound_forward(self, backend, length):
+        """The least that any forward pass needs: its output."""
+        return self.d * length * 4 / 2**20
+
+
+class ScanGrad(common.Suite):
+    """Forward and backward of the same sizes: all eight gradients."""
+
+    params = Scan.params
+    param_names = Scan.param_names
+    version = VERSION
+    d = 256
+
+    def setup(self, backend, length):
+        _scan(backend, length, self.d, backward=True)
+
+    def time_forward_backward(self, backend, length):
+        _scan(backend, length, self.d, backward=True)()
+
+    def track_peak_forward_backward(self, backend, length):
+        return common.peak_mib(_scan(backend, length, self.d, backward=True))
+
+    def track_bound_forward_backward(self, backend, length):
+        """The least that any pass needs: output and gradients of u, delta, z (b, d, l) and B, C (b, n, l)."""
+        return (4 * self.d + 2 * 16) * length * 4 / 2**20
+
+
+class Step(common.Suite):
+    """Decoding 64 tokens, one call of `selective_state_update` each, d = 1536."""
+
+    params = (BACKENDS,)
+    param_names = ("backend",)
+    version = VERSION
+
+    def setup(self, backend):
+        _steps(backend, 1536)
+
+    def time_64_steps(self, backend):
+        _steps(backend, 1536)()
+
+
+class FullScan(common.Suite):
+    """Forward at the width of mamba-130m, d = 1536, to 65,536 steps."""
+
+    params = (("vectorised",), common.LONG_LENGTHS)
+    param_names = ("backend", "length")
+    version = VERSION
+    timeout = 1200
+
+    def setup(self, backend, length):
+        common.require_full()
+        _scan(backend, length, 1536, backward=False)
+
+    def time_forward(self, backend, length):
+        _scan(backend, length, 1536, backward=False)()
+
+    def track_peak_forward(self, backend, length):
+        return common.peak_mib(_scan(backend, length, 1536, backward=False))
