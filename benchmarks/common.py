@@ -1,7 +1,7 @@
 """What every suite shares: device, clock, seeds, inputs, checks, peak memory. Holds no benchmark.
 
-Nothing here touches the device, or starts a thread, when it is imported: asv forks the measuring processes from one
-that has imported the suites.
+Nothing here touches the device, or starts a thread, when it is imported: asv forks the measuring processes
+from one that has imported the suites.
 """
 
 import ast
@@ -34,7 +34,7 @@ class Suite:
     """
 
     number = 1
-    repeat = (3, 10, 2.0)
+    repeat = (2, 10, 1.0)
     warmup_time = 0.0  # setup has run the call already
     rounds = 2
     unit = "MiB"
@@ -55,7 +55,12 @@ def version(source: str, revision: int = 1) -> str:
     for tree in trees:
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            if (
+                isinstance(body, list)
+                and body
+                and isinstance(body[0], ast.Expr)
+                and isinstance(body[0].value, ast.Constant)
+            ):
                 node.body = body[1:]  # type: ignore[attr-defined]
     digest = hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:12]
     return f"{revision}-{digest}"
@@ -98,7 +103,7 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
 
 
 def scan_inputs(b: int, d: int, l: int, n: int = 16) -> dict[str, torch.Tensor]:
-    """Arguments of a Mamba layer's scan: rates 1...n, steps around softplus(-3), as its initialisation makes them."""
+    """Arguments of a Mamba layer's scan: rates 1...n, steps around softplus(-3), as it is initialised."""
     return {
         "u": randn(b, d, l, seed=0),
         "delta": 0.5 * randn(b, d, l, seed=1),
@@ -112,7 +117,7 @@ def scan_inputs(b: int, d: int, l: int, n: int = 16) -> dict[str, torch.Tensor]:
 
 
 def pick_channels(inputs: dict[str, torch.Tensor], count: int = 4) -> dict[str, torch.Tensor]:
-    """Some channels of `scan_inputs`, on the CPU in float64. Channels do not mix: the reference need not run on all."""
+    """Some channels of `scan_inputs`, in float64 on the CPU: channels do not mix, a few judge the rest."""
     rows = channel_rows(inputs["u"].shape[1], count)
     along = {"u": 1, "delta": 1, "z": 1, "A": 0, "D": 0, "delta_bias": 0}
     return {
@@ -134,7 +139,7 @@ def check_close(name: str, got: torch.Tensor, truth: torch.Tensor, tolerance: fl
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """The most memory (MiB) that the call takes over what is resident before it; on the GPU if there is one."""
+    """The most memory (MiB) that the call takes over what is resident; on the GPU if there is one."""
     call()  # what is loaded or cached once belongs to the floor
     gc.collect()
     if device().type == "cuda":
@@ -156,7 +161,9 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def _status_kib(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")
+    )
     return int(line.split()[1])
 
 
@@ -167,7 +174,16 @@ def photographs(count: int, size: int = 224) -> torch.Tensor:
     import skimage.data
     import skimage.transform
 
-    names = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry", "colorwheel")
+    names = (
+        "astronaut",
+        "chelsea",
+        "coffee",
+        "rocket",
+        "retina",
+        "hubble_deep_field",
+        "immunohistochemistry",
+        "colorwheel",
+    )
     images = []
     for i in range(count):
         image = getattr(skimage.data, names[i % len(names)])()[..., :3]

@@ -22,7 +22,9 @@ def _scan(periods: str, l: int, d: int):
 
     @torch.inference_mode()
     def run(inputs, backend):
-        return mrss_scan(**inputs, delta_softplus=True, periods=PERIODS[periods], decay="compound", backend=backend)
+        return mrss_scan(
+            **inputs, delta_softplus=True, periods=PERIODS[periods], decay="compound", backend=backend
+        )
 
     truth = run(common.pick_channels(inputs), "reference")
     got = run(inputs, "vectorised").index_select(1, common.channel_rows(d).to(common.device()))
@@ -31,7 +33,7 @@ def _scan(periods: str, l: int, d: int):
 
 
 class Mrss(common.Suite):
-    """b = 1, d = 256, n = 16, float32, compound decay, backend "vectorised", with z, D, delta_bias and softplus."""
+    """b = 1, d = 256, n = 16, float32, compound decay, backend "vectorised", inputs as in `scan`."""
 
     params = (tuple(PERIODS), common.LENGTHS)
     param_names = ("periods", "length")

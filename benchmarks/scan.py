@@ -31,7 +31,9 @@ def _scan(backend: str, l: int, d: int, backward: bool):
     for name, g, t in zip(("y", *(f"d{name}" for name in inputs)), got, truth, strict=False):
         if name not in ("dB", "dC"):  # sums over all channels: the tests hold them
             axis = 0 if name in ("dA", "dD", "ddelta_bias") else 1
-            common.check_close(f"{backend} {name}", g.detach().index_select(axis, rows.to(g.device)), t.detach(), 1e-4)
+            common.check_close(
+                f"{backend} {name}", g.detach().index_select(axis, rows.to(g.device)), t.detach(), 1e-4
+            )
     return functools.partial(run, inputs, grad, backend)
 
 
@@ -42,7 +44,8 @@ def _steps(backend: str, d: int):
     step = common.require("projecta", "selective_state_update")
     inputs = common.scan_inputs(1, d, STEPS)
     per_step = [
-        {name: inputs[name][..., t].contiguous() for name in ("u", "delta", "B", "C", "z")} for t in range(STEPS)
+        {name: inputs[name][..., t].contiguous() for name in ("u", "delta", "B", "C", "z")}
+        for t in range(STEPS)
     ]
     A, D, bias = inputs["A"], inputs["D"], inputs["delta_bias"]
 
@@ -50,7 +53,9 @@ def _steps(backend: str, d: int):
     def run():
         state = torch.zeros(1, *A.shape, device=A.device)
         return [
-            step(state, now["u"], now["delta"], A, now["B"], now["C"], D, now["z"], bias, True, backend=backend)
+            step(
+                state, now["u"], now["delta"], A, now["B"], now["C"], D, now["z"], bias, True, backend=backend
+            )
             for now in per_step
         ]
 
@@ -76,10 +81,6 @@ class Scan(common.Suite):
     def track_peak_forward(self, backend, length):
         return common.peak_mib(_scan(backend, length, self.d, backward=False))
 
-    def track_bound_forward(self, backend, length):
-        """The least that any forward pass needs: its output."""
-        return self.d * length * 4 / 2**20
-
 
 class ScanGrad(common.Suite):
     """Forward and backward of the same sizes: all eight gradients."""
@@ -98,8 +99,21 @@ class ScanGrad(common.Suite):
     def track_peak_forward_backward(self, backend, length):
         return common.peak_mib(_scan(backend, length, self.d, backward=True))
 
-    def track_bound_forward_backward(self, backend, length):
-        """The least that any pass needs: output and gradients of u, delta, z (b, d, l) and B, C (b, n, l)."""
+
+class ScanBound(common.Suite):
+    """The least memory that any backend needs, by arithmetic, beside the peaks of the same sizes."""
+
+    params = (common.LENGTHS,)
+    param_names = ("length",)
+    version = VERSION
+    d = 256
+
+    def track_peak_forward(self, length):
+        """The output."""
+        return self.d * length * 4 / 2**20
+
+    def track_peak_forward_backward(self, length):
+        """The output and the gradients of u, delta, z (b, d, l) and B, C (b, n, l)."""
         return (4 * self.d + 2 * 16) * length * 4 / 2**20
 
 

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
-def fail(function: str, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError) -> NoReturn:
+def fail(
+    function: str, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError
+) -> NoReturn:
     """Raise `error` with the one-line message.
 
     >>> fail("prune", "keep", "lie in (0, 1]", 1.5)
@@ -20,7 +22,9 @@ class Checker:
     def __init__(self, function: str):
         self.function = function
 
-    def that(self, holds: bool, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError):
+    def that(
+        self, holds: bool, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError
+    ):
         if not holds:
             fail(self.function, argument, rule, value, advice, error)
 
@@ -28,7 +32,9 @@ class Checker:
         """A torch tensor, on `device` if that is given."""
         import torch
 
-        self.that(isinstance(value, torch.Tensor), argument, "be a tensor", type(value).__name__, error=TypeError)
+        self.that(
+            isinstance(value, torch.Tensor), argument, "be a tensor", type(value).__name__, error=TypeError
+        )
         if device is not None:
             self.that(value.device == device, argument, f"be on {device} like u", value.device)
 

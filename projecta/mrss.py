@@ -1,17 +1,18 @@
 """Multi-resolution selective scan (MRSS): the selective scan's recurrence, slow states updated less often.
 
-Two dials trade accuracy for time. A state with period p is updated once per block of p tokens; what arrives in between
-is accumulated undecayed, so that no input is lost or late:
+Two dials trade accuracy for time. A state with period p is updated once per block of p tokens; what arrives
+in between is accumulated undecayed, so that no input is lost or late:
 
     S = sum of delta, acc = sum of delta B u                       over the block so far
     y_t = C_t (h + acc) + D u_t                                    within the block
-    h = f(A S) h + f(A S (p - 1) / (2 p)) acc                      at the block's last token, before its output
+    h = f(A S) h + f(A S (p - 1) / (2 p)) acc                     at the block's last token, before its output
 
-and the decay factor f is exp ("exact") or max(0, 1 + z / 4)^4 ("compound"), which needs no exponential and keeps exp's
-values at 0 (1) and far out (0). The inputs of a block are decayed from their mean distance to its end, (p - 1) / 2 steps:
-with period 1 nothing is left to decay and the formula is the selective scan's.
+and the decay factor f is exp ("exact") or max(0, 1 + z / 4)^4 ("compound"), which needs no exponential and
+keeps exp's values at 0 (1) and far out (0). The inputs of a block are decayed from their mean distance to its
+end, (p - 1) / 2 steps: with period 1 nothing is left to decay and the formula is the selective scan's.
 
-Blocks start with each sequence; a short last block ends with it (its own length then stands for p in the returned state).
+Blocks start with each sequence; a short last block ends with it (its own length then stands for p in the
+returned state).
 """
 
 import math
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from projecta._checks import Checker
-from projecta.scan import _canonical, reference, vectorised
-from projecta.scan import selective_scan as _selective_scan
+from projecta.scan import reference, selective_scan, vectorised
+from projecta.scan._arguments import canonical_arguments
 
 BACKENDS = ("reference", "vectorised")
 DECAYS = ("compound", "exact")
@@ -48,13 +49,16 @@ def mrss_scan(
     decay: str = "compound",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan as `selective_scan` does, with each state updated once per its period; the formula is this module's.
+    """Scan as `selective_scan` does, with each state updated once per its period; the formula is this
+    module's.
 
     Args:
-        periods: update periods in tokens, integers >= 1, (n,) or (d, n). None: `choose_periods(A, delta_bias)`.
+        periods: update periods in tokens, integers >= 1, (n,) or (d, n). None: `choose_periods(A,
+            delta_bias)`.
         decay: "compound" or "exact". Periods all 1 and "exact" together are `selective_scan`, bit for bit.
         backend: "reference" (a loop over time), "vectorised", or "auto", which is "vectorised".
-        The other arguments, the result and the errors are those of `projecta.selective_scan`; complex A needs "exact".
+        The other arguments, the result and the errors are those of `projecta.selective_scan`; complex A needs
+        "exact".
 
     >>> u, delta = torch.ones(1, 2, 4), torch.full((1, 2, 4), 0.1)
     >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 4), torch.ones(1, 1, 4)
@@ -62,8 +66,8 @@ def mrss_scan(
     tensor([0.1000, 0.1951, 0.2951, 0.3548])
     """
     check = Checker("mrss_scan")
-    u, A, B, C, initial_state = _canonical(
-        check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, return_last_state
+    A, B, C, initial_state = canonical_arguments(
+        check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
     check.one_of("decay", decay, DECAYS)
     check.that(decay == "exact" or not A.is_complex(), "decay", "be 'exact' with complex A", repr(decay))
@@ -71,20 +75,29 @@ def mrss_scan(
     table = _check_periods(check, periods, A, delta_bias, delta_softplus)
     shape = (delta, A, B, C, D, z, delta_bias, delta_softplus)
     if backend != "reference" and decay == "exact" and bool((table == 1).all()):
-        return _selective_scan(
-            u, *shape, return_last_state, initial_state=initial_state, cu_seqlens=cu_seqlens, backend="vectorised"
+        return selective_scan(
+            u,
+            *shape,
+            return_last_state,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            backend="vectorised",
         )
     scan_one = _scan_reference if backend == "reference" else _scan_vectorised
     bounds = [0, u.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()
     real = A.real.dtype if A.is_complex() else A.dtype
     delta = reference.step_size(delta, delta_bias, delta_softplus, real)
     x = u.to(real)
-    state = A.new_zeros(u.shape[0] if cu_seqlens is None else len(bounds) - 1, *A.shape) if initial_state is None else initial_state
+    state = (
+        A.new_zeros(u.shape[0] if cu_seqlens is None else len(bounds) - 1, *A.shape)
+        if initial_state is None
+        else initial_state
+    )
     rows = state.split(u.shape[0] if cu_seqlens is None else 1)
     ys, lasts = [x[..., :0]], []
     for start, stop, h in zip(bounds[:-1], bounds[1:], rows, strict=True):
-        cut = [t if t.dim() == 2 else t[..., start:stop] for t in (B, C)]
-        y, h = scan_one(x[..., start:stop], delta[..., start:stop], A, *cut, h, table, decay)
+        B_cut, C_cut = (t if t.dim() == 2 else t[..., start:stop] for t in (B, C))
+        y, h = scan_one(x[..., start:stop], delta[..., start:stop], A, B_cut, C_cut, h, table, decay)
         ys.append(y)
         lasts.append(h)
     y = reference.skip_and_gate(torch.cat(ys, -1), x, D, z).to(u.dtype)
@@ -94,13 +107,14 @@ def mrss_scan(
 def choose_periods(
     A: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = True, theta: float = 0.5
 ) -> Tensor:
-    """The largest period p of `PERIODS` with |A| delta p <= theta for each state, (d, n), at the step that the bias alone gives.
+    """The largest period p of `PERIODS` with |A| delta p <= theta for each state, (d, n), at the step that
+    the bias alone gives.
 
     >>> choose_periods(-torch.tensor([[0.01, 0.1, 1.0]]), torch.tensor([1.0]))
     tensor([[16,  2,  1]])
     """
     bias = torch.zeros(A.shape[0], device=A.device) if delta_bias is None else delta_bias.detach().float()
-    step = torch.nn.functional.softplus(bias) if delta_softplus else bias.abs()
+    step = F.softplus(bias) if delta_softplus else bias.abs()
     speed = (A.detach().abs() * step[:, None])[..., None]  # (d, n, 1), per token
     ladder = torch.tensor(PERIODS, device=A.device)
     fits = speed * ladder <= theta
@@ -123,26 +137,33 @@ def _check_periods(check, periods, A, delta_bias, delta_softplus) -> Tensor:
     table = torch.as_tensor(periods).cpu()
     whole = not (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool)
     check.that(whole, "periods", "be integers", table.dtype, error=TypeError)
-    check.that(tuple(table.shape) in ((n,), (d, n)), "periods", f"have shape (n,) = {(n,)} or (d, n) = {(d, n)}", tuple(table.shape))
-    check.that(bool((table >= 1).all()), "periods", "be at least 1", int(table.min()) if table.numel() else table)
+    check.that(
+        tuple(table.shape) in ((n,), (d, n)),
+        "periods",
+        f"have shape (n,) = {(n,)} or (d, n) = {(d, n)}",
+        tuple(table.shape),
+    )
+    check.that(
+        bool((table >= 1).all()), "periods", "be at least 1", int(table.min()) if table.numel() else table
+    )
     return table.expand(d, n)
 
 
 def _scan_reference(x, delta, A, B, C, h, periods, decay):
     """The module's formula, one token after the other."""
-    d, l = x.shape[1:]
+    d = x.shape[1]
     periods = periods.to(x.device)
     S, acc = torch.zeros_like(h.real), torch.zeros_like(h)  # (b, d, n)
     length = torch.zeros_like(periods, dtype=delta.dtype)  # tokens in the block so far, (d, n)
     ys = []
-    for t in range(l):
-        S = S + delta[..., t, None]
-        acc = acc + (delta[..., t] * x[..., t])[..., None] * reference.at_time(B, t, d)
+    for x_t, delta_t, B_t, C_t in zip(*reference.over_time(x, delta, B, C), strict=True):
+        S = S + delta_t[..., None]
+        acc = acc + (delta_t * x_t)[..., None] * reference.for_channels(B_t, d)
         length = length + 1
         ends = length == periods
         h, acc = torch.where(ends, _end_block(A, S, h, acc, length, decay), h), torch.where(ends, 0, acc)
         S, length = torch.where(ends, 0, S), torch.where(ends, 0, length)
-        ys.append(reference.read_out(h + acc, reference.at_time(C, t, d)))
+        ys.append(reference.read_out(h + acc, reference.for_channels(C_t, d)))
     last = torch.where(length > 0, _end_block(A, S, h, acc, length.clamp_min(1), decay), h)
     return torch.stack(ys, -1) if ys else x, last
 
@@ -164,9 +185,13 @@ def _scan_vectorised(x, delta, A, B, C, h, periods, decay):
         time = slice(start, min(start + size, l))
         y = x.new_zeros(time.stop - start, b, d)
         for i, (p, channels, states) in enumerate(blocks):
-            weights = [_time_first(_pick_groups(t, channels, d)[:, :, states, time]) for t in (B, C)]  # (t, b, g, n')
+            weights = [
+                _time_first(_pick_groups(t, channels, d)[:, :, states, time]) for t in (B, C)
+            ]  # (t, b, g, n')
             g = weights[0].shape[2]
-            along = [_time_first(t[:, channels, time]).unflatten(2, (g, -1)) for t in (x, delta)]  # (t, b, g, k)
+            along = [
+                _time_first(t[:, channels, time]).unflatten(2, (g, -1)) for t in (x, delta)
+            ]  # (t, b, g, k)
             rates, state = A[channels][:, states].unflatten(0, (g, -1)), held[i].unflatten(1, (g, -1))
             part, state = _scan_block(*along, rates, *weights, state, p, decay)
             held[i], part = state.flatten(1, 2), part.flatten(2)
@@ -199,7 +224,9 @@ def _same_groups(B: Tensor, C: Tensor, d: int, l: int) -> tuple[Tensor, Tensor]:
     if B.dim() == C.dim() == 4:
         return B, C
     B, C = (t[None, :, :, None].expand(-1, -1, -1, l) if t.dim() == 2 else t for t in (B, C))
-    return tuple(t.expand(max(len(B), len(C)), -1, -1, -1).repeat_interleave(d // t.shape[1], 1) for t in (B, C))
+    b = max(len(B), len(C))
+    B, C = (t.expand(b, -1, -1, -1).repeat_interleave(d // t.shape[1], 1) for t in (B, C))
+    return B, C
 
 
 def _pick_groups(B: Tensor, channels, d: int) -> Tensor:
@@ -213,15 +240,21 @@ def _time_first(t: Tensor) -> Tensor:
 
 
 def _scan_block(x, delta, A, B, C, h, p, decay):
-    """y (t, b, g, k) and the last state of states with one period p; x, delta (t, b, g, k), A (g, k, n), h (b, g, k, n).
+    """y (t, b, g, k) and the last state of states with one period p; x, delta (t, b, g, k), A (g, k, n), h
+    (b, g, k, n).
 
-    Within a block of p tokens the output is a product of small matrices: the state is only formed at the block's end.
+    Within a block of p tokens the output is a product of small matrices: the state is only formed at the
+    block's end.
     """
     l = len(x)
     short = l % p  # tokens of the last block, if it is short; steps of size 0 fill it up
     x, delta, B, C = (_in_blocks(t, p) for t in (x, delta, B, C))  # (m, p, ...)
     drive, B, C = (delta * x).to(A.dtype), B.to(A.dtype), C.to(A.dtype)
-    acc = torch.einsum("mpbgk,mpbgn->mbgkn", drive, B) if p > 1 else drive[:, 0, ..., None] * B[:, 0, ..., None, :]
+    acc = (
+        torch.einsum("mpbgk,mpbgn->mbgkn", drive, B)
+        if p > 1
+        else drive[:, 0, ..., None] * B[:, 0, ..., None, :]
+    )
     exponent = delta.sum(1)[..., None] * A
     if p > 1:
         rest = torch.full((len(acc), 1, 1, 1, 1), (p - 1) / (2 * p), dtype=delta.dtype, device=delta.device)

@@ -1,7 +1,9 @@
-"""Vision token pruning (VTP): which tokens of a vision transformer to keep. Tensors in, tensors out; knows no model.
+"""Vision token pruning (VTP): which tokens of a vision transformer to keep. Tensors in, tensors out; knows no
+model.
 
-Tokens are (b, t, c): `prefix` tokens first (the class token), which are never scored and always kept, then the patches.
-Kept patches keep their order. The number kept depends on the shape alone, so that nothing waits for the device.
+Tokens are (b, t, c): `prefix` tokens first (the class token), which are never scored and always kept, then
+the patches. Kept patches keep their order. The number kept depends on the shape alone, so that nothing waits
+for the device.
 """
 
 import math
@@ -15,7 +17,9 @@ from projecta._checks import Checker
 
 
 def _score_norm(tokens: Tensor, seed: int) -> Tensor:
-    return torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float64 if tokens.dtype == torch.float64 else torch.float32)
+    return torch.linalg.vector_norm(
+        tokens, dim=-1, dtype=torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    )
 
 
 def _score_random(tokens: Tensor, seed: int) -> Tensor:
@@ -34,7 +38,8 @@ class Plan:
     Args:
         keep: the part of the patch tokens that is kept, in (0, 1]; ceil(keep * patches) of them stay.
         at: index of the block before which tokens go; 0 prunes right after the embedding.
-        score: "norm", the token's length ||x||_2, or "random", one fixed order for every image; the highest stay.
+        score: "norm", the token's length ||x||_2, or "random", one fixed order for every image; the highest
+            stay.
         fuse: "drop": pruned tokens leave no trace.
         multiple_of: round the tokens that remain, class token included, up to a multiple of this.
         seed: of the random score.
@@ -58,7 +63,9 @@ class Plan:
 
     def __post_init__(self):
         check = Checker("Plan")
-        check.that(isinstance(self.keep, int | float), "keep", "be a number", repr(self.keep), error=TypeError)
+        check.that(
+            isinstance(self.keep, int | float), "keep", "be a number", repr(self.keep), error=TypeError
+        )
         check.that(0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
         for name, least in (("at", 0), ("multiple_of", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -73,7 +80,8 @@ class Plan:
         return min(tokens, math.ceil(kept / self.multiple_of) * self.multiple_of)
 
     def apply(self, tokens: Tensor, prefix: int = 1) -> tuple[Tensor, Tensor]:
-        """Prune (b, t, c) tokens: the remaining ones (b, t', c), and their indices (b, t') in the input, ascending.
+        """Prune (b, t, c) tokens: the remaining ones (b, t', c), and their indices (b, t') in the input,
+        ascending.
 
         If nothing is pruned, the tokens returned are the tensor given.
 

@@ -5,27 +5,29 @@
 Axes: b batch, l length, d channels (d_inner), n state (d_state), g groups of channels that share B and C.
 u delta z (b, d, l): input, step size, gate.  A (d, n): decay rates, negative.  B C: input and output weights.
 D delta_bias (d,): skip weight, bias of the step size.  h (b, d, n): the state.
-Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3, algorithm 2.
+Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3,
+algorithm 2.
 
-A backend is a module of this folder with `unavailable`, `selective_scan` and `selective_state_update`, which take the
-arguments checked and in canonical form: A in the dtype of the state (float32, float64 if u is, or their complex kin),
-B and C as (d, n) or (b, g, n, l), complex if A is.
+A backend is a module of this folder with `unavailable`, `selective_scan` and `selective_state_update`, which
+take the arguments checked and in canonical form: A in the dtype of the state (float32, float64 if u is, or
+their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from projecta._checks import Checker
+from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 
 BACKENDS = ("reference", "vectorised")
-AUTO = {"cpu": "vectorised", "cuda": "vectorised", "mps": "vectorised", "xpu": "vectorised"}  # device type: backend
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+AUTO = {
+    "cpu": "vectorised",
+    "cuda": "vectorised",
+    "mps": "vectorised",
+    "xpu": "vectorised",
+}  # device type: backend
 
 
 class BackendUnavailable(RuntimeError):
@@ -66,9 +68,10 @@ def selective_scan(
     Args:
         u: input (b, d, l); float16, bfloat16, float32 or float64. Any strides.
         delta: step size (b, d, l), of any of these types.
-        A: decay rates (d, n), float32 or complex64 (float64 or complex128 allowed); real parts are negative for decay.
-        B: input weights: (d, n) constant, (b, n, l), or (b, g, n, l) with g dividing d. Complex A: constant B is complex,
-            and B over time is complex or has 2 l interleaved real and imaginary parts.
+        A: decay rates (d, n), float32 or complex64 (float64 or complex128 allowed); real parts are negative
+            for decay.
+        B: input weights: (d, n) constant, (b, n, l), or (b, g, n, l) with g dividing d. Complex A: constant B
+            is complex, and B over time is complex or has 2 l interleaved real and imaginary parts.
         C: output weights, as B.
         D: skip weight (d,).
         z: gate (b, d, l).
@@ -76,25 +79,29 @@ def selective_scan(
         delta_softplus: apply softplus to the biased step size.
         return_last_state: also return h after the last step.
         initial_state: (b, d, n), or (s, d, n) with `cu_seqlens`; differentiable.
-        cu_seqlens: int32 (s + 1): packs s sequences into one row (b = 1); sequence i is cu_seqlens[i]...cu_seqlens[i + 1],
-            and each starts from its own state. The values are checked on the CPU only, where reading them is free.
+        cu_seqlens: int32 (s + 1): packs s sequences into one row (b = 1); sequence i is
+            cu_seqlens[i]...cu_seqlens[i + 1], and each starts from its own state. The values are checked on
+            the CPU only, where reading them is free.
         backend: one of `available_backends()`, or "auto": the table `AUTO` of this module.
 
     Returns:
-        y (b, d, l) in u's dtype; with `return_last_state` also the last state (b, d, n), or (s, d, n) if packed, in
-        float32 (float64 if u is; complex if A is). Unlike mamba-ssm's, the last state is differentiable.
+        y (b, d, l) in u's dtype; with `return_last_state` also the last state (b, d, n), or (s, d, n) if
+        packed, in float32 (float64 if u is; complex if A is). Unlike mamba-ssm's, the last state is
+        differentiable.
 
     Raises:
-        ValueError: a shape or value is wrong. TypeError: a dtype is wrong. BackendUnavailable: `backend` cannot run here.
+        ValueError: a shape or value is wrong. TypeError: a dtype is wrong. BackendUnavailable: `backend`
+            cannot run here.
 
+    >>> import torch
     >>> u, delta = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
     >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 3), torch.ones(1, 1, 3)
     >>> selective_scan(u, delta, A, B, C)[0, 0]
     tensor([1.0000, 1.3679, 1.5032])
     """
     check = Checker("selective_scan")
-    u, A, B, C, initial_state = _canonical(
-        check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, return_last_state
+    A, B, C, initial_state = canonical_arguments(
+        check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
     module = _choose(check, backend, u)
     y, last_state = module.selective_scan(
@@ -122,7 +129,8 @@ def selective_state_update(
     The formula is that of `selective_scan` with l = 1. `state` is overwritten with the new state.
 
     Args:
-        state: (b, d, n), or (b, h, d, n) for h heads: then x, dt, z are (b, h, d), A (h, d, n), D, dt_bias (h, d).
+        state: (b, d, n), or (b, h, d, n) for h heads: then x, dt, z are (b, h, d), A (h, d, n), D, dt_bias
+            (h, d).
         x: input (b, d). dt: step size (b, d). A: (d, n).
         B: (b, n), or (b, g, n) with g dividing h d. C: as B.
         D: (d,). z: (b, d). dt_bias: (d,). dt_softplus: apply softplus to the biased step.
@@ -134,26 +142,32 @@ def selective_state_update(
     Raises:
         ValueError, TypeError, BackendUnavailable: as `selective_scan`.
 
+    >>> import torch
     >>> state = torch.zeros(1, 2, 1)
-    >>> y = selective_state_update(state, torch.ones(1, 2), torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1), torch.ones(1, 1))
+    >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
+    >>> y = selective_state_update(state, x, x, A, B, B)
     >>> y, state[0, :, 0]
     (tensor([[1., 1.]]), tensor([1., 1.]))
     """
     check = Checker("selective_state_update")
     check.tensor("x", x)
-    check.dtype("x", x, _FLOATS)
+    check.dtype("x", x, FLOATS)
     check.that(x.dim() in (2, 3), "x", "have shape (b, d) or (b, h, d)", tuple(x.shape))
     b, heads = x.shape[0], tuple(x.shape[1:])  # heads: (d,) or (h, d)
     axes = "d" if len(heads) == 1 else "h, d"
     check.tensor("A", A, x.device)
-    check.dtype("A", A, _WIDE)
+    check.dtype("A", A, WIDE)
     check.that(A.shape[:-1] == heads, "A", f"have shape ({axes}, n) with ({axes}) = {heads}", tuple(A.shape))
     n = A.shape[-1]
     d = heads[0] if len(heads) == 1 else heads[0] * heads[1]
     check.tensor("state", state, x.device)
     check.shape("state", state, (b, *heads, n), f"(b, {axes}, n)")
     check.that(
-        state.is_complex() == A.is_complex(), "state", "be complex where A is, and only there", state.dtype, error=TypeError
+        state.is_complex() == A.is_complex(),
+        "state",
+        "be complex where A is, and only there",
+        state.dtype,
+        error=TypeError,
     )
     for name, t, shape, names in (
         ("dt", dt, (b, *heads), f"(b, {axes})"), ("z", z, (b, *heads), f"(b, {axes})"),
@@ -166,7 +180,10 @@ def selective_state_update(
         check.tensor(name, t, x.device)
         g = t.shape[1] if t.dim() == 3 else 1
         check.that(
-            tuple(t.shape) in ((b, n), (b, g, n)), name, f"have shape (b, n) = {(b, n)} or (b, g, n)", tuple(t.shape)
+            tuple(t.shape) in ((b, n), (b, g, n)),
+            name,
+            f"have shape (b, n) = {(b, n)} or (b, g, n)",
+            tuple(t.shape),
         )
         check.that(g > 0 and d % g == 0, name, f"have a number of groups that divides {d}", g)
 
@@ -178,91 +195,14 @@ def selective_state_update(
 
     module = _choose(check, backend, x)
     own = flat(state)
-    wide = own.to(_state_dtype(x, A))
+    wide = own.to(state_dtype(x, A))
     y = module.selective_state_update(
-        wide, flat(x), flat(dt), flat(A, 0).to(wide.dtype), grouped(B), grouped(C), flat(D, 0), flat(z), flat(dt_bias, 0), dt_softplus
+        wide, flat(x), flat(dt), flat(A, 0).to(wide.dtype), grouped(B), grouped(C), flat(D, 0), flat(z),
+        flat(dt_bias, 0), dt_softplus
     )  # fmt: skip
     if wide.data_ptr() != state.data_ptr():  # another dtype, or strides that cannot be flattened
         state.copy_(wide.view(state.shape))
     return y.view(x.shape)
-
-
-def _canonical(check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, return_last_state):
-    """Check every argument of `selective_scan`; return those whose form changes: u, A, B, C, initial_state."""
-    check.tensor("u", u)
-    check.dtype("u", u, _FLOATS)
-    check.that(u.dim() == 3, "u", "have shape (b, d, l)", tuple(u.shape))
-    b, d, l = u.shape
-    check.tensor("A", A, u.device)
-    check.dtype("A", A, _WIDE)
-    check.that(A.dim() == 2 and A.shape[0] == d and A.shape[1] > 0, "A", f"have shape (d, n) with d = {d}, n > 0", tuple(A.shape))
-    n = A.shape[1]
-    for name, t in (("delta", delta), ("z", z)):
-        if t is not None or name == "delta":
-            check.tensor(name, t, u.device)
-            check.dtype(name, t, _FLOATS)
-            check.shape(name, t, (b, d, l), "(b, d, l)", "like u")
-    for name, t in (("D", D), ("delta_bias", delta_bias)):
-        if t is not None:
-            check.tensor(name, t, u.device)
-            check.dtype(name, t, _FLOATS)
-            check.shape(name, t, (d,), "(d,)")
-    B, C = (_canonical_weight(check, name, t, A, b, d, n, l, u) for name, t in (("B", B), ("C", C)))
-    if B.dim() == C.dim() == 4:
-        check.that(B.shape[1] == C.shape[1], "C", f"have as many groups as B, {B.shape[1]}", C.shape[1])
-    sequences = b
-    if cu_seqlens is not None:
-        check.that(b == 1, "u", "have b = 1 with cu_seqlens", b)
-        sequences = _check_bounds(check, cu_seqlens, u.device, l)
-    if initial_state is not None:
-        check.tensor("initial_state", initial_state, u.device)
-        axes = "(b, d, n)" if cu_seqlens is None else "(s, d, n)"
-        check.shape("initial_state", initial_state, (sequences, d, n), axes)
-        check.that(
-            A.is_complex() or not initial_state.is_complex(), "initial_state", "be real like A", initial_state.dtype,
-            error=TypeError,
-        )  # fmt: skip
-        initial_state = initial_state.to(_state_dtype(u, A)).contiguous()
-    return u, A.to(_state_dtype(u, A)).contiguous(), B, C, initial_state
-
-
-def _canonical_weight(check, name, B, A, b, d, n, l, u):
-    """B or C as (d, n) or (b, g, n, l), complex if A is."""
-    check.tensor(name, B, u.device)
-    check.dtype(name, B, (*_FLOATS, *_COMPLEX.values()))
-    check.that(A.is_complex() or not B.is_complex(), name, "be real like A", B.dtype, error=TypeError)
-    if B.dim() == 2:
-        check.shape(name, B, (d, n), "(d, n)")
-        return B.to(_state_dtype(u, A)) if A.is_complex() else B
-    interleaved = A.is_complex() and not B.is_complex()
-    length = 2 * l if interleaved else l
-    axes = "2 l" if interleaved else "l"
-    shapes = f"have shape (d, n), (b, n, {axes}) = {(b, n, length)} or (b, g, n, {axes})"
-    grouped = B[:, None] if B.dim() == 3 else B
-    check.that(B.dim() in (3, 4), name, shapes, tuple(B.shape))
-    g = grouped.shape[1]
-    check.that(tuple(grouped.shape) == (b, g, n, length), name, shapes, tuple(B.shape))
-    check.that(g > 0 and d % g == 0, name, f"have a number of groups that divides d = {d}", g)
-    if interleaved:
-        grouped = torch.view_as_complex(grouped.to(_state_dtype(u, A).to_real()).unflatten(-1, (l, 2)).contiguous())
-    return grouped
-
-
-def _check_bounds(check, cu_seqlens, device, l) -> int:
-    """The number of packed sequences."""
-    check.tensor("cu_seqlens", cu_seqlens, device)
-    check.dtype("cu_seqlens", cu_seqlens, (torch.int32,))
-    check.that(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "have shape (s + 1,)", tuple(cu_seqlens.shape))
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        rises = all(x <= y for x, y in zip(bounds[:-1], bounds[1:], strict=True))
-        check.that(rises and bounds[0] == 0 and bounds[-1] == l, "cu_seqlens", f"rise from 0 to l = {l}", bounds)
-    return len(cu_seqlens) - 1
-
-
-def _state_dtype(u: Tensor, A: Tensor) -> torch.dtype:
-    real = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return _COMPLEX[real] if A.is_complex() else real
 
 
 def _module(name: str) -> ModuleType:
@@ -274,5 +214,7 @@ def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
     name = AUTO.get(u.device.type, "vectorised") if backend == "auto" else backend
     reason = _module(name).unavailable()
     if reason:
-        raise BackendUnavailable(f"{check.function}: backend must be able to run here; got {name!r}: {reason}.")
+        raise BackendUnavailable(
+            f"{check.function}: backend must be able to run here; got {name!r}: {reason}."
+        )
     return _module(name)

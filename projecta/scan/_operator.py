@@ -6,12 +6,13 @@ A backend gives three functions over the canonical arguments (see `projecta.scan
     backward(grad_y, grad_last, saved, inputs, delta_softplus) -> nine gradients, None where an input is None
     saved_shape(u, A, B) -> the shape of what the backward pass needs besides the inputs
 
-and gets a callable with the signature of `reference.selective_scan` that autograd, `torch.compile(fullgraph=True)` and
-`torch.library.opcheck` accept. Nothing is saved when no gradient can be asked for.
+and gets a callable with the signature of `reference.selective_scan` that autograd,
+`torch.compile(fullgraph=True)` and `torch.library.opcheck` accept. Nothing is saved when no gradient can be
+asked for.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
     z: Tensor | None
     delta_bias: Tensor | None
     initial_state: Tensor | None
-    cu_seqlens: Tensor | None
+    cu_seqlens: Tensor | None = None
 
 
 DIFFERENTIABLE = 9  # all but cu_seqlens
@@ -67,8 +68,8 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         delta_softplus: bool,
     ) -> list[Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-        grads = [None if t is None else torch.empty_like(t) for t in inputs[:DIFFERENTIABLE]]
-        backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads, None))
+        grads: list[Any] = [None if t is None else torch.empty_like(t) for t in inputs[:DIFFERENTIABLE]]
+        backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads))
         return [u.new_empty(0) if g is None else g for g in grads]
 
     @scan_backward.register_fake

@@ -1,13 +1,17 @@
 """The recurrence, written to be read beside the paper; it judges every other backend.
 
-One plain loop over time. It is differentiated by autograd alone, so that its gradients owe nothing to ours, and it
-computes in float64 when u is float64. Shapes and symbols: see `projecta.scan`.
+One plain loop over time. It is differentiated by autograd alone, so that its gradients owe nothing to ours,
+and it computes in float64 when u is float64. Shapes and symbols: see `projecta.scan`.
 
-Departures from the paper (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section 3):
-none in the formula. B is discretised as delta * B (the simplified rule of the paper's released code), A as exp(delta * A).
+Departures from the paper (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+section 3): none in the formula. B is discretised as delta * B (the simplified rule of the paper's released
+code), A as exp(delta * A).
 
 What this is not: fast, or frugal with memory in training.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +29,42 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_
         return _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     bounds = cu_seqlens.tolist()
     outputs, states = [u[..., :0]], []
-    for s, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (start, stop) in enumerate(itertools.pairwise(bounds)):
+
         def cut(t, span=slice(start, stop)):
             return t if t is None or t.dim() == 2 else t[..., span]  # a (d, n) B or C is constant in time
 
         state = None if initial_state is None else initial_state[s : s + 1]
-        y, last = _scan_one(cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias, delta_softplus, state)
+        y, last = _scan_one(
+            cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias, delta_softplus, state
+        )
         outputs.append(y)
         states.append(last)
     return torch.cat(outputs, -1), torch.cat(states) if states else A.new_zeros(0, *A.shape)
 
 
 def _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
-    b, d, l = u.shape
+    d = u.shape[1]
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     x = u.to(real)
     delta = step_size(delta, delta_bias, delta_softplus, real)
-    state = A.new_zeros(b, *A.shape) if initial_state is None else initial_state  # (b, d, n)
+    state = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state  # (b, d, n)
     ys = []
-    for t in range(l):
-        A_bar = torch.exp(delta[..., t, None] * A)  # (b, d, n)
-        B_bar_u = (delta[..., t] * x[..., t])[..., None] * at_time(B, t, d)
+    for x_t, delta_t, B_t, C_t in zip(*over_time(x, delta, B, C), strict=True):
+        A_bar = torch.exp(delta_t[..., None] * A)  # (b, d, n)
+        B_bar_u = (delta_t * x_t)[..., None] * for_channels(B_t, d)
         state = A_bar * state + B_bar_u
-        ys.append(read_out(state, at_time(C, t, d)))  # (b, d)
+        ys.append(read_out(state, for_channels(C_t, d)))  # (b, d)
     y = torch.stack(ys, -1) if ys else x
     return skip_and_gate(y, x, D, z).to(u.dtype), state
+
+
+def over_time(x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> list[Sequence[Tensor]]:
+    """The steps of each; a constant B or C stands at every step.
+
+    `unbind`, since the gradient of an index at every step would fill a tensor of all steps at every step.
+    """
+    return [t.unbind(-1) if t.dim() > 2 else [t] * x.shape[-1] for t in (x, delta, B, C)]
 
 
 def step_size(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, real: torch.dtype) -> Tensor:
@@ -60,13 +75,11 @@ def step_size(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, re
     return F.softplus(delta) if delta_softplus else delta
 
 
-def at_time(B: Tensor, t: int, d: int) -> Tensor:
-    """B (or C) at step t, to be multiplied with a (b, d, n) state: (d, n), (b, 1, n) or (b, d, n)."""
-    if B.dim() == 2:
+def for_channels(B: Tensor, d: int) -> Tensor:
+    """B (or C) of one step, to be multiplied with a (b, d, n) state: (d, n), (b, 1, n) or (b, d, n)."""
+    if B.dim() == 2 or B.shape[1] == 1:
         return B
-    b, g, n, _ = B.shape
-    B_t = B[..., t]  # (b, g, n)
-    return B_t if g == 1 else B_t.repeat_interleave(d // g, 1)
+    return B.repeat_interleave(d // B.shape[1], 1)
 
 
 def read_out(state: Tensor, C: Tensor) -> Tensor:
@@ -84,11 +97,11 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> T
 
 def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     """One step of the recurrence on (b, d) inputs; overwrites `state` (b, d, n) and returns y (b, d)."""
-    b, d = x.shape
+    _b, d = x.shape
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x.to(real)[..., None]  # a sequence of length 1
     delta = step_size(dt[..., None], dt_bias, dt_softplus, real)
-    new = torch.exp(delta * A) * state + delta * u * at_time(B[..., None], 0, d)
+    new = torch.exp(delta * A) * state + delta * u * for_channels(B, d)
     state.copy_(new)
-    y = read_out(new, at_time(C[..., None], 0, d))[..., None]
+    y = read_out(new, for_channels(C, d))[..., None]
     return skip_and_gate(y, u, D, None if z is None else z[..., None])[..., 0].to(x.dtype)

@@ -1,13 +1,17 @@
 """The scan in plain PyTorch operations, on any device, without a loop over every step.
 
-Time is cut into segments, so that memory does not grow with (b, d, l, n), and a segment into chunks of `CHUNK` steps
-that are scanned side by side: `CHUNK` steps of a loop work on every chunk at once, then the state is carried from
-chunk to chunk. Stable for any length: only products of the decay factors are formed, none is divided by.
+Time is cut into segments, so that memory does not grow with (b, d, l, n), and a segment into chunks of
+`CHUNK` steps that are scanned side by side: `CHUNK` steps of a loop work on every chunk at once, then the
+state is carried from chunk to chunk. Stable for any length: only products of the decay factors are formed,
+none is divided by.
 
-The backward pass recomputes each segment from the state at its start, which is all that the forward pass saves.
+The backward pass recomputes each segment from the state at its start, which is all that the forward pass
+saves.
 
 Inside a segment, time comes first and channels are grouped as B and C are: (t, b, g, k, n) with d = g k.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +33,7 @@ selective_state_update = reference.selective_state_update  # one step has nothin
 
 
 def linear_recurrence_(a: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = a_t h_{t-1} + v_t from h = 0 (reversed: h_t = a_t h_{t+1} + v_t) along the first axis; v becomes h, a is lost."""
+    """h_t = a_t h_{t-1} + v_t (reversed: a_t h_{t+1}) along axis 0 from h = 0; v becomes h, a is lost."""
     whole = len(a) // CHUNK * CHUNK
     parts = [t for t in (slice(0, whole), slice(whole, len(a))) if t.start < t.stop]
     before = None  # the part done last
@@ -47,11 +51,11 @@ def _scan_chunks_(a: Tensor, v: Tensor, reverse: bool) -> None:
     chunk = min(CHUNK, len(a))
     a, v = a.view(-1, chunk, *a.shape[1:]), v.view(-1, chunk, *v.shape[1:])
     steps = range(chunk - 1, -1, -1) if reverse else range(chunk)
-    for before, t in zip(steps, steps[1:], strict=False):
+    for before, t in itertools.pairwise(steps):
         torch.addcmul(v[:, t], a[:, t], v[:, before], out=v[:, t])
         a[:, t] *= a[:, before]
     chunks = range(len(a) - 1, -1, -1) if reverse else range(len(a))
-    for before, c in zip(chunks, chunks[1:], strict=False):
+    for before, c in itertools.pairwise(chunks):
         torch.addcmul(v[c], a[c], v[before, steps[-1]], out=v[c])
 
 
@@ -73,16 +77,13 @@ class _Scan:
         self.real = A.real.dtype if A.is_complex() else A.dtype
         self.A = A.view(self.g, -1, self.n)
         self.axes_B, self.axes_C = ("tbgn" if t.dim() == 4 else "gkn" for t in (B, C))
-        packed = inputs.cu_seqlens is not None
-        bounds = inputs.cu_seqlens.tolist() if packed else [0, self.l]
-        self.sequences = list(zip(bounds[:-1], bounds[1:], strict=True))
+        bounds = [0, self.l] if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+        self.sequences = list(itertools.pairwise(bounds))
         self.segments = _segments(self.l, max(1, self.b * self.d * self.n))
-        self.packed = packed
+        self.packed = inputs.cu_seqlens is not None
 
-    def states(self, states: Tensor | None) -> Tensor | None:
+    def states(self, states: Tensor) -> Tensor:
         """(b, d, n), or (s, d, n) if packed, as (sequence, b, g, k, n)."""
-        if states is None:
-            return None
         return states.view(-1, 1 if self.packed else self.b, *self.A.shape)
 
     def channels(self, t: Tensor, start: int, stop: int) -> Tensor:
@@ -115,7 +116,7 @@ class _Scan:
         return raw, F.softplus(raw) if self.delta_softplus else raw
 
     def buffers(self, count: int) -> list[Tensor]:
-        """Room for one (t, b, g, k, n) tensor each, to be used again by every segment: fresh pages cost more than the sums."""
+        """Room for (t, b, g, k, n) tensors that all segments share: fresh pages cost more than the sums."""
         longest = max((stop - start for start, stop in self.segments), default=0)
         return [self.A.new_empty(longest, self.b, *self.A.shape) for _ in range(count)]
 
@@ -127,8 +128,10 @@ class _Scan:
         """x_t B_t, (t, b, g, k, n), for x (t, b, g, k) and B as `weights` gives it."""
         return torch.mul(x[..., None], B if B.dim() == 3 else B[..., None, :], out=out[: len(x)])
 
-    def hidden(self, a: Tensor, v: Tensor, initial: Tensor | None, carry: Tensor | None, start: int, stop: int) -> Tensor:
-        """The states of a segment from its decays a, its inputs v and the state before it; overwrites a and v."""
+    def hidden(
+        self, a: Tensor, v: Tensor, initial: Tensor | None, carry: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        """The states of a segment from its decays a, inputs v and the state before it; overwrites a and v."""
         starts = self.starts(start, stop)
         for s, t in starts:
             if initial is not None:
@@ -156,7 +159,8 @@ def _put(out: Tensor, start: int, stop: int, t: Tensor) -> None:
 
 def _forward(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
     scan = _Scan(inputs, delta_softplus)
-    initial, last = scan.states(inputs.initial_state), scan.states(last_state)
+    initial = None if inputs.initial_state is None else scan.states(inputs.initial_state)
+    last = scan.states(last_state)
     last.copy_(torch.zeros_like(last) if initial is None else initial)  # what an empty sequence ends with
     carry = None
     room_a, room_v = scan.buffers(2)
@@ -177,10 +181,17 @@ def _forward(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor
         carry = h[-1].clone()
 
 
-def _backward(grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs) -> None:
+def _backward(
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
+) -> None:
     scan = _Scan(inputs, delta_softplus)
-    initial, dlast = scan.states(inputs.initial_state), scan.states(grad_last)
-    dA, dB0, dC0 = torch.zeros_like(scan.A), torch.zeros_like(scan.A), torch.zeros_like(scan.A)  # B0, C0: constant B, C
+    initial = None if inputs.initial_state is None else scan.states(inputs.initial_state)
+    dlast = scan.states(grad_last)
+    dA, dB0, dC0 = (
+        torch.zeros_like(scan.A),
+        torch.zeros_like(scan.A),
+        torch.zeros_like(scan.A),
+    )  # B0, C0: constant B, C
     dD, dbias = scan.A.new_zeros(2, *scan.A.shape[:2], dtype=scan.real)
     dinitial = None
     if grads.initial_state is not None:
@@ -206,7 +217,7 @@ def _backward(grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, 
         for s, t in scan.starts(start, stop):
             before[t] = 0 if initial is None else initial[s]
 
-        if inputs.z is not None:
+        if inputs.z is not None and grads.z is not None:
             z = scan.channels(inputs.z, start, stop)
             sigma = torch.sigmoid(z)
             y = scan.read_out(h, C, x)
@@ -253,9 +264,10 @@ def _backward(grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, 
                 constant += part
             else:
                 grad[..., start:stop] = part.permute(1, 2, 3, 0)
-    for grad, total in ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB0), (grads.C, dC0)):
-        if grad is not None and grad.dim() < 4:
-            grad.copy_(total.view(grad.shape))
+    wholes = ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB0), (grads.C, dC0))
+    for whole, total in wholes:
+        if whole is not None and whole.dim() < 4:
+            whole.copy_(total.view(whole.shape))
 
 
 def _saved_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:

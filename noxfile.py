@@ -1,0 +1,59 @@
+"""Sessions: bench (the main job), tests, quick, lint. They need nothing but Python and nox."""
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "virtualenv"
+
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# The versions that asv measures with, so that tests and benchmarks see the same libraries.
+PINNED = ["torch==2.13.0", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
+
+
+def install_project(session: nox.Session) -> None:
+    """The package alone: its dependencies are installed by the session, pinned."""
+    session.install("hatchling", "editables")
+    session.install("--no-deps", "--no-build-isolation", "--editable", ".")
+
+
+@nox.session(reuse_venv=True)
+def bench(session: nox.Session) -> None:
+    """Measure HEAD and the commit before it (or the range given), write the pages and results/."""
+    session.install(*EXTRAS["bench"])  # torch is installed by asv, into the environment that it measures in
+    install_project(session)
+    session.run("projecta", "bench", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def tests(session: nox.Session) -> None:
+    """Everything that must hold: pytest with doctests, every benchmark once."""
+    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"])
+    install_project(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def quick(session: nox.Session) -> None:
+    """The suites' cases under pytest-benchmark, on the working tree; compare with --benchmark-compare."""
+    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"])
+    install_project(session)
+    session.run("pytest", "tests/test_speed.py", "--benchmark-only", "--benchmark-autosave", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Style, types and workflows."""
+    session.install(*EXTRAS["dev"], "click", "rich")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run(
+        "check-jsonschema",
+        "--builtin-schema",
+        "vendor.github-workflows",
+        ".github/workflows/ci.yml",
+        ".github/workflows/benchmarks.yml",
+    )
+    session.run("zizmor", "--offline", "--persona", "pedantic", ".github/workflows")

@@ -1,0 +1,234 @@
+"""Tables and plots of one machine's newest results: CSV, PNG and Markdown.
+
+What goes into which table is said by `TABLES`: a benchmark of the suites belongs to a table by its name.
+"""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from projecta.regress.store import Measurement
+
+Row = dict[str, str | float | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One CSV and one log-log plot: `value` against `length`, one line for each `by` and benchmark."""
+
+    name: str
+    title: str
+    value: str  # column, with the unit
+    scale: float  # from asv's unit to the column's
+    by: str  # the parameter that tells the lines apart
+    benchmarks: dict[str, str]  # asv's name: what the table calls it
+
+
+TABLES = (
+    Table("scan_time", "Selective scan: time", "time_ms", 1e3, "backend", {
+        "scan.Scan.time_forward": "forward",
+        "scan.ScanGrad.time_forward_backward": "forward+backward",
+        "scan.FullScan.time_forward": "forward, d 1536",
+    }),
+    Table("scan_memory", "Selective scan: peak memory over the inputs", "memory_mib", 1.0, "backend", {
+        "scan.Scan.track_peak_forward": "forward",
+        "scan.ScanGrad.track_peak_forward_backward": "forward+backward",
+        "scan.FullScan.track_peak_forward": "forward, d 1536",
+        "scan.ScanBound.track_peak_forward": "forward",
+        "scan.ScanBound.track_peak_forward_backward": "forward+backward",
+    }),
+    Table("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "periods", {
+        "mrss.Mrss.time_forward": "forward", "mrss.FullMrss.time_forward": "forward, d 1536",
+    }),
+    Table("mrss_memory", "Multi-resolution scan: peak memory over the inputs", "memory_mib", 1.0, "periods", {
+        "mrss.Mrss.track_peak_forward": "forward", "mrss.FullMrss.track_peak_forward": "forward, d 1536",
+    }),
+)  # fmt: skip
+VTP_TIME = ("clip.Vtp.time_forward", "clip.FullVtp.time_forward")
+VTP_MEMORY = ("clip.Vtp.track_peak_forward", "clip.FullVtp.track_peak_forward")
+BOUND = "lower bound"
+
+
+def newest_commit(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """The measurements of the newest commit that has any."""
+    done = [m for m in measurements if m.measured]
+    newest = max(((m.date, m.commit) for m in done), default=None)
+    return [m for m in done if (m.date, m.commit) == newest]
+
+
+def write_report(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
+    """Write every table that has rows, and its plots; return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    rows = vtp_rows(measurements)
+    if rows:
+        written += [_write_csv(folder / "clip_vtp_results.csv", rows)]
+        written += [
+            _plot_vtp(folder / "clip_vtp_latency.png", rows, "latency_ms", "latency (ms)", measurements),
+            _plot_vtp(
+                folder / "clip_vtp_memory.png",
+                rows,
+                "memory_mib",
+                "peak memory over the resident (MiB)",
+                measurements,
+            ),
+        ]
+    for table in TABLES:
+        rows = length_rows(table, measurements)
+        if rows:
+            written += [_write_csv(folder / f"{table.name}.csv", rows)]
+            written += [_plot_lengths(folder / f"{table.name}.png", table, rows, measurements)]
+    return written
+
+
+def vtp_rows(measurements: Iterable[Measurement]) -> list[Row]:
+    """One row per batch and keep ratio: variant, keep_ratio, latency_ms, throughput_img_s, memory_mib."""
+    time: dict[tuple[int, float], float] = {}
+    memory: dict[tuple[int, float], float] = {}
+    for m in measurements:
+        for names, found in ((VTP_TIME, time), (VTP_MEMORY, memory)):
+            if m.benchmark in names and m.value is not None:
+                found[int(m.params["batch"]), float(m.params["keep"])] = m.value
+    rows: list[Row] = []
+    for batch, keep in sorted(time, key=lambda key: (key[0], -key[1])):
+        seconds = time[batch, keep]
+        rows.append({
+            "variant": f"{'baseline' if keep == 1 else 'vtp'}_b{batch}", "keep_ratio": keep,
+            "latency_ms": round(seconds * 1e3, 3), "throughput_img_s": round(batch / seconds, 3),
+            "memory_mib": round(memory[batch, keep], 3) if (batch, keep) in memory else None,
+        })  # fmt: skip
+    return rows
+
+
+def length_rows(table: Table, measurements: Iterable[Measurement]) -> list[Row]:
+    """One row per line and length of a table."""
+    rows: list[Row] = []
+    for m in measurements:
+        if m.benchmark in table.benchmarks and m.value is not None:
+            line = m.params.get(table.by, BOUND)
+            value = round(m.value * table.scale, 4)
+            rows.append(
+                {
+                    "pass": table.benchmarks[m.benchmark],
+                    table.by: line,
+                    "length": int(m.params["length"]),
+                    table.value: value,
+                }
+            )
+    return sorted(rows, key=lambda row: (str(row["pass"]), str(row[table.by]), float(row["length"] or 0)))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table.
+
+    >>> print(markdown([{"keep_ratio": 0.5, "latency_ms": 12.0}]))
+    | keep_ratio | latency_ms |
+    | --- | --- |
+    | 0.5 | 12 |
+    """
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    lines += ["| " + " | ".join(_cell(row[name]) for name in head) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def summary(measurements: Sequence[Measurement]) -> str:
+    """The report's tables in Markdown: the lengths side by side."""
+    parts = []
+    rows = vtp_rows(measurements)
+    if rows:
+        parts.append("CLIP ViT-B/16 vision tower, tokens pruned before block 0\n\n" + markdown(rows))
+    for table in TABLES:
+        wide: dict[tuple[object, object], Row] = {}
+        for row in length_rows(table, measurements):
+            start: Row = {"pass": row["pass"], table.by: row[table.by]}
+            wide.setdefault((row["pass"], row[table.by]), start)[f"l = {row['length']}"] = row[table.value]
+        if wide:
+            head = list(dict.fromkeys(name for row in wide.values() for name in row))
+            parts.append(
+                f"{table.title}, {table.value}\n\n"
+                + markdown([{n: row.get(n) for n in head} for row in wide.values()])
+            )
+    return "\n\n".join(parts)
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _plot_lengths(path: Path, table: Table, rows: Sequence[Row], measurements: Sequence[Measurement]) -> Path:
+    """One panel per pass, time or memory against length, log-log, one line per `by`."""
+    passes = list(dict.fromkeys(str(row["pass"]) for row in rows))
+    figure, panels = _figure(len(passes), measurements)
+    for axes, name in zip(panels, passes, strict=True):
+        lines = dict.fromkeys(str(row[table.by]) for row in rows)
+        for line in lines:
+            points = [
+                (row["length"], row[table.value])
+                for row in rows
+                if row["pass"] == name and row[table.by] == line
+            ]
+            style = {"color": "0.5", "linestyle": "--"} if line == BOUND else {"marker": "o"}
+            if points:
+                axes.loglog(*zip(*points, strict=True), label=line, base=2, **style)
+        axes.set_yscale("log", base=10)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set(title=f"{table.title}, {name}" if len(passes) == 1 else name, xlabel="length (steps)")
+        axes.legend(title=table.by)
+    panels[0].set_ylabel(table.value.replace("_ms", " (ms)").replace("_mib", " (MiB)"))
+    if len(passes) > 1:
+        figure.suptitle(table.title)
+    return _save(figure, path)
+
+
+def _plot_vtp(
+    path: Path, rows: Sequence[Row], value: str, label: str, measurements: Sequence[Measurement]
+) -> Path:
+    """Bars by keep ratio, one panel per batch, each with its change against keep 1.0."""
+    batches = list(dict.fromkeys(str(row["variant"]).rpartition("_b")[2] for row in rows))
+    figure, panels = _figure(len(batches), measurements)
+    for axes, batch in zip(panels, batches, strict=True):
+        mine = [row for row in rows if str(row["variant"]).endswith(f"_b{batch}") and row[value] is not None]
+        heights = [float(row[value] or 0) for row in mine]
+        bars = axes.bar([str(row["keep_ratio"]) for row in mine], heights, width=0.6)
+        full = next((float(row[value] or 0) for row in mine if row["keep_ratio"] == 1.0), 0.0)
+        changes = [f"{h:.4g}" + (f"\n{h / full - 1:+.0%}" if full and h != full else "") for h in heights]
+        axes.bar_label(bars, changes, padding=2)
+        axes.margins(y=0.2)
+        axes.set(title=f"batch {batch}", xlabel="keep ratio", ylabel=label)
+    figure.suptitle("CLIP ViT-B/16 vision tower, tokens pruned before block 0")
+    return _save(figure, path)
+
+
+def _figure(panels: int, measurements: Sequence[Measurement]) -> tuple[Any, list[Any]]:
+    """A row of panels, marked with where the numbers come from."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for panel in axes:
+        panel.grid(axis="y", alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    origin = measurements[0]
+    figure.supxlabel(f"{origin.machine}, commit {origin.commit[:8]}", fontsize="small", color="0.4")
+    return figure, list(axes)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,102 @@
+"""Checks the arguments of a scan and brings them into the canonical form that the backends take."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
+    """Check every argument of a scan; return A, B, C and initial_state in canonical form."""
+    check.tensor("u", u)
+    check.dtype("u", u, FLOATS)
+    check.that(u.dim() == 3, "u", "have shape (b, d, l)", tuple(u.shape))
+    b, d, l = u.shape
+    check.tensor("A", A, u.device)
+    check.dtype("A", A, WIDE)
+    check.that(
+        A.dim() == 2 and A.shape[0] == d and A.shape[1] > 0,
+        "A",
+        f"have shape (d, n) with d = {d}, n > 0",
+        tuple(A.shape),
+    )
+    n = A.shape[1]
+    for name, t in (("delta", delta), ("z", z)):
+        if t is not None or name == "delta":
+            check.tensor(name, t, u.device)
+            check.dtype(name, t, FLOATS)
+            check.shape(name, t, (b, d, l), "(b, d, l)", "like u")
+    for name, t in (("D", D), ("delta_bias", delta_bias)):
+        if t is not None:
+            check.tensor(name, t, u.device)
+            check.dtype(name, t, FLOATS)
+            check.shape(name, t, (d,), "(d,)")
+    B, C = (_canonical_weight(check, name, t, A, b, d, n, l, u) for name, t in (("B", B), ("C", C)))
+    if B.dim() == C.dim() == 4:
+        check.that(B.shape[1] == C.shape[1], "C", f"have as many groups as B, {B.shape[1]}", C.shape[1])
+    sequences = b
+    if cu_seqlens is not None:
+        check.that(b == 1, "u", "have b = 1 with cu_seqlens", b)
+        sequences = _check_bounds(check, cu_seqlens, u.device, l)
+    if initial_state is not None:
+        check.tensor("initial_state", initial_state, u.device)
+        axes = "(b, d, n)" if cu_seqlens is None else "(s, d, n)"
+        check.shape("initial_state", initial_state, (sequences, d, n), axes)
+        check.that(
+            A.is_complex() or not initial_state.is_complex(), "initial_state", "be real like A",
+            initial_state.dtype, error=TypeError,
+        )  # fmt: skip
+        initial_state = initial_state.to(state_dtype(u, A)).contiguous()
+    return A.to(state_dtype(u, A)).contiguous(), B, C, initial_state
+
+
+def _canonical_weight(check, name, B, A, b, d, n, l, u):
+    """B or C as (d, n) or (b, g, n, l), complex if A is."""
+    check.tensor(name, B, u.device)
+    check.dtype(name, B, (*FLOATS, *_COMPLEX.values()))
+    check.that(A.is_complex() or not B.is_complex(), name, "be real like A", B.dtype, error=TypeError)
+    if B.dim() == 2:
+        check.shape(name, B, (d, n), "(d, n)")
+        return B.to(state_dtype(u, A)) if A.is_complex() else B
+    interleaved = A.is_complex() and not B.is_complex()
+    length = 2 * l if interleaved else l
+    axes = "2 l" if interleaved else "l"
+    shapes = f"have shape (d, n), (b, n, {axes}) = {(b, n, length)} or (b, g, n, {axes})"
+    grouped = B[:, None] if B.dim() == 3 else B
+    check.that(B.dim() in (3, 4), name, shapes, tuple(B.shape))
+    g = grouped.shape[1]
+    check.that(tuple(grouped.shape) == (b, g, n, length), name, shapes, tuple(B.shape))
+    check.that(g > 0 and d % g == 0, name, f"have a number of groups that divides d = {d}", g)
+    if interleaved:
+        grouped = torch.view_as_complex(
+            grouped.to(state_dtype(u, A).to_real()).unflatten(-1, (l, 2)).contiguous()
+        )
+    return grouped
+
+
+def _check_bounds(check, cu_seqlens, device, l) -> int:
+    """The number of packed sequences."""
+    check.tensor("cu_seqlens", cu_seqlens, device)
+    check.dtype("cu_seqlens", cu_seqlens, (torch.int32,))
+    check.that(
+        cu_seqlens.dim() == 1 and len(cu_seqlens) > 0,
+        "cu_seqlens",
+        "have shape (s + 1,)",
+        tuple(cu_seqlens.shape),
+    )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        rises = all(x <= y for x, y in itertools.pairwise(bounds))
+        check.that(
+            rises and bounds[0] == 0 and bounds[-1] == l, "cu_seqlens", f"rise from 0 to l = {l}", bounds
+        )
+    return len(cu_seqlens) - 1
+
+
+def state_dtype(u: Tensor, A: Tensor) -> torch.dtype:
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return _COMPLEX[real] if A.is_complex() else real
