@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks import common
 
@@ -17,8 +18,6 @@ def _tower():
     The gains of the norm before block 0 are drawn as well: with gains of 1 all tokens would have the same
     length.
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
     config = CLIPVisionConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         patch_size=16, image_size=224, projection_dim=512,
@@ -68,7 +67,6 @@ class Vtp(common.Suite):
     params = (KEEP, (1, 8))
     param_names = ("keep", "batch")
     version = VERSION
-    repeat = (2, 5, 3.0)
 
     def setup(self, keep, batch):
         _forward(keep, batch)

@@ -1,6 +1,6 @@
 """What every suite shares: device, clock, seeds, inputs, checks, peak memory. Holds no benchmark.
 
-Nothing here touches the device, or starts a thread, when it is imported: asv forks the measuring processes
+Nothing here computes or touches the device when it is imported: asv forks the measuring processes
 from one that has imported the suites.
 """
 
@@ -30,11 +30,13 @@ class WrongResult(Exception):
 class Suite:
     """Attributes of every timing suite.
 
-    Each sample is one call, and `repeat` bounds what a slow one may take: (least, most, seconds).
+    Each sample is one call; `repeat` bounds the samples of a process: (least, most, seconds).
+    Two processes measure each case, at different times of the run.
     """
 
     number = 1
-    repeat = (2, 10, 1.0)
+    repeat = (1, 10, 0.5)
+    min_run_count = 1
     warmup_time = 0.0  # setup has run the call already
     rounds = 2
     unit = "MiB"

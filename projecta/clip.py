@@ -32,6 +32,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         TypeError: the model has no CLIP vision tower. ValueError: it is pruned already, or has no block
             `plan.at`.
 
+    >>> import torch
     >>> from transformers import CLIPVisionConfig, CLIPVisionModel
     >>> model = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     ...     num_attention_heads=2, image_size=32, patch_size=8))

@@ -15,6 +15,7 @@ Blocks start with each sequence; a short last block ends with it (its own length
 returned state).
 """
 
+import itertools
 import math
 
 import torch
@@ -63,7 +64,7 @@ def mrss_scan(
     >>> u, delta = torch.ones(1, 2, 4), torch.full((1, 2, 4), 0.1)
     >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 4), torch.ones(1, 1, 4)
     >>> mrss_scan(u, delta, A, B, C, periods=[2])[0, 0]
-    tensor([0.1000, 0.1951, 0.2951, 0.3548])
+    tensor([0.1000, 0.1902, 0.2902, 0.3451])
     """
     check = Checker("mrss_scan")
     A, B, C, initial_state = canonical_arguments(
@@ -85,23 +86,21 @@ def mrss_scan(
         )
     scan_one = _scan_reference if backend == "reference" else _scan_vectorised
     bounds = [0, u.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()
+    rows = len(u) if cu_seqlens is None else 1  # of the batch, in each sequence of the list
+    if initial_state is None:
+        initial_state = A.new_zeros(rows * (len(bounds) - 1), *A.shape)
     real = A.real.dtype if A.is_complex() else A.dtype
-    delta = reference.step_size(delta, delta_bias, delta_softplus, real)
-    x = u.to(real)
-    state = (
-        A.new_zeros(u.shape[0] if cu_seqlens is None else len(bounds) - 1, *A.shape)
-        if initial_state is None
-        else initial_state
-    )
-    rows = state.split(u.shape[0] if cu_seqlens is None else 1)
-    ys, lasts = [x[..., :0]], []
-    for start, stop, h in zip(bounds[:-1], bounds[1:], rows, strict=True):
+    ys, states = [u[..., :0]], [initial_state[:0]]
+    for (start, stop), h in zip(itertools.pairwise(bounds), initial_state.split(rows), strict=True):
+        x, step = u[..., start:stop].to(real), delta[..., start:stop]
+        step = reference.step_size(step, delta_bias, delta_softplus, real)
         B_cut, C_cut = (t if t.dim() == 2 else t[..., start:stop] for t in (B, C))
-        y, h = scan_one(x[..., start:stop], delta[..., start:stop], A, B_cut, C_cut, h, table, decay)
-        ys.append(y)
-        lasts.append(h)
-    y = reference.skip_and_gate(torch.cat(ys, -1), x, D, z).to(u.dtype)
-    return (y, torch.cat(lasts) if lasts else state) if return_last_state else y
+        y, h = scan_one(x, step, A, B_cut, C_cut, h, table, decay)
+        gate = None if z is None else z[..., start:stop]
+        ys.append(reference.skip_and_gate(y, x, D, gate).to(u.dtype))
+        states.append(h)
+    y = torch.cat(ys, -1)
+    return (y, torch.cat(states)) if return_last_state else y
 
 
 def choose_periods(

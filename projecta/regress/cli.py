@@ -145,6 +145,7 @@ def _project(root: Path) -> Any:
 
 def _report(root: Path, machine: str | None, out: Path) -> None:
     from projecta.regress import report as tables
+    from projecta.regress import runner
 
     project = _project(root)
     machines = project.machines()
@@ -152,7 +153,8 @@ def _report(root: Path, machine: str | None, out: Path) -> None:
         raise ValueError(
             f"projecta report: --machine must be one of {', '.join(machines) or 'none yet'}; got {machine!r}."
         )
-    newest = tables.newest_commit(project.measurements(machine or machines[0])) if machines else []
+    found = list(project.measurements(machine or machines[0])) if machines else []
+    newest = tables.newest_commit(found, runner.history(root))
     if not newest:
         click.echo("projecta report: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)

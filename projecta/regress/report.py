@@ -51,11 +51,15 @@ VTP_MEMORY = ("clip.Vtp.track_peak_forward", "clip.FullVtp.track_peak_forward")
 BOUND = "lower bound"
 
 
-def newest_commit(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """The measurements of the newest commit that has any."""
+def newest_commit(measurements: Iterable[Measurement], history: Sequence[str]) -> list[Measurement]:
+    """The measurements of the newest commit that has any; `history` lists commits, newest first.
+
+    Commits that are not in it (of another branch, say) come behind, by their date.
+    """
     done = [m for m in measurements if m.measured]
-    newest = max(((m.date, m.commit) for m in done), default=None)
-    return [m for m in done if (m.date, m.commit) == newest]
+    place = {commit: i for i, commit in enumerate(history)}
+    newest = min(done, key=lambda m: (place.get(m.commit, len(place)), -m.date), default=None)
+    return [m for m in done if newest is not None and m.commit == newest.commit]
 
 
 def write_report(measurements: Sequence[Measurement], folder: Path) -> list[Path]:

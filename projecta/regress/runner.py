@@ -1,5 +1,6 @@
 """Has asv measure commits, and shows how far it is: asv runs, stores and publishes."""
 
+import codecs
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from projecta._checks import Checker, fail
 ENTIRE_SUITES = (
     r"^(?!\w+\.Full)"  # suites named Full... skip unless PROJECTA_FULL=1: a skip must not pass for a result
 )
-_STEP = re.compile(r"^\[\s*([\d.]+)%\]\s+(·+)\s*(.*)$")
+_STEP = re.compile(r"^\[\s*([\d.]+)%\]\s+·+\s*(.*)$")
 
 
 def git(folder: Path, *words: str) -> str:
@@ -28,7 +29,7 @@ def git(folder: Path, *words: str) -> str:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["unknown reason"])[0].removeprefix("fatal: ")
         fail("projecta", f"git {words[0]}", "succeed", reason)
-    return done.stdout.strip()
+    return done.stdout.rstrip()
 
 
 def find_root(folder: Path) -> Path:
@@ -68,8 +69,16 @@ def find_commits(root: Path, revisions: str | None) -> list[str]:
 
 
 def uncommitted(root: Path) -> list[str]:
-    """Files that differ from HEAD, and so are not measured."""
-    return [line[3:] for line in git(root, "status", "--porcelain").splitlines()]
+    """Files that differ from HEAD, and so are not measured; the report's own are left out."""
+    lines = git(
+        root, "status", "--porcelain", "--untracked-files=all", "--", ":/", ":(exclude)results"
+    ).splitlines()
+    return [line[3:] for line in lines]
+
+
+def history(root: Path) -> list[str]:
+    """Hashes of HEAD and all commits before it, newest first."""
+    return git(root, "rev-list", "--topo-order", "HEAD").splitlines()
 
 
 def machine_name(name: str | None) -> str:
@@ -119,7 +128,7 @@ def _follow(command: list[str], root: Path, console: Console) -> int:
     """Run asv and turn its lines into a progress display. An interrupt ends asv and what it started."""
     process = subprocess.Popen(
         command, cwd=root, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -133,37 +142,63 @@ def _follow(command: list[str], root: Path, console: Console) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
         _end(process)
+        if process.stdout:
+            process.stdout.close()
 
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _show(process: subprocess.Popen[str], progress: Progress, console: Console) -> None:
-    """One line per finished benchmark, with asv's table only where something failed; a bar for the rest."""
+def _show(process: subprocess.Popen[bytes], progress: Progress, console: Console) -> None:
+    """A bar that names what is running; a line per finished benchmark; asv's words where one failed."""
     task = progress.add_task("starting", total=100.0)
-    started, table, failed = time.monotonic(), [], False
-    assert process.stdout is not None
-    for line in process.stdout:
+    started, detail, failed = time.monotonic(), list[str](), False
+    for line, complete in _read_lines(process):
         step = _STEP.match(line)
-        if step is None:
-            table.append(line.rstrip())
+        if step:
+            words = step[2].strip()
+            name = words.removeprefix("Running (").split()[0].removesuffix("--).") if words else "running"
+            progress.update(task, completed=float(step[1]), description=name)
+        if not complete:
+            continue
+        if step is None or words.startswith(
+            "="
+        ):  # part of a result's table, of an error, or of the preparation
+            detail.append(line.rstrip())
             if line.startswith("·"):
-                progress.update(task, description=line.strip("· \n"))
-                _say(progress, console, line.strip("· \n"))
+                progress.update(task, description=line.strip("· "))
+                _say(progress, console, line.strip("· "))
             continue
         if failed:
-            console.print("\n".join(table), markup=False, highlight=False)
-        percent, text = float(step[1]), step[3].strip()
-        failed, table = text.endswith("failed"), []
-        progress.update(
-            task, completed=percent, description=text.removeprefix("Running (").rstrip("-).") or "running"
-        )
-        seconds = time.monotonic() - started
-        left = f"{_minutes(seconds * (100 - percent) / percent)} left" if percent else "time left unknown"
-        _say(progress, console, f"{percent:3.0f} %  {_minutes(seconds)}, {left}  {text}")
-    if failed:
-        console.print("\n".join(table), markup=False, highlight=False)
+            console.print("\n".join(detail), markup=False, highlight=False)
+        detail, failed = [], words.endswith("failed")
+        _say(progress, console, f"{_pace(float(step[1]), time.monotonic() - started)}  {words}")
+    if failed or process.wait() not in (0, 2):
+        console.print("\n".join(detail), markup=False, highlight=False)
+
+
+def _read_lines(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, bool]]:
+    """What asv prints, line by line; (line, False) while asv is still writing it, as it names what runs."""
+    assert process.stdout is not None
+    decoder, pending = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    while chunk := os.read(process.stdout.fileno(), 65536):
+        *done, pending = (pending + decoder.decode(chunk)).split("\n")
+        yield from ((line, True) for line in done)
+        if pending:
+            yield pending, False
+    if pending:
+        yield pending, True
+
+
+def _pace(percent: float, seconds: float) -> str:
+    """How far, how long so far, how long still.
+
+    >>> _pace(25.0, 90.0)
+    ' 25 %   1:30, about   4:30 left'
+    """
+    left = f"about {_minutes(seconds * (100 - percent) / percent)} left" if percent >= 5 else "starting"
+    return f"{percent:3.0f} % {_minutes(seconds)}, {left}"
 
 
 def _say(progress: Progress, console: Console, line: str) -> None:
@@ -173,10 +208,10 @@ def _say(progress: Progress, console: Console, line: str) -> None:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    return f"{int(seconds // 60):3d}:{int(seconds % 60):02d}"
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt asv, which ends its benchmark; kill what is left after ten seconds."""
     for number, patience in ((signal.SIGINT, 10.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
         if process.poll() is not None:

@@ -16,6 +16,7 @@ their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
 from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from projecta._checks import Checker
@@ -40,7 +41,7 @@ def available_backends() -> dict[str, str]:
     >>> available_backends()["vectorised"]
     ''
     """
-    return {name: _module(name).unavailable() for name in BACKENDS}
+    return {name: _why_not(name) for name in BACKENDS}
 
 
 def selective_scan(
@@ -205,16 +206,22 @@ def selective_state_update(
     return y.view(x.shape)
 
 
-def _module(name: str) -> ModuleType:
-    return import_module(f"projecta.scan.{name}")
+_loaded: dict[str, ModuleType] = {}
+
+
+@torch.compiler.assume_constant_result
+def _why_not(name: str) -> str:
+    """Load a backend; say why it cannot run here, or ""."""
+    _loaded[name] = import_module(f"projecta.scan.{name}")
+    return _loaded[name].unavailable()
 
 
 def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
     check.one_of("backend", backend, ("auto", *BACKENDS))
     name = AUTO.get(u.device.type, "vectorised") if backend == "auto" else backend
-    reason = _module(name).unavailable()
+    reason = _why_not(name)
     if reason:
         raise BackendUnavailable(
             f"{check.function}: backend must be able to run here; got {name!r}: {reason}."
         )
-    return _module(name)
+    return _loaded[name]

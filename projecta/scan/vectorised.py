@@ -165,8 +165,8 @@ def _forward(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor
     carry = None
     room_a, room_v = scan.buffers(2)
     for i, (start, stop) in enumerate(scan.segments):
-        if saved.numel() and carry is not None:
-            saved[i] = carry.view(saved[i].shape)
+        if saved.numel():
+            saved[i] = 0 if carry is None else carry.view(saved[i].shape)
         x = scan.channels(inputs.u, start, stop)
         _, delta = scan.step_size(start, stop)
         B, C = (scan.weights(t, start, stop) for t in (inputs.B, inputs.C))
