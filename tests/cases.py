@@ -1,0 +1,76 @@
+"""What several test files draw from: random scans, and the benchmarks of the suites."""
+
+import importlib
+import itertools
+
+import torch
+
+SUITES = ("scan", "mrss", "clip")
+
+
+def make_scan(
+    b=2, d=4, l=33, n=3, g=None, constant="", complex_A=False, packed=None, dtype=torch.float32, without=()
+):
+    """Arguments of a scan as a dict; `constant` names those of "BC" that do not vary in time, `packed` the bounds."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    A = -torch.rand(d, n, dtype=wide) * n - 0.1
+    if complex_A:
+        A = torch.complex(A, torch.randn(d, n, dtype=wide))
+
+    def weight(name):
+        if name in constant:
+            return torch.randn(d, n, dtype=A.dtype)
+        length = 2 * l if complex_A else l
+        return torch.randn(*((b, n, length) if g is None else (b, g, n, length)), dtype=dtype)
+
+    sequences = b if packed is None else len(packed) - 1
+    arguments = {
+        "u": torch.randn(b, d, l, dtype=dtype),
+        "delta": 0.5 * torch.randn(b, d, l, dtype=dtype),
+        "A": A,
+        "B": weight("B"),
+        "C": weight("C"),
+        "D": torch.randn(d, dtype=wide),
+        "z": torch.randn(b, d, l, dtype=dtype),
+        "delta_bias": torch.randn(d, dtype=wide) - 1,
+        "initial_state": torch.randn(sequences, d, n, dtype=A.dtype),
+    }
+    if packed is not None:
+        arguments["cu_seqlens"] = torch.tensor(packed, dtype=torch.int32)
+    return {name: t for name, t in arguments.items() if name not in without}
+
+
+def widen(t):
+    """To float64 or complex128; integers stay."""
+    if t.is_complex():
+        return t.to(torch.complex128)
+    return t.double() if t.is_floating_point() else t
+
+
+def run_with_gradients(scan, arguments, **options):
+    """y, the last state and every gradient of one fixed loss, by name."""
+    leaves = {
+        n: t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex())
+        for n, t in arguments.items()
+    }
+    y, last = scan(**leaves, delta_softplus=True, return_last_state=True, **options)
+    draw = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.dtype)
+    grad_last = torch.randn(last.shape, generator=draw, dtype=torch.float64).to(last.dtype)
+    wanted = {n: t for n, t in leaves.items() if t.requires_grad}
+    grads = torch.autograd.grad((y, last), list(wanted.values()), (grad_y, grad_last), materialize_grads=True)
+    return {"y": y.detach(), "last": last.detach()} | {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
+
+
+def benchmarks(prefix):
+    """(suite, class, method) of every benchmark whose name starts with `prefix`, suites named Full... left out."""
+    for suite in SUITES:
+        module = importlib.import_module(f"benchmarks.{suite}")
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and kind.__module__ == module.__name__ and not name.startswith("Full"):
+                yield from ((suite, kind, method) for method in dir(kind) if method.startswith(prefix))
+
+
+def parameters(kind):
+    """Every combination of a suite's parameters."""
+    return list(itertools.product(*kind.params))

@@ -1,0 +1,44 @@
+"""Seeds, NaN in fresh memory, and the `backend` fixture."""
+
+import pytest
+import torch
+
+from projecta.scan import BACKENDS, available_backends
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backends", default="", help="comma-separated: a named backend that cannot run is a failure"
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The timings are for `nox -s quick`; test_benchmarks.py runs the same cases once, as a test."""
+    return (
+        True if collection_path.name == "test_speed.py" and not config.getoption("benchmark_only") else None
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        named = [name for name in metafunc.config.getoption("backends").split(",") if name]
+        metafunc.parametrize("backend", named or [b for b in BACKENDS if b != "reference"], indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """Each backend but the reference; skipped where it cannot run, unless it was named."""
+    reason = available_backends().get(request.param, "no such backend")
+    if reason:
+        (pytest.fail if request.config.getoption("backends") else pytest.skip)(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """A fixed seed; memory that an operator leaves unwritten reads as NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

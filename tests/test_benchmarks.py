@@ -1,0 +1,116 @@
+"""The instruments: every benchmark runs once at its smallest size, and what they read is true."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import common, scan
+from tests.cases import benchmarks, parameters
+
+
+@pytest.mark.parametrize(
+    ("suite", "kind", "method"),
+    [*benchmarks("time_"), *benchmarks("track_")],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_every_benchmark_runs(suite, kind, method):
+    instance = kind()
+    chosen = parameters(kind)[0]
+    if hasattr(instance, "setup"):
+        instance.setup(*chosen)
+    value = getattr(instance, method)(*chosen)
+    if method.startswith("track_"):
+        assert np.isfinite(value)
+        assert value >= 0
+        assert kind.unit == "MiB"
+    assert kind.version.startswith("1-")
+    assert kind.number == 1
+    assert kind.timer is common.Suite.timer
+
+
+def test_long_suites_skip_with_their_reason(monkeypatch):
+    monkeypatch.delenv("PROJECTA_FULL", raising=False)
+    with pytest.raises(common.SkipNotImplemented, match="set PROJECTA_FULL=1"):
+        scan.FullScan().setup("vectorised", 2048)
+
+
+def test_a_commit_without_the_feature_skips_with_its_reason():
+    with pytest.raises(common.SkipNotImplemented, match=r"this commit has no projecta\.warp_drive"):
+        common.require("projecta", "warp_drive")
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = scan.common.require("projecta", "selective_scan")
+
+    def wrong(*args, backend, **kwargs):
+        return right(*args, backend=backend, **kwargs) * (1.01 if backend == "vectorised" else 1)
+
+    monkeypatch.setattr(common, "require", lambda module, name: wrong)
+    with pytest.raises(common.WrongResult, match=r"vectorised y: error 1\.0e-02"):
+        scan._scan.__wrapped__("vectorised", 64, 8, backward=False)
+
+
+@pytest.mark.parametrize("planted", [0, 10, 50])
+def test_a_planted_peak_is_read(planted):
+    def call():
+        held = np.ones(planted * 2**20 // 8)  # gone when the call ends
+        return float(held.sum())
+
+    assert common.peak_mib(call) == pytest.approx(planted, abs=1)
+
+
+def test_a_planted_tensor_is_read():
+    x = torch.ones(2**20)
+    assert common.peak_mib(lambda: x + 1) == pytest.approx(4, abs=1)
+    assert common.peak_mib(lambda: (x + 1).add_(1).sum()) == pytest.approx(4, abs=1)
+
+
+class FakeDevice:
+    """Work that is only queued; waiting for it takes its time."""
+
+    def __init__(self):
+        self.queued = 0.0
+
+    def work(self, seconds):
+        self.queued += seconds
+
+    def synchronise(self):
+        time.sleep(self.queued)
+        self.queued = 0.0
+
+
+def test_the_timer_waits_for_an_asynchronous_device(monkeypatch):
+    """asv reads the timer before and after a call: a plain clock sees the queueing alone, ours the work."""
+    device = FakeDevice()
+    monkeypatch.setattr(common, "synchronise", device.synchronise)
+
+    def read(timer):
+        timer()
+        start = timer()
+        device.work(0.2)
+        return timer() - start
+
+    assert read(time.perf_counter) < 0.2 / 5
+    device.synchronise()
+    assert read(common.Suite.timer) == pytest.approx(0.2, rel=0.05)
+
+
+def test_the_version_follows_the_code_not_the_comments(tmp_path):
+    source = tmp_path / "suite.py"
+    source.write_text('"""One."""\nx = 1  # a\n')
+    first = common.version(source)
+    source.write_text('"""Two."""\n# b\nx = 1\n')
+    assert common.version(source) == first
+    source.write_text("x = 2\n")
+    assert common.version(source) != first
+    assert common.version(source, 2).startswith("2-")
+
+
+def test_photographs_are_real_and_different():
+    pixels = common.photographs(8)
+    assert pixels.shape == (8, 3, 224, 224)
+    flat = pixels.flatten(1)
+    assert torch.pdist(flat).min() > 50
+    assert flat.std(1).min() > 0.3

@@ -1,0 +1,123 @@
+"""What keeps the house in order: imports stay light, arrows go one way, the documents speak the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARROWS = {  # room: the rooms that it may import
+    "_checks": set(),
+    "scan": {"_checks"},
+    "mrss": {"_checks", "scan"},
+    "vtp": {"_checks"},
+    "clip": {"_checks", "vtp"},
+    "regress": {"_checks"},
+    "__main__": {"regress"},
+    "__init__": {"mrss", "scan", "vtp"},  # for type checkers only
+}
+
+
+def room_of(path):
+    return path.relative_to(ROOT / "projecta").parts[0].removesuffix(".py")
+
+
+def test_arrows_go_one_way():
+    for path in (ROOT / "projecta").rglob("*.py"):
+        room = room_of(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            if isinstance(node, ast.ImportFrom) and node.module == "projecta":
+                names += [f"projecta.{a.name}" for a in node.names]
+            for name in names:
+                assert not name.startswith(("benchmarks", "tests")), f"{path}: the package knows no benchmark"
+                parts = name.split(".")
+                if parts[0] == "projecta" and len(parts) > 1 and parts[1] != room:
+                    assert parts[1] in ARROWS[room], f"{path} imports {name}"
+
+
+def in_fresh_process(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import projecta", {"torch", "numba", "triton", "transformers", "numpy", "asv"}),
+        ("import projecta; projecta.selective_scan", {"numba", "transformers", "asv"}),
+        ("import projecta.mrss, projecta.vtp, projecta.clip", {"numba", "transformers", "asv"}),
+        ("import projecta.regress.cli", {"torch", "numpy", "asv", "matplotlib", "rich"}),
+        ("import projecta.regress.store, projecta.regress.report, projecta.regress.runner", {"torch"}),
+        ("import benchmarks.scan, benchmarks.mrss", {"transformers", "skimage"}),
+    ],
+)
+def test_imports_stay_light(statement, unwanted):
+    loaded = in_fresh_process(f"import sys; {statement}; print(*sys.modules)").split()
+    assert not unwanted & set(loaded)
+
+
+def test_importing_the_suites_starts_nothing():
+    code = "import threading, torch, benchmarks.scan, benchmarks.mrss, benchmarks.clip; "
+    assert in_fresh_process(
+        code + "print(threading.active_count(), torch.cuda.is_initialized())"
+    ).split() == ["1", "False"]
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "projecta", "--help"], check=True, capture_output=True, cwd=ROOT
+        )
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_public_names_are_lazy_and_complete():
+    import projecta
+
+    for name in dir(projecta):
+        assert getattr(projecta, name) is not None
+    with pytest.raises(AttributeError, match="module 'projecta' has no attribute 'nothing'"):
+        projecta.nothing  # noqa: B018
+
+
+def test_asv_measures_with_what_the_tests_use():
+    """One exact pin each: asv.conf.json, the sessions and the extras agree."""
+    from asv.util import load_json
+
+    config = load_json(str(ROOT / "asv.conf.json"), js_comments=True)
+    pins = {name: versions[0] for name, versions in config["matrix"]["req"].items()}
+    noxfile, project = (ROOT / "noxfile.py").read_text(), (ROOT / "pyproject.toml").read_text()
+    for name in ("torch", "transformers", "scikit-image"):
+        assert f'"{name}=={pins[name]}"' in noxfile
+    assert f'"asv_runner=={pins["asv_runner"]}"' in project
+    assert any(f"asv_runner=={pins['asv_runner']}" in command for command in config["install_command"])
+    assert all("--no-deps" in command for command in config["install_command"])
+
+
+def test_readme_names_what_there_is():
+    readme = (ROOT / "README.md").read_text()
+    sessions = set(re.findall(r"nox -s (\w+)", readme))
+    assert {"bench", "tests"} <= sessions
+    assert sessions <= set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.M))
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
+        in_fresh_process(block)
+
+
+def test_no_benchmark_hides_in_a_helper_name():
+    """asv takes names that start like this for benchmarks, wherever they stand."""
+    collected = re.compile(r"^(time|timeraw|mem|peakmem|track)_|^(Time|Mem|PeakMem|Track)[A-Z_]")
+    for node in ast.parse((ROOT / "benchmarks" / "common.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert not collected.match(node.name)

@@ -1,0 +1,122 @@
+"""The multi-resolution scan: its two backends against each other, and the properties that it promises."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from projecta import mrss_scan, selective_scan
+from projecta.mrss import choose_periods
+from tests.cases import make_scan, run_with_gradients
+
+CASES = {
+    "plain": {},
+    "short": {"l": 2},
+    "empty": {"l": 0},
+    "long": {"l": 101},
+    "groups": {"g": 2},
+    "constant": {"constant": "BC"},
+    "constant B": {"constant": "B", "g": 2},
+    "complex": {"complex_A": True},
+    "packed": {"b": 1, "l": 70, "packed": [0, 5, 5, 16, 17, 64, 70]},
+    "no options": {"without": ("D", "z", "delta_bias", "initial_state")},
+}
+PERIODS = {
+    "by state": [1, 2, 4],
+    "odd": [3, 5, 1],
+    "by channel": torch.randint(1, 7, (4, 3)).tolist(),
+    "chosen": None,
+}
+
+
+@pytest.mark.parametrize("periods", PERIODS)
+@pytest.mark.parametrize("case", CASES)
+def test_vectorised_agrees_with_the_loop(case, periods, monkeypatch):
+    monkeypatch.setattr("projecta.mrss.SEGMENT_ELEMENTS", 300)
+    arguments = make_scan(**CASES[case], dtype=torch.float64)
+    options = {"periods": PERIODS[periods], "decay": "exact" if CASES[case].get("complex_A") else "compound"}
+    truth = run_with_gradients(mrss_scan, arguments, **options, backend="reference")
+    got = run_with_gradients(mrss_scan, arguments, **options, backend="vectorised")
+    for name, expected in truth.items():
+        torch.testing.assert_close(
+            got[name], expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["reference", "vectorised"])
+def test_periods_of_one_with_exact_decay_are_the_selective_scan(name, case):
+    arguments = make_scan(**CASES[case])
+    truth = run_with_gradients(selective_scan, arguments, backend=name)
+    got = run_with_gradients(mrss_scan, arguments, backend=name, periods=[1, 1, 1], decay="exact")
+    assert torch.equal(got["y"], truth["y"])
+    assert torch.equal(got["last"], truth["last"])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(0, 39), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_causal(l, t, periods):
+    """What happens from t on changes nothing before t, not even the sequence's end."""
+    t = min(t, l)
+    torch.manual_seed(0)
+    arguments = make_scan(l=l, dtype=torch.float64)
+    cut = {n: v[..., :t] if n in ("u", "delta", "z", "B", "C") else v for n, v in arguments.items()}
+    for name in ("reference", "vectorised"):
+        options = {"periods": periods, "delta_softplus": True, "backend": name}
+        torch.testing.assert_close(
+            mrss_scan(**cut, **options), mrss_scan(**arguments, **options)[..., :t], rtol=1e-12, atol=1e-12
+        )
+
+
+def test_no_input_is_late():
+    """The last token of any phase reaches the output at once, undecayed."""
+    for l in range(1, 9):
+        arguments = make_scan(l=l, dtype=torch.float64, without=("D", "z", "initial_state"))
+        u = arguments["u"].requires_grad_()
+        y = mrss_scan(**arguments, delta_softplus=True, periods=[4, 4, 4], backend="vectorised")
+        (slope,) = torch.autograd.grad(y[..., -1].sum(), u)
+        assert slope[..., -1].abs().min() > 0
+
+
+@pytest.mark.parametrize("decay", ["exact", "compound"])
+def test_the_error_vanishes_with_the_step(decay):
+    errors = []
+    for scale in (1e-2, 1e-3, 1e-4):
+        torch.manual_seed(0)
+        arguments = make_scan(l=64, dtype=torch.float64, without=("D", "z", "delta_bias", "initial_state"))
+        arguments["delta"] = scale * arguments["delta"].abs()
+        truth = selective_scan(**arguments, backend="reference")
+        got = mrss_scan(**arguments, periods=[4, 4, 4], decay=decay, backend="vectorised")
+        errors.append(((got - truth).abs().max() / truth.abs().max()).item())
+    assert errors[0] > 5 * errors[1] > 25 * errors[2]
+    assert errors[2] < 1e-3
+
+
+def test_chosen_periods_follow_the_time_constant():
+    A, bias = -torch.tensor([[0.001, 0.1, 1.0]]), torch.tensor([0.5413])  # softplus: 1
+    assert choose_periods(A, bias, theta=0.5).tolist() == [[16, 4, 1]]
+    assert choose_periods(A, bias, theta=0.1).tolist() == [[16, 1, 1]]
+
+
+ERRORS = {
+    "decay": ({"decay": "linear"}, ValueError, "decay must be one of 'compound', 'exact'; got 'linear'."),
+    "periods' shape": (
+        {"periods": [1, 2]}, ValueError, "periods must have shape (n,) = (3,) or (d, n) = (4, 3); got (2,).",
+    ),
+    "periods' values": ({"periods": [0, 1, 2]}, ValueError, "periods must be at least 1; got 0."),
+    "periods' dtype": ({"periods": [1.0, 1, 2]}, TypeError, "periods must be integers; got torch.float32."),
+    "backend": ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised'; got 'gpu'."),
+    "delta": (
+        {"delta": torch.zeros(2, 4, 3)}, ValueError, "delta must have shape (b, d, l) = (2, 4, 33) like u; got (2, 4, 3).",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_a_wrong_argument_is_named_in_one_line(what):
+    changes, error, message = ERRORS[what]
+    with pytest.raises(error) as caught:
+        mrss_scan(**make_scan() | changes)
+    assert str(caught.value) == f"mrss_scan: {message}"
+    with pytest.raises(ValueError, match="decay must be 'exact' with complex A"):
+        mrss_scan(**make_scan(complex_A=True))

@@ -1,0 +1,366 @@
+"""Every backend against the reference in float64, and the reference against a closed form."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.common import peak_mib
+from projecta import available_backends, selective_scan, selective_state_update
+from projecta.scan import BackendUnavailable, vectorised
+from tests.cases import make_scan, run_with_gradients, widen
+
+TOLERANCE = {  # dtype of u: (rtol, atol) of y and every gradient, relative to the largest value
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (2e-3, 2e-3),  # outputs and gradients are rounded to the dtype
+    torch.bfloat16: (1e-2, 1e-2),
+}
+CASES = {
+    **{f"length {l}": {"l": l} for l in (0, 1, 2, 3, 15, 16, 17, 31, 33)},
+    **{f"length {l}": {"b": 1, "d": 3, "l": l} for l in (2047, 2048, 2049)},
+    **{f"states {n}": {"n": n, "d": 5} for n in (1, 3, 16, 17, 64, 256)},
+    "one channel": {"d": 1, "b": 1},
+    "two groups": {"g": 2},
+    "a group per channel": {"g": 4},
+    "constant B": {"constant": "B"},
+    "constant C": {"constant": "C"},
+    "constant B and C": {"constant": "BC"},
+    "constant B, grouped C": {"constant": "B", "g": 2},
+    "complex": {"complex_A": True},
+    "complex, groups": {"complex_A": True, "g": 2},
+    "complex, constant": {"complex_A": True, "constant": "BC"},
+    "packed": {"b": 1, "l": 70, "packed": [0, 5, 16, 17, 64, 70]},
+    "packed, empty sequences": {"b": 1, "l": 40, "packed": [0, 0, 32, 32, 40, 40]},
+    "packed, no initial state": {"b": 1, "l": 40, "packed": [0, 7, 40], "without": ("initial_state",)},
+    "packed, complex, groups": {"b": 1, "l": 40, "packed": [0, 16, 40], "complex_A": True, "g": 2},
+    "no options": {"without": ("D", "z", "delta_bias", "initial_state")},
+    "no z": {"without": ("z",)},
+    "no D": {"without": ("D",)},
+    "float64": {"dtype": torch.float64},
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments of 32 steps, so that short tests cross their bounds."""
+    monkeypatch.setattr(vectorised, "SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr(vectorised, "CHUNK", 8)
+
+
+def assert_close(got, truth, tolerance):
+    rtol, atol = tolerance
+    for name, expected in truth.items():
+        scale = float(expected.abs().max()) if expected.numel() else 1.0
+        torch.testing.assert_close(
+            widen(got[name]),
+            expected,
+            rtol=rtol,
+            atol=atol * max(scale, 1e-30),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("segments", ["long", "short"])
+@pytest.mark.parametrize("case", CASES)
+def test_backend_agrees_with_the_reference(backend, case, segments, request):
+    if segments == "short":
+        request.getfixturevalue("short_segments")
+    arguments = make_scan(**CASES[case])
+    truth = run_with_gradients(
+        selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
+    )
+    got = run_with_gradients(selective_scan, arguments, backend=backend)
+    assert_close(got, truth, TOLERANCE[arguments["u"].dtype])
+    for name, t in arguments.items():
+        if name != "cu_seqlens":
+            assert got[f"d{name}"].dtype == t.dtype
+    assert got["y"].dtype == arguments["u"].dtype
+
+
+@pytest.mark.parametrize("case", ["length 33", "two groups", "constant B and C", "complex", "packed"])
+def test_reference_in_float32_agrees_with_float64(case):
+    arguments = make_scan(**CASES[case])
+    truth = run_with_gradients(
+        selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
+    )
+    assert_close(
+        run_with_gradients(selective_scan, arguments, backend="reference"), truth, TOLERANCE[torch.float32]
+    )
+
+
+def test_reference_agrees_with_the_closed_form():
+    """n = 1: h_t is the sum over s <= t of exp(A (delta_{s+1} + ... + delta_t)) delta_s B_s u_s."""
+    a = {name: t.numpy() for name, t in make_scan(b=1, d=2, l=20, n=1, dtype=torch.float64).items()}
+    delta = np.log1p(np.exp(a["delta"] + a["delta_bias"][:, None]))[0]
+    until = np.cumsum(delta, -1)
+    y = np.empty((2, 20))
+    for c in range(2):
+        for t in range(20):
+            h = np.exp(a["A"][c, 0] * until[c, t]) * a["initial_state"][0, c, 0]
+            for s in range(t + 1):
+                h += (
+                    np.exp(a["A"][c, 0] * (until[c, t] - until[c, s]))
+                    * delta[c, s]
+                    * a["B"][0, 0, s]
+                    * a["u"][0, c, s]
+                )
+            y[c, t] = a["C"][0, 0, t] * h + a["D"][c] * a["u"][0, c, t]
+    y *= a["z"][0] / (1 + np.exp(-a["z"][0]))
+    got = selective_scan(
+        **{n: torch.from_numpy(t) for n, t in a.items()}, delta_softplus=True, backend="reference"
+    )
+    np.testing.assert_allclose(got[0].numpy(), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend_or_reference", ["reference", "vectorised"])
+@pytest.mark.parametrize(
+    "case", [{}, {"g": 2}, {"constant": "BC"}, {"complex_A": True}, {"b": 1, "packed": [0, 2, 5]}]
+)
+def test_gradcheck(case, backend_or_reference, short_segments):
+    arguments = {n: widen(t) for n, t in make_scan(**{"b": 1, "d": 2, "l": 5, "n": 2} | case).items()}
+    fixed = {n: arguments.pop(n) for n in ["cu_seqlens"] if n in arguments}
+
+    def scan(*tensors):
+        y, last = selective_scan(
+            **dict(zip(arguments, tensors, strict=True)), **fixed, delta_softplus=True, return_last_state=True,
+            backend=backend_or_reference,
+        )  # fmt: skip
+        return y, torch.view_as_real(last) if last.is_complex() else last
+
+    assert torch.autograd.gradcheck(scan, [t.requires_grad_() for t in arguments.values()])
+
+
+@pytest.mark.parametrize("value", [-40.0, -30.0, -15.0, 19.9, 20.1, 30.0])
+def test_softplus_far_out(backend, value):
+    arguments = make_scan()
+    arguments["delta"] = torch.full_like(arguments["delta"], value)
+    arguments["delta_bias"] = torch.zeros(4)
+    truth = run_with_gradients(
+        selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
+    )
+    assert_close(
+        run_with_gradients(selective_scan, arguments, backend=backend), truth, TOLERANCE[torch.float32]
+    )
+
+
+def test_any_strides(backend):
+    plain = make_scan(b=2, d=4, l=33)
+    expected = selective_scan(**plain, delta_softplus=True, backend=backend)
+    turned = dict(plain)
+    for name in ("u", "delta", "z", "B", "C"):
+        turned[name] = plain[name].transpose(1, 2).contiguous().transpose(1, 2)
+    got = selective_scan(**turned, delta_softplus=True, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    expanded = plain | {
+        "delta": plain["delta"][:, :1].expand(2, 4, 33),
+        "B": plain["B"][:1].expand(2, -1, -1),
+    }
+    copied = {n: t.contiguous() for n, t in expanded.items()}
+    got, truth = (run_with_gradients(selective_scan, a, backend=backend) for a in (expanded, copied))
+    assert_close(got, {n: widen(t) for n, t in truth.items()}, TOLERANCE[torch.float32])
+
+
+def test_chunks_of_a_sequence_make_the_whole(backend):
+    arguments = make_scan(l=50)
+    whole, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend=backend)
+    state, parts = arguments.pop("initial_state"), []
+    for span in (slice(0, 1), slice(1, 18), slice(18, 18), slice(18, 50)):
+        cut = {n: t[..., span] if n in ("u", "delta", "z", "B", "C") else t for n, t in arguments.items()}
+        y, state = selective_scan(
+            **cut, initial_state=state, delta_softplus=True, return_last_state=True, backend=backend
+        )
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, -1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_on_the_last_state_alone(backend):
+    arguments = make_scan(without=("z",))
+    u = arguments["u"].requires_grad_()
+    losses = [
+        selective_scan(**arguments, return_last_state=True, backend=b)[1].sum()
+        for b in ("reference", backend)
+    ]
+    truth, got = (torch.autograd.grad(loss, u)[0] for loss in losses)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [{}, {"g": 2}, {"complex_A": True}])
+@pytest.mark.parametrize("name", ["reference", "vectorised"])
+def test_steps_equal_the_scan(name, case):
+    arguments = make_scan(l=9, **case)
+    if case.get("complex_A"):  # the step takes B and C as complex numbers
+        for weight in ("B", "C"):
+            arguments[weight] = torch.view_as_complex(arguments[weight].unflatten(-1, (9, 2)))
+    y, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="reference")
+    state = arguments["initial_state"].clone()
+    for t in range(9):
+        now = {n: arguments[n][..., t] for n in ("u", "delta", "B", "C", "z")}
+        step = selective_state_update(
+            state, now["u"], now["delta"], arguments["A"], now["B"], now["C"], arguments["D"], now["z"],
+            arguments["delta_bias"], True, backend=name,
+        )  # fmt: skip
+        torch.testing.assert_close(step, y[..., t], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_step_with_heads_equals_the_step_of_their_channels():
+    b, h, d, n, g = 2, 3, 4, 5, 3
+    state, x, dt, z = (torch.randn(b, h, d, *tail) for tail in ((n,), (), (), ()))
+    A, D, bias = -torch.rand(h, d, n), torch.randn(h, d), torch.randn(h, d)
+    B, C = torch.randn(b, g, n), torch.randn(b, g, n)
+    flat = state.flatten(1, 2).clone()
+    expected = selective_state_update(
+        flat,
+        x.flatten(1),
+        dt.flatten(1),
+        A.flatten(0, 1),
+        B,
+        C,
+        D.flatten(),
+        z.flatten(1),
+        bias.flatten(),
+        True,
+    )
+    assert torch.equal(
+        selective_state_update(state, x, dt, A, B, C, D, z, bias, True), expected.view(b, h, d)
+    )
+    assert torch.equal(state, flat.view(b, h, d, n))
+
+
+def test_step_keeps_a_half_precision_state():
+    state, x = torch.zeros(1, 2, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)
+    y = selective_state_update(state, x, x, -torch.ones(2, 3), torch.ones(1, 3), torch.ones(1, 3))
+    assert y.dtype == state.dtype == torch.bfloat16
+    assert state.eq(1).all()
+    assert y.eq(3).all()
+
+
+def test_operator_passes_opcheck(short_segments):
+    for case in ({}, {"b": 1, "packed": [0, 3, 9]}, {"constant": "BC", "without": ("z", "initial_state")}):
+        a = make_scan(**{"l": 9} | case)
+        weights = [a[n] if a[n].dim() == 2 else a[n][:, None] for n in ("B", "C")]
+        tensors = [a["u"], a["delta"], a["A"], *weights, a["D"], a.get("z"), a["delta_bias"]]
+        tensors = [
+            None if t is None else t.detach().requires_grad_() for t in (*tensors, a.get("initial_state"))
+        ]
+        torch.library.opcheck(
+            torch.ops.projecta.scan_vectorised,
+            (*tensors, a.get("cu_seqlens"), True, True),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_compiles_without_a_graph_break(backend):
+    arguments = make_scan()
+    leaves = {n: t.requires_grad_() for n, t in arguments.items()}
+
+    def block(**kwargs):
+        return selective_scan(**kwargs, delta_softplus=True, backend=backend).sin().sum()
+
+    expected = torch.autograd.grad(block(**leaves), list(leaves.values()))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for got, truth in zip(
+        torch.autograd.grad(compiled(**leaves), list(leaves.values())), expected, strict=True
+    ):
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_stays_below_two_states_per_step():
+    b, d, l, n = 1, 512, 2048, 16
+    arguments = make_scan(b, d, l, n, without=("initial_state",))
+    every_state = b * d * l * n * 4 / 2**20
+    assert (
+        peak_mib(lambda: selective_scan(**arguments, delta_softplus=True, backend="vectorised"))
+        < 2 * every_state
+    )
+    leaves = [t.requires_grad_() for t in arguments.values()]
+
+    def train():
+        y = selective_scan(**arguments, delta_softplus=True, backend="vectorised")
+        return torch.autograd.grad(y.sum(), leaves)
+
+    assert peak_mib(train) < 2 * every_state
+
+
+def test_available_backends_name_themselves():
+    assert set(available_backends()) == {"reference", "vectorised"}
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr(vectorised, "unavailable", lambda: "no such luck")
+    with pytest.raises(
+        BackendUnavailable, match=r"^selective_scan: backend must .*; got 'vectorised': no such luck\.$"
+    ):
+        selective_scan(**make_scan(), backend="vectorised")
+
+
+x = torch.zeros
+ERRORS = {  # what is changed: the exception, its message
+    "delta": ({"delta": x(2, 33, 4)}, ValueError, "delta must have shape (b, d, l) = (2, 4, 33) like u; got (2, 33, 4)."),
+    "u's rank": ({"u": x(4, 33)}, ValueError, "u must have shape (b, d, l); got (4, 33)."),
+    "u's type": ({"u": [1.0]}, TypeError, "u must be a tensor; got list."),
+    "u's dtype": ({"u": x(2, 4, 33).int()}, TypeError, "u must be float16, bfloat16, float32 or float64; got int32."),
+    "A's shape": ({"A": x(3, 3)}, ValueError, "A must have shape (d, n) with d = 4, n > 0; got (3, 3)."),
+    "A's dtype": (
+        {"A": x(4, 3).half()}, TypeError, "A must be float32, float64, complex64 or complex128; got float16.",
+    ),
+    "B's length": (
+        {"B": x(2, 3, 32)}, ValueError,
+        "B must have shape (d, n), (b, n, l) = (2, 3, 33) or (b, g, n, l); got (2, 3, 32).",
+    ),
+    "B's groups": ({"B": x(2, 3, 3, 33)}, ValueError, "B must have a number of groups that divides d = 4; got 3."),
+    "C's groups": (
+        {"B": x(2, 2, 3, 33), "C": x(2, 4, 3, 33)}, ValueError, "C must have as many groups as B, 2; got 4.",
+    ),
+    "complex B": (
+        {"B": x(2, 3, 33, dtype=torch.complex64)}, TypeError, "B must be real like A; got torch.complex64.",
+    ),
+    "D": ({"D": x(5)}, ValueError, "D must have shape (d,) = (4,); got (5,)."),
+    "z": ({"z": x(2, 4, 34)}, ValueError, "z must have shape (b, d, l) = (2, 4, 33) like u; got (2, 4, 34)."),
+    "device": ({"delta": x(2, 4, 33, device="meta")}, ValueError, "delta must be on cpu like u; got meta."),
+    "initial_state": (
+        {"initial_state": x(2, 4, 4)}, ValueError, "initial_state must have shape (b, d, n) = (2, 4, 3); got (2, 4, 4).",
+    ),
+    "batch with cu_seqlens": (
+        {"cu_seqlens": torch.tensor([0, 33], dtype=torch.int32)}, ValueError, "u must have b = 1 with cu_seqlens; got 2.",
+    ),
+    "backend": (
+        {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised'; got 'cuda'.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_a_wrong_argument_is_named_in_one_line(what):
+    changes, error, message = ERRORS[what]
+    with pytest.raises(error) as caught:
+        selective_scan(**make_scan() | changes)
+    assert str(caught.value) == f"selective_scan: {message}"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "got"), [([1, 33], "[1, 33]"), ([0, 20], "[0, 20]"), ([0, 20, 10, 33], "[0, 20, 10, 33]")]
+)
+def test_wrong_bounds_are_named(bounds, got):
+    arguments = make_scan(b=1, without=("initial_state",))
+    with pytest.raises(
+        ValueError, match=r"^selective_scan: cu_seqlens must rise from 0 to l = 33; got "
+    ) as caught:
+        selective_scan(**arguments, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    assert got in str(caught.value)
+
+
+def test_a_wrong_step_argument_is_named():
+    state, v = torch.zeros(1, 2, 3), torch.ones(1, 2)
+    with pytest.raises(
+        ValueError, match=r"^selective_state_update: state must have shape \(b, d, n\) = \(1, 2, 4\)"
+    ):
+        selective_state_update(state, v, v, -torch.ones(2, 4), torch.ones(1, 4), torch.ones(1, 4))
+    with pytest.raises(
+        ValueError, match=r"^selective_state_update: B must have shape \(b, n\) = \(1, 3\) or"
+    ):
+        selective_state_update(state, v, v, -torch.ones(2, 3), torch.ones(1, 4), torch.ones(1, 3))
