@@ -21,6 +21,7 @@ from asv_runner.benchmarks.mark import SkipNotImplemented
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LONG_LENGTHS = (2048, 8192, 32768, 65536)
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class WrongResult(Exception):
@@ -142,6 +143,10 @@ def check_close(name: str, got: torch.Tensor, truth: torch.Tensor, tolerance: fl
 
 def peak_mib(call: Callable[[], object]) -> float:
     """The most memory (MiB) that the call takes over what is resident; on the GPU if there is one."""
+    libc = ctypes.CDLL(None)
+    glibc = hasattr(libc, "malloc_trim")
+    if glibc:  # large blocks go back to the system at once: the peak is of live memory, not of a heap
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
     call()  # what is loaded or cached once belongs to the floor
     gc.collect()
     if device().type == "cuda":
@@ -153,7 +158,8 @@ def peak_mib(call: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - floor) / 2**20
     if not Path("/proc/self/clear_refs").exists():
         skip("the peak of host memory is read from Linux's /proc")
-    ctypes.CDLL(None).malloc_trim(0)
+    if glibc:
+        libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     floor_kib = _status_kib("VmRSS")
     result = call()
