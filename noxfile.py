@@ -45,7 +45,7 @@ def quick(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Style, types and workflows."""
-    session.install(*EXTRAS["dev"], "click", "rich")
+    session.install(*EXTRAS["bench"], *EXTRAS["dev"])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
