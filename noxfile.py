@@ -9,7 +9,7 @@ nox.options.default_venv_backend = "virtualenv"
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The versions that asv measures with, so that tests and benchmarks see the same libraries.
-PINNED = ["torch==2.13.0", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
+PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
 
 
 def install_project(session: nox.Session) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import common
 
-BACKENDS = ("reference", "vectorised")
+BACKENDS = ("reference", "vectorised", "cpu")
 STEPS = 64
 VERSION = common.version(__file__)
 
@@ -134,7 +134,7 @@ class Step(common.Suite):
 class FullScan(common.Suite):
     """Forward at the width of mamba-130m, d = 1536, to 65,536 steps."""
 
-    params = (("vectorised",), common.LONG_LENGTHS)
+    params = (("vectorised", "cpu"), common.LONG_LENGTHS)
     param_names = ("backend", "length")
     version = VERSION
     timeout = 1200

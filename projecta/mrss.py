@@ -95,7 +95,8 @@ def mrss_scan(
         x, step = u[..., start:stop].to(real), delta[..., start:stop]
         step = reference.step_size(step, delta_bias, delta_softplus, real)
         B_cut, C_cut = (t if t.dim() == 2 else t[..., start:stop] for t in (B, C))
-        y, h = scan_one(x, step, A, B_cut, C_cut, h, table, decay)
+        with torch.autocast(u.device.type, enabled=False):  # the state is float32 whatever surrounds it
+            y, h = scan_one(x, step, A, B_cut, C_cut, h, table, decay)
         gate = None if z is None else z[..., start:stop]
         ys.append(reference.skip_and_gate(y, x, D, gate).to(u.dtype))
         states.append(h)

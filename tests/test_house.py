@@ -97,7 +97,7 @@ def test_asv_measures_with_what_the_tests_use():
     config = load_json(str(ROOT / "asv.conf.json"), js_comments=True)
     pins = {name: versions[0] for name, versions in config["matrix"]["req"].items()}
     noxfile, project = (ROOT / "noxfile.py").read_text(), (ROOT / "pyproject.toml").read_text()
-    for name in ("torch", "transformers", "scikit-image"):
+    for name in ("torch", "numba", "transformers", "scikit-image"):
         assert f'"{name}=={pins[name]}"' in noxfile
     assert f'"asv_runner=={pins["asv_runner"]}"' in project
     assert any(f"asv_runner=={pins['asv_runner']}" in command for command in config["install_command"])

@@ -1,12 +1,18 @@
 """Every backend against the reference in float64, and the reference against a closed form."""
 
+import ast
+import multiprocessing
+import subprocess
+import sys
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.common import peak_mib
 from projecta import available_backends, selective_scan, selective_state_update
-from projecta.scan import BackendUnavailable, vectorised
+from projecta.scan import BackendUnavailable, vectorised  # cpu: registers its operator
 from tests.cases import make_scan, run_with_gradients, widen
 
 TOLERANCE = {  # dtype of u: (rtol, atol) of y and every gradient, relative to the largest value
@@ -68,6 +74,10 @@ def test_backend_agrees_with_the_reference(backend, case, segments, request):
     if segments == "short":
         request.getfixturevalue("short_segments")
     arguments = make_scan(**CASES[case])
+    if backend == "cpu" and arguments["A"].is_complex():
+        with pytest.raises(BackendUnavailable, match="it takes cpu tensors and real A, not cpu and complex"):
+            selective_scan(**arguments, backend=backend)
+        return
     truth = run_with_gradients(
         selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
     )
@@ -188,7 +198,7 @@ def test_a_loss_on_the_last_state_alone(backend):
 
 
 @pytest.mark.parametrize("case", [{}, {"g": 2}, {"complex_A": True}])
-@pytest.mark.parametrize("name", ["reference", "vectorised"])
+@pytest.mark.parametrize("name", ["reference", "vectorised", "auto"])
 def test_steps_equal_the_scan(name, case):
     arguments = make_scan(l=9, **case)
     if case.get("complex_A"):  # the step takes B and C as complex numbers
@@ -238,7 +248,8 @@ def test_step_keeps_a_half_precision_state():
     assert y.eq(3).all()
 
 
-def test_operator_passes_opcheck(short_segments):
+@pytest.mark.parametrize("name", ["scan_vectorised", "scan_cpu"])
+def test_operator_passes_opcheck(name, short_segments):
     for case in ({}, {"b": 1, "packed": [0, 3, 9]}, {"constant": "BC", "without": ("z", "initial_state")}):
         a = make_scan(**{"l": 9} | case)
         weights = [a[n] if a[n].dim() == 2 else a[n][:, None] for n in ("B", "C")]
@@ -252,6 +263,98 @@ def test_operator_passes_opcheck(short_segments):
             rtol=1e-4,
             atol=1e-4,
         )
+
+
+def _bits(backend, threads):
+    """Everything that a scan of several blocks and tiles returns, computed by so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return run_with_gradients(selective_scan, _again(b=2, d=150, l=300, n=16), backend=backend)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _again(**options):
+    torch.manual_seed(0)
+    return make_scan(**options)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    one, two, again = _bits("cpu", 1), _bits("cpu", 2), _bits("cpu", 2)
+    for name, t in one.items():
+        assert torch.equal(t, two[name])
+        assert torch.equal(two[name], again[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["u", "delta", "z"])
+def test_what_is_not_a_number_stays_where_it_belongs(name, value):
+    """It appears in the outputs of its channel from its step on, and in no other channel, row or earlier step."""
+    arguments = make_scan(b=2, d=20, l=90, n=5)
+    clean = selective_scan(**arguments, delta_softplus=True, backend="cpu")
+    arguments[name][1, 7, 40] = value
+    y = selective_scan(**arguments, delta_softplus=True, backend="cpu")
+    assert not y[1, 7, 40].isfinite() or (name == "z" and value == float("inf") and y[1, 7, 40].isinf())
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[1, 7, 40:] = True
+    assert torch.equal(y[~touched], clean[~touched])
+
+
+def test_exponents_out_of_range_saturate():
+    """delta A far below -126 decays to 0, and far above grows to infinity, as exp does."""
+    u, B = torch.ones(1, 16, 3), torch.ones(1, 4, 3)
+    for delta, A in ((1e4, -1.0), (1e4, -1e30), (3e38, -1e-30), (-50.0, -1.0), (-1.0, -50.0)):
+        d, rate = torch.full_like(u, delta), torch.full((16, 4), A)
+        truth = selective_scan(u, d, rate, B, B, backend="reference")
+        torch.testing.assert_close(selective_scan(u, d, rate, B, B, backend="cpu"), truth, rtol=1e-5, atol=0)
+
+
+def test_a_forked_child_computes_the_same(tmp_path):
+    """As a DataLoader's worker does, after the parent has used its threads."""
+    arguments = make_scan(b=2, d=150, l=300, n=16)
+    expected = selective_scan(**arguments, delta_softplus=True, backend="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of a fork beside threads: that is what is tested
+        child = multiprocessing.get_context("fork").Process(
+            target=_save_scan, args=(arguments, tmp_path / "y.pt")
+        )
+        child.start()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
+    assert torch.equal(torch.load(tmp_path / "y.pt"), expected)
+
+
+def _save_scan(arguments, path):
+    torch.set_num_threads(
+        1
+    )  # as every worker of a DataLoader does: torch's own threads do not survive a fork
+    torch.save(selective_scan(**arguments, delta_softplus=True, backend="cpu"), path)
+
+
+def test_runs_without_a_folder_for_its_cache(tmp_path):
+    """Read-only installations compile anew in each process."""
+    code = (
+        "import numba.core.caching as c; c.CacheImpl._locator_classes = []; import torch, projecta; "
+        "u = torch.ones(1, 2, 3); A = -torch.ones(2, 1); B = torch.ones(1, 1, 3); "
+        "print(projecta.selective_scan(u, u, A, B, B, backend='cpu')[0, 0].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [round(v, 4) for v in ast.literal_eval(done.stdout)] == [1.0, 1.3679, 1.5032]
+
+
+def test_inference_mode_and_autocast(backend):
+    arguments = make_scan()
+    expected = selective_scan(**arguments, delta_softplus=True, backend=backend)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selective_scan(**arguments, delta_softplus=True, backend=backend), expected)
+        mixed = arguments | {"delta": arguments["delta"].bfloat16()}  # a Linear under autocast returns this
+        got = selective_scan(**mixed, delta_softplus=True, backend=backend)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
 
 
 def test_compiles_without_a_graph_break(backend):
@@ -287,7 +390,7 @@ def test_memory_stays_below_two_states_per_step():
 
 
 def test_available_backends_name_themselves():
-    assert set(available_backends()) == {"reference", "vectorised"}
+    assert available_backends() == {"reference": "", "vectorised": "", "cpu": ""}
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
@@ -329,7 +432,7 @@ ERRORS = {  # what is changed: the exception, its message
         {"cu_seqlens": torch.tensor([0, 33], dtype=torch.int32)}, ValueError, "u must have b = 1 with cu_seqlens; got 2.",
     ),
     "backend": (
-        {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised'; got 'cuda'.",
+        {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised', 'cpu'; got 'cuda'.",
     ),
 }  # fmt: skip
 

@@ -22,13 +22,9 @@ from torch import Tensor
 from projecta._checks import Checker
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 
-BACKENDS = ("reference", "vectorised")
-AUTO = {
-    "cpu": "vectorised",
-    "cuda": "vectorised",
-    "mps": "vectorised",
-    "xpu": "vectorised",
-}  # device type: backend
+BACKENDS = ("reference", "vectorised", "cpu")
+AUTO = {("cpu", "real"): "cpu"}  # what "auto" takes by device type and kind of A; else "vectorised"
+_ONLY = {"cpu": ("cpu", "real")}  # backends that are made for one device type and kind of A
 
 
 class BackendUnavailable(RuntimeError):
@@ -104,7 +100,7 @@ def selective_scan(
     A, B, C, initial_state = canonical_arguments(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
-    module = _choose(check, backend, u)
+    module = _choose(check, backend, u, A)
     y, last_state = module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens
     )
@@ -194,7 +190,7 @@ def selective_state_update(
     def grouped(t):  # (b, g, n)
         return t[:, None] if t.dim() == 2 else t
 
-    module = _choose(check, backend, x)
+    module = _choose(check, backend, x, A)
     own = flat(state)
     wide = own.to(state_dtype(x, A))
     y = module.selective_state_update(
@@ -212,14 +208,20 @@ _loaded: dict[str, ModuleType] = {}
 @torch.compiler.assume_constant_result
 def _why_not(name: str) -> str:
     """Load a backend; say why it cannot run here, or ""."""
-    _loaded[name] = import_module(f"projecta.scan.{name}")
+    try:
+        _loaded[name] = import_module(f"projecta.scan.{name}")
+    except ImportError as error:
+        return f"{error.name or 'a package'} cannot be imported ({error})"
     return _loaded[name].unavailable()
 
 
-def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
+def _choose(check: Checker, backend: str, u: Tensor, A: Tensor) -> ModuleType:
     check.one_of("backend", backend, ("auto", *BACKENDS))
-    name = AUTO.get(u.device.type, "vectorised") if backend == "auto" else backend
+    case = u.device.type, "complex" if A.is_complex() else "real"
+    name = AUTO.get(case, "vectorised") if backend == "auto" else backend
     reason = _why_not(name)
+    if not reason and _ONLY.get(name, case) != case:
+        reason = f"it takes {' tensors and '.join(_ONLY[name])} A, not {' and '.join(case)}"
     if reason:
         raise BackendUnavailable(
             f"{check.function}: backend must be able to run here; got {name!r}: {reason}."

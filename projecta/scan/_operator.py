@@ -4,7 +4,7 @@ A backend gives three functions over the canonical arguments (see `projecta.scan
 
     forward(inputs, delta_softplus, saved) -> (y, last_state)      fills `saved` if it is not empty
     backward(grad_y, grad_last, saved, inputs, delta_softplus) -> nine gradients, None where an input is None
-    saved_shape(u, A, B) -> the shape of what the backward pass needs besides the inputs
+    saved_shape(u, A, B, C, sequences) -> the shape of what the backward pass needs besides the inputs
 
 and gets a callable with the signature of `reference.selective_scan` that autograd,
 `torch.compile(fullgraph=True)` and `torch.library.opcheck` accept. Nothing is saved when no gradient can be
@@ -42,7 +42,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     def allocate(inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         u, A = inputs.u, inputs.A
         sequences = u.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-        saved = saved_shape(u, A, inputs.B) if save else (0,)
+        saved = saved_shape(u, A, inputs.B, inputs.C, sequences) if save else (0,)
         return torch.empty_like(u), A.new_empty(sequences, *A.shape), A.new_empty(saved)
 
     @torch.library.custom_op(f"projecta::{name}", mutates_args=())
@@ -53,7 +53,8 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         y, last_state, saved = allocate(inputs, save)
-        forward(inputs, delta_softplus, y, last_state, saved)
+        with torch.autocast(u.device.type, enabled=False):
+            forward(inputs, delta_softplus, y, last_state, saved)
         return y, last_state, saved
 
     @scan.register_fake
@@ -69,7 +70,8 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     ) -> list[Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         grads: list[Any] = [None if t is None else torch.empty_like(t) for t in inputs[:DIFFERENTIABLE]]
-        backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads))
+        with torch.autocast(u.device.type, enabled=False):
+            backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads))
         return [u.new_empty(0) if g is None else g for g in grads]
 
     @scan_backward.register_fake
@@ -77,13 +79,18 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         return [rest[0].new_empty(0) if t is None else torch.empty_like(t) for t in rest[:DIFFERENTIABLE]]
 
     def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
         *tensors, ctx.delta_softplus, ctx.save = inputs
         ctx.save_for_backward(output[2], *tensors)
+        ctx.last_state_shape = output[1].shape
 
     def differentiate(ctx, grad_y, grad_last, _):
         saved, *tensors = ctx.saved_tensors
         if not ctx.save:
             raise RuntimeError(f"projecta::{name}: save must be True for a backward pass; got False.")
+        u, A = tensors[0], tensors[2]
+        grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+        grad_last = A.new_zeros(ctx.last_state_shape) if grad_last is None else grad_last
         grads = scan_backward(grad_y, grad_last, saved, *tensors, ctx.delta_softplus)
         present = zip(grads, tensors, strict=False)
         return *(None if t is None else g for g, t in present), None, None, None
