@@ -32,22 +32,23 @@ TABLES = (
         "scan.ScanGrad.time_forward_backward": "forward+backward",
         "scan.FullScan.time_forward": "forward, d 1536",
     }),
-    Table("scan_memory", "Selective scan: peak memory over the inputs", "memory_mib", 1.0, "backend", {
-        "scan.Scan.track_peak_forward": "forward",
-        "scan.ScanGrad.track_peak_forward_backward": "forward+backward",
-        "scan.FullScan.track_peak_forward": "forward, d 1536",
+    Table("scan_memory", "Selective scan: peak memory over inputs", "memory_mib", 1.0, "backend", {
+        "scan.ScanPeak.track_peak_forward": "forward",
+        "scan.ScanGradPeak.track_peak_forward_backward": "forward+backward",
+        "scan.FullScanPeak.track_peak_forward": "forward, d 1536",
         "scan.ScanBound.track_peak_forward": "forward",
         "scan.ScanBound.track_peak_forward_backward": "forward+backward",
     }),
     Table("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "periods", {
         "mrss.Mrss.time_forward": "forward", "mrss.FullMrss.time_forward": "forward, d 1536",
     }),
-    Table("mrss_memory", "Multi-resolution scan: peak memory over the inputs", "memory_mib", 1.0, "periods", {
-        "mrss.Mrss.track_peak_forward": "forward", "mrss.FullMrss.track_peak_forward": "forward, d 1536",
+    Table("mrss_memory", "Multi-resolution scan: peak memory over inputs", "memory_mib", 1.0, "periods", {
+        "mrss.MrssPeak.track_peak_forward": "forward",
+        "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
     }),
 )  # fmt: skip
 VTP_TIME = ("clip.Vtp.time_forward", "clip.FullVtp.time_forward")
-VTP_MEMORY = ("clip.Vtp.track_peak_forward", "clip.FullVtp.track_peak_forward")
+VTP_MEMORY = ("clip.VtpPeak.track_peak_forward", "clip.FullVtpPeak.track_peak_forward")
 BOUND = "lower bound"
 
 

@@ -3,8 +3,9 @@
 numba's own loops do not become full-width code, so the kernels say what a vector is. LLVM splits these
 operations on narrower machines (AVX2, NEON): nothing here is particular to one processor. In a kernel,
 vectors add, subtract, multiply and divide as numbers do, with vectors or scalars; `fma` is one rounding. No
-operation reorders or assumes finite
-values: NaN and infinity pass through.
+operation reorders, or assumes that values are finite.
+
+numba's cache on disk knows a kernel by its own file: after a change here, delete `projecta/scan/__pycache__`.
 """
 
 import operator
@@ -199,14 +200,16 @@ class _Emit:
         )
         return self.widen(value, stored, self.kind.integers, self.kind.vector)
 
-    def store(self, pointer, value, stored):
+    def store(self, pointer, value, stored, past_cache=False):
         held, align = self.kind.held(stored), stored.bitwidth // 8
         kind = ir.VectorType(held, self.kind.lanes)
-        self.b.store(
+        value, pointer = (
             self.narrow(value, stored, self.kind.whole, kind),
             self.b.bitcast(pointer, kind.as_pointer()),
-            align=align,
         )
+        done = self.b.store(value, pointer, align=align * self.kind.lanes if past_cache else align)
+        if past_cache:
+            done.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(_INT32, 1)]))
 
     def widen(self, value, stored, integers, floats):
         """What is stored, as a number: bfloat16 is the upper half of a float32."""
@@ -423,10 +426,8 @@ def sum_lanes(typing, x):
     return x.scalar(x), lower
 
 
-@intrinsic
-def transpose(typing, source, start, source_stride, target, put, target_stride):
-    """A square of as many rows as lanes: target[put + c target_stride + r] = source[start + r source_stride +
-    c].
+def _transposed(typing, source, target, past_cache: bool):
+    """Signature and lowering of a transposition.
 
     Each round swaps the off-diagonal halves of ever smaller squares, two rows at a time.
     """
@@ -442,18 +443,38 @@ def transpose(typing, source, start, source_stride, target, put, target_stride):
         rows = [emit.load(row(source, args[0], args[1], args[2], r), source.dtype) for r in range(size)]
         half = size // 2
         while half:
+            upper = [c if not c & half else size + c - half for c in range(size)]
+            lower_ = [c + half if not c & half else size + c for c in range(size)]
             for r in range(size):
                 if not r & half:
                     x, y = rows[r], rows[r + half]
-                    rows[r] = emit.shuffle(
-                        x, y, [c if not c & half else size + c - half for c in range(size)]
-                    )
-                    rows[r + half] = emit.shuffle(
-                        x, y, [c + half if not c & half else size + c for c in range(size)]
-                    )
+                    rows[r], rows[r + half] = emit.shuffle(x, y, upper), emit.shuffle(x, y, lower_)
             half //= 2
         for r in range(size):
-            emit.store(row(target, args[3], args[4], args[5], r), rows[r], target.dtype)
+            emit.store(row(target, args[3], args[4], args[5], r), rows[r], target.dtype, past_cache)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), lower
+
+
+@intrinsic
+def transpose(typing, source, start, source_stride, target, first, target_stride):
+    """Turn a square of as many rows as lanes, from rows of source to rows of target."""
+    return _transposed(typing, source, target, past_cache=False)
+
+
+@intrinsic
+def transpose_past_cache(typing, source, start, source_stride, target, first, target_stride):
+    """The same into aligned rows of a cache line each that are not read soon; a `fence` must follow."""
+    return _transposed(typing, source, target, past_cache=True)
+
+
+@intrinsic
+def fence(typing):
+    """What was written, past the cache too, is seen by every thread from here on."""
+
+    def lower(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), lower

@@ -35,6 +35,7 @@ from projecta.scan._vectors import (
     LOG2_E,
     exp2_product,
     exp2_product_safe,
+    fence,
     fma,
     get,
     lanes,
@@ -48,6 +49,7 @@ from projecta.scan._vectors import (
     store,
     sum_lanes,
     transpose,
+    transpose_past_cache,
     zero,
 )
 
@@ -98,8 +100,14 @@ def _write(target, strides, row, channel, step, channels, steps, tile, at):
     done = 0
     if channels == width and step_stride == 1:
         done = steps // width * width
-        for t in range(0, done, width):
-            transpose(tile, at + t * width, width, target, base + t, channel_stride)
+        size = target.itemsize
+        lines = (target.ctypes.data + size * base) % BYTES == 0 and size * channel_stride % BYTES == 0
+        if lines and size * width == BYTES:
+            for t in range(0, done, width):
+                transpose_past_cache(tile, at + t * width, width, target, base + t, channel_stride)
+        else:
+            for t in range(0, done, width):
+                transpose(tile, at + t * width, width, target, base + t, channel_stride)
     elif channels == width and channel_stride == 1:
         done = steps
         for t in range(steps):
@@ -222,7 +230,7 @@ def _forward(
             _look_ahead(ahead, 0, delta, sd, row, channel, t0 + TILE)
             _look_ahead(ahead, 1, u, su, row, channel, t0 + TILE)
             _look_ahead(ahead, 2, z, sz, row, channel, t0)
-            _look_ahead(ahead, 3, y, sy, row, channel, t0)
+            ahead[3] = ahead[2]
             stride = CHUNK if save else TILE
             for t in range(0, steps, stride):
                 if save:
@@ -239,6 +247,7 @@ def _forward(
                     store(Y, at, load(Y, at) * gate * sigmoid(gate))
             _write(y, sy, row, channel, t0, channels, steps, Y, 0)
         state[item * n * width : (item + 1) * n * width] = H
+    fence()
 
 
 @_compiled
@@ -287,10 +296,6 @@ def _retrace(
     store(hs, 2 * width, h2)
     store(hs, 3 * width, h3)
     near = look + ((q // UNROLL) & 3)
-    address, stride, shift, mask = ahead[near, 0], ahead[near, 1], ahead[near, 2], ahead[near, 3]
-    for i in range(first, first + steps):
-        prefetch(address + (i >> shift) * stride + (i & mask) * BYTES)
-    near += 4
     address, stride, shift, mask = ahead[near, 0], ahead[near, 1], ahead[near, 2], ahead[near, 3]
     for i in range(steps):
         prefetch(address + ((first + i) >> shift) * stride + ((first + i) & mask) * BYTES)
@@ -386,7 +391,7 @@ def _backward(
     vary_B, vary_C = B.ndim == 1, C.ndim == 1
     collect_B, collect_C = _scratch(A, CHUNK * held), _scratch(A, CHUNK * held)
     fits = np.zeros(size, np.bool_)
-    ahead = np.zeros((8 * size, 4), np.int64)
+    ahead = np.zeros((4 * size, 4), np.int64)
     for item in range(first, stop):
         sequence, superblock = item // supers, item % supers
         row, group = rows[sequence], superblock // per_super
@@ -455,16 +460,10 @@ def _backward(
                     for clear in range(3, 6):
                         store(T, t + clear * area, zero(T))
                 fits[i] = inside
-                # the lines that are read next, of the tile before this one, and those that this one goes to
-                near = 8 * i
-                _look_ahead(ahead, near, delta, sd, row, channel, t0 - TILE)
-                _look_ahead(ahead, near + 1, u, su, row, channel, t0 - TILE)
-                _look_ahead(ahead, near + 2, dy, sdy, row, channel, t0 - TILE)
-                _look_ahead(ahead, near + 3, z, sz, row, channel, t0 - TILE)
-                _look_ahead(ahead, near + 4, ddelta, sdd, row, channel, t0)
-                _look_ahead(ahead, near + 5, du, sdu, row, channel, t0)
-                _look_ahead(ahead, near + 6, dz, sdz, row, channel, t0)
-                ahead[near + 7] = ahead[near + 6]
+                _look_ahead(ahead, 4 * i, delta, sd, row, channel, t0 - TILE)
+                _look_ahead(ahead, 4 * i + 1, u, su, row, channel, t0 - TILE)
+                _look_ahead(ahead, 4 * i + 2, dy, sdy, row, channel, t0 - TILE)
+                _look_ahead(ahead, 4 * i + 3, z, sz, row, channel, t0 - TILE)
             for at in range((steps - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 here = min(CHUNK, steps - at)
                 if vary_B:
@@ -481,14 +480,14 @@ def _backward(
                         if fits[i]:
                             _retrace(
                                 T, i * tiles, at, here, A, block * held, B, C, w + (t0 + at) * n, n, q, H, hs,
-                                decays, carries[own:], dA[own:], sink_B, pb, tb, sink_C, pc, tc, None, ahead,
-                                8 * i,
+                                decays, carries[own:], dA[own:], sink_B, pb, tb, sink_C, pc, tc, None,
+                                ahead, 4 * i,
                             )  # fmt: skip
                         else:
                             _retrace(
                                 T, i * tiles, at, here, A, block * held, B, C, w + (t0 + at) * n, n, q, H, hs,
-                                decays, carries[own:], dA[own:], sink_B, pb, tb, sink_C, pc, tc, 1, ahead, 8 *
-                                i,
+                                decays, carries[own:], dA[own:], sink_B, pb, tb, sink_C, pc, tc, 1,
+                                ahead, 4 * i,
                             )  # fmt: skip
                 to = ((row * supers + superblock) * l + t0 + at) * n
                 for j in range(here * n):
@@ -555,6 +554,7 @@ def _backward(
                         T,
                         o + 7 * area,
                     )
+    fence()
 
 
 class _Layout:
