@@ -61,37 +61,54 @@ def _forward(keep: float, batch: int):
     return run
 
 
-class Vtp(common.Suite):
+class _Forward(common.Suite):
     """Float32, plan "norm" before block 0; keep 1.0 is the unpruned tower."""
 
     params = (KEEP, (1, 8))
     param_names = ("keep", "batch")
     version = VERSION
 
+
+class Vtp(_Forward):
     def setup(self, keep, batch):
         _forward(keep, batch)
 
     def time_forward(self, keep, batch):
         _forward(keep, batch)()
 
+
+class VtpPeak(_Forward):
+    def setup(self, keep, batch):
+        common.return_freed_memory()
+        _forward(keep, batch)
+
     def track_peak_forward(self, keep, batch):
         return common.peak_mib(_forward(keep, batch))
 
 
-class FullVtp(common.Suite):
-    """The same at the batches of a large GPU."""
+class _Large(common.Suite):
+    """The batches of a large GPU."""
 
     params = (KEEP, (64, 256))
     param_names = ("keep", "batch")
     version = VERSION
     timeout = 1200
 
+
+class FullVtp(_Large):
     def setup(self, keep, batch):
         common.require_full()
         _forward(keep, batch)
 
     def time_forward(self, keep, batch):
         _forward(keep, batch)()
+
+
+class FullVtpPeak(_Large):
+    def setup(self, keep, batch):
+        common.require_full()
+        common.return_freed_memory()
+        _forward(keep, batch)
 
     def track_peak_forward(self, keep, batch):
         return common.peak_mib(_forward(keep, batch))

@@ -143,10 +143,6 @@ def check_close(name: str, got: torch.Tensor, truth: torch.Tensor, tolerance: fl
 
 def peak_mib(call: Callable[[], object]) -> float:
     """The most memory (MiB) that the call takes over what is resident; on the GPU if there is one."""
-    libc = ctypes.CDLL(None)
-    glibc = hasattr(libc, "malloc_trim")
-    if glibc:  # large blocks go back to the system at once: the peak is of live memory, not of a heap
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
     call()  # what is loaded or cached once belongs to the floor
     gc.collect()
     if device().type == "cuda":
@@ -158,14 +154,29 @@ def peak_mib(call: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - floor) / 2**20
     if not Path("/proc/self/clear_refs").exists():
         skip("the peak of host memory is read from Linux's /proc")
-    if glibc:
-        libc.malloc_trim(0)
+    _trim_heap()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     floor_kib = _status_kib("VmRSS")
     result = call()
     peak = (_status_kib("VmHWM") - floor_kib) / 1024
     del result
     return max(0.0, peak)
+
+
+def return_freed_memory() -> None:
+    """Have the allocator give large blocks back at once: where peaks are measured, before anything large.
+
+    Otherwise the peak is that of the heap, leftovers and holes included, and not of live memory.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
+
+
+def _trim_heap() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _status_kib(field: str) -> int:

@@ -32,7 +32,7 @@ def _scan(periods: str, l: int, d: int):
     return functools.partial(run, inputs, "vectorised")
 
 
-class Mrss(common.Suite):
+class _Forward(common.Suite):
     """b = 1, d = 256, n = 16, float32, compound decay, backend "vectorised", inputs as in `scan`."""
 
     params = (tuple(PERIODS), common.LENGTHS)
@@ -40,30 +40,48 @@ class Mrss(common.Suite):
     version = VERSION
     d = 256
 
+
+class Mrss(_Forward):
     def setup(self, periods, length):
         _scan(periods, length, self.d)
 
     def time_forward(self, periods, length):
         _scan(periods, length, self.d)()
 
+
+class MrssPeak(_Forward):
+    def setup(self, periods, length):
+        common.return_freed_memory()
+        _scan(periods, length, self.d)
+
     def track_peak_forward(self, periods, length):
         return common.peak_mib(_scan(periods, length, self.d))
 
 
-class FullMrss(common.Suite):
-    """The same at d = 1536, to 65,536 steps."""
+class _Long(common.Suite):
+    """At the width of mamba-130m, to 65,536 steps."""
 
     params = (tuple(PERIODS), common.LONG_LENGTHS)
     param_names = ("periods", "length")
     version = VERSION
     timeout = 1200
+    d = 1536
 
+
+class FullMrss(_Long):
     def setup(self, periods, length):
         common.require_full()
-        _scan(periods, length, 1536)
+        _scan(periods, length, self.d)
 
     def time_forward(self, periods, length):
-        _scan(periods, length, 1536)()
+        _scan(periods, length, self.d)()
+
+
+class FullMrssPeak(_Long):
+    def setup(self, periods, length):
+        common.require_full()
+        common.return_freed_memory()
+        _scan(periods, length, self.d)
 
     def track_peak_forward(self, periods, length):
-        return common.peak_mib(_scan(periods, length, 1536))
+        return common.peak_mib(_scan(periods, length, self.d))

@@ -64,7 +64,7 @@ def _steps(backend: str, d: int):
     return run
 
 
-class Scan(common.Suite):
+class _Forward(common.Suite):
     """b = 1, d = 256, n = 16, float32, with z, D, delta_bias and softplus."""
 
     params = (BACKENDS, common.LENGTHS)
@@ -72,29 +72,38 @@ class Scan(common.Suite):
     version = VERSION
     d = 256
 
+
+class Scan(_Forward):
     def setup(self, backend, length):
         _scan(backend, length, self.d, backward=False)
 
     def time_forward(self, backend, length):
         _scan(backend, length, self.d, backward=False)()
 
+
+class ScanPeak(_Forward):
+    def setup(self, backend, length):
+        common.return_freed_memory()
+        _scan(backend, length, self.d, backward=False)
+
     def track_peak_forward(self, backend, length):
         return common.peak_mib(_scan(backend, length, self.d, backward=False))
 
 
-class ScanGrad(common.Suite):
-    """Forward and backward of the same sizes: all eight gradients."""
-
-    params = Scan.params
-    param_names = Scan.param_names
-    version = VERSION
-    d = 256
+class ScanGrad(_Forward):
+    """All eight gradients."""
 
     def setup(self, backend, length):
         _scan(backend, length, self.d, backward=True)
 
     def time_forward_backward(self, backend, length):
         _scan(backend, length, self.d, backward=True)()
+
+
+class ScanGradPeak(_Forward):
+    def setup(self, backend, length):
+        common.return_freed_memory()
+        _scan(backend, length, self.d, backward=True)
 
     def track_peak_forward_backward(self, backend, length):
         return common.peak_mib(_scan(backend, length, self.d, backward=True))
@@ -131,20 +140,30 @@ class Step(common.Suite):
         _steps(backend, 1536)()
 
 
-class FullScan(common.Suite):
-    """Forward at the width of mamba-130m, d = 1536, to 65,536 steps."""
+class _Long(common.Suite):
+    """At the width of mamba-130m, to 65,536 steps."""
 
     params = (("vectorised", "cpu"), common.LONG_LENGTHS)
     param_names = ("backend", "length")
     version = VERSION
     timeout = 1200
+    d = 1536
 
+
+class FullScan(_Long):
     def setup(self, backend, length):
         common.require_full()
-        _scan(backend, length, 1536, backward=False)
+        _scan(backend, length, self.d, backward=False)
 
     def time_forward(self, backend, length):
-        _scan(backend, length, 1536, backward=False)()
+        _scan(backend, length, self.d, backward=False)()
+
+
+class FullScanPeak(_Long):
+    def setup(self, backend, length):
+        common.require_full()
+        common.return_freed_memory()
+        _scan(backend, length, self.d, backward=False)
 
     def track_peak_forward(self, backend, length):
-        return common.peak_mib(_scan(backend, length, 1536, backward=False))
+        return common.peak_mib(_scan(backend, length, self.d, backward=False))

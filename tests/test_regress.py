@@ -123,12 +123,12 @@ MEASURED = [
         for batch in (1, 8)
     ),
     *(
-        measurement("clip.Vtp.track_peak_forward", 100 * keep, "MiB", keep=keep, batch=8)
+        measurement("clip.VtpPeak.track_peak_forward", 100 * keep, "MiB", keep=keep, batch=8)
         for keep in (0.5, 1.0)
     ),
     *(measurement("scan.Scan.time_forward", 1e-5 * l, backend="vectorised", length=l) for l in (512, 256)),
     *(
-        measurement("scan.Scan.track_peak_forward", l / 9, "MiB", backend="vectorised", length=l)
+        measurement("scan.ScanPeak.track_peak_forward", l / 9, "MiB", backend="vectorised", length=l)
         for l in (256, 512)
     ),
     measurement("scan.ScanBound.track_peak_forward", 1.0, "MiB", length=256),
