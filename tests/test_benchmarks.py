@@ -1,6 +1,9 @@
 """The instruments: every benchmark runs once at its smallest size, and what they read is true."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +119,22 @@ def test_photographs_are_real_and_different():
     flat = pixels.flatten(1)
     assert torch.pdist(flat).min() > 50
     assert flat.std(1).min() > 0.3
+
+
+def test_the_quick_session_finds_its_cases():
+    """test_speed.py is left out of an ordinary run: hold that it can be collected, and from the same suites."""
+    words = [
+        "-m",
+        "pytest",
+        "tests/test_speed.py",
+        "--benchmark-only",
+        "--collect-only",
+        "--quiet",
+        "--no-header",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stdout
+    assert "scan.Scan.time_forward(cpu,2048)" in done.stdout
+    assert "clip.Vtp.time_forward(0.5,1)" in done.stdout

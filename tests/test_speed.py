@@ -16,7 +16,7 @@ def cases():
                 yield pytest.param(kind, method, chosen, id=f"{suite}.{kind.__name__}.{method}({label})")
 
 
-@pytest.mark.parametrize(("kind", "method", "chosen"), cases())
+@pytest.mark.parametrize(("kind", "method", "chosen"), list(cases()))
 def test_speed(benchmark, kind, method, chosen):
     instance = kind()
     instance.setup(*chosen)
