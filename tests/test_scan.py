@@ -26,6 +26,7 @@ CASES = {
     **{f"length {l}": {"b": 1, "d": 3, "l": l} for l in (2047, 2048, 2049)},
     **{f"states {n}": {"n": n, "d": 5} for n in (1, 3, 16, 17, 64, 256)},
     "one channel": {"d": 1, "b": 1},
+    "empty batch": {"b": 0},
     "two groups": {"g": 2},
     "a group per channel": {"g": 4},
     "constant B": {"constant": "B"},
@@ -308,6 +309,13 @@ def test_exponents_out_of_range_saturate():
         d, rate = torch.full_like(u, delta), torch.full((16, 4), A)
         truth = selective_scan(u, d, rate, B, B, backend="reference")
         torch.testing.assert_close(selective_scan(u, d, rate, B, B, backend="cpu"), truth, rtol=1e-5, atol=0)
+
+
+def test_rates_of_zero_sum_up(backend):
+    """Without decay the state is a running sum; and no warning is raised."""
+    u, A, B = torch.rand(1, 3, 40), torch.zeros(3, 2), torch.ones(1, 2, 40)
+    y = selective_scan(u, torch.ones_like(u), A, B, B, backend=backend)
+    torch.testing.assert_close(y, 2 * u.cumsum(-1))
 
 
 def test_a_forked_child_computes_the_same(tmp_path):

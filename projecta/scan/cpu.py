@@ -252,32 +252,9 @@ def _forward(
 
 @_compiled
 def _retrace(
-    T,
-    o,
-    first,
-    steps,
-    A,
-    a,
-    B,
-    C,
-    w,
-    n,
-    q,
-    H,
-    hs,
-    decays,
-    carry,
-    dA,
-    dB,
-    pb,
-    tb,
-    dC,
-    pc,
-    tc,
-    clamp,
-    ahead,
-    look,
-):
+    T, o, first, steps, A, a, B, C, w, n, q, H, hs, decays, carry, dA,
+    dB, pb, tb, dC, pc, tc, clamp, ahead, look,
+):  # fmt: skip
     """One chunk and four states: form the states again, then go back through them.
 
     T holds the tiles of a block, from `o` on: S delta, X delta u, G the gradient of y before the gate, Y = C
@@ -543,17 +520,7 @@ def _backward(
                     o + 6 * area,
                 )
                 if has_z:
-                    _write(
-                        dz,
-                        sdz,
-                        row,
-                        channel,
-                        t0,
-                        channels,
-                        steps,
-                        T,
-                        o + 7 * area,
-                    )
+                    _write(dz, sdz, row, channel, t0, channels, steps, T, o + 7 * area)
     fence()
 
 
@@ -626,7 +593,8 @@ class _Layout:
         """A, the steps up to which its exponents are safe, B, C, D, delta_bias."""
         A = self.states(self.inputs.A, LOG2_E)
         exponent = 126.0 if self.dtype == torch.float32 else 1022.0
-        limits = exponent / np.abs(A).reshape(self.blocks, -1).max(1)
+        with np.errstate(divide="ignore"):  # rates of 0 are safe for any step
+            limits = exponent / np.abs(A).reshape(self.blocks, -1).max(1)
         _, _, _, B, C, D, _, bias = self.inputs[:8]
         return (
             A,
@@ -727,7 +695,9 @@ def _backward_pass(
     grads.A.copy_(lay.unpack(dA).sum(0))
     for grad, total in ((grads.D, dD), (grads.delta_bias, dbias)):
         if grad is not None:
-            lanes_of = torch.from_numpy(total).view(lay.sequences, lay.g, -1)[..., : lay.k]
+            lanes_of = torch.from_numpy(total).view(lay.sequences, lay.g, lay.per_group * lay.width)[
+                ..., : lay.k
+            ]
             grad.copy_(lanes_of.sum(0).flatten())
     if grads.initial_state is not None:
         grads.initial_state.copy_(lay.unpack(carries))

@@ -49,7 +49,7 @@ def linear_recurrence_(a: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
 def _scan_chunks_(a: Tensor, v: Tensor, reverse: bool) -> None:
     """`linear_recurrence_` for one chunk, or any number of whole ones."""
     chunk = min(CHUNK, len(a))
-    a, v = a.view(-1, chunk, *a.shape[1:]), v.view(-1, chunk, *v.shape[1:])
+    a, v = (t.view(len(t) // chunk, chunk, *t.shape[1:]) for t in (a, v))
     steps = range(chunk - 1, -1, -1) if reverse else range(chunk)
     for before, t in itertools.pairwise(steps):
         torch.addcmul(v[:, t], a[:, t], v[:, before], out=v[:, t])
@@ -84,11 +84,13 @@ class _Scan:
 
     def states(self, states: Tensor) -> Tensor:
         """(b, d, n), or (s, d, n) if packed, as (sequence, b, g, k, n)."""
-        return states.view(-1, 1 if self.packed else self.b, *self.A.shape)
+        return states.view(len(self.sequences), 1 if self.packed else self.b, *self.A.shape)
 
     def channels(self, t: Tensor, start: int, stop: int) -> Tensor:
         """(b, d, l) at start...stop as (t, b, g, k)."""
-        return t[..., start:stop].permute(2, 0, 1).to(self.real).reshape(stop - start, self.b, self.g, -1)
+        return (
+            t[..., start:stop].permute(2, 0, 1).to(self.real).reshape(stop - start, self.b, *self.A.shape[:2])
+        )
 
     def weights(self, B: Tensor, start: int, stop: int) -> Tensor:
         """B or C at start...stop as (t, b, g, n), or (g, k, n) if constant."""
