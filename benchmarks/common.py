@@ -82,6 +82,12 @@ def require(module: str, name: str) -> Any:
         skip(f"this commit has no {module}.{name} ({error})")
 
 
+def require_backend(name: str) -> None:
+    """Skip on commits that do not have the backend yet; one that has it but cannot run is a failure."""
+    if name not in require("projecta", "available_backends")():
+        skip(f"this commit has no backend {name!r}")
+
+
 def require_full() -> None:
     """Skip unless PROJECTA_FULL=1: for sizes that want a large machine."""
     if os.environ.get("PROJECTA_FULL") != "1":

@@ -14,6 +14,7 @@ VERSION = common.version(__file__)
 @functools.cache
 def _scan(backend: str, l: int, d: int, backward: bool):
     """A call of the scan, checked against the reference in float64."""
+    common.require_backend(backend)
     selective_scan = common.require("projecta", "selective_scan")
     inputs = common.scan_inputs(1, d, l)
     grad = common.randn(1, d, l, seed=5)
@@ -40,6 +41,7 @@ def _scan(backend: str, l: int, d: int, backward: bool):
 @functools.cache
 def _steps(backend: str, d: int):
     """A call that decodes STEPS tokens one by one, checked against the scan."""
+    common.require_backend(backend)
     selective_scan = common.require("projecta", "selective_scan")
     step = common.require("projecta", "selective_state_update")
     inputs = common.scan_inputs(1, d, STEPS)

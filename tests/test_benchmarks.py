@@ -44,12 +44,18 @@ def test_a_commit_without_the_feature_skips_with_its_reason():
         common.require("projecta", "warp_drive")
 
 
+def test_a_commit_without_the_backend_skips_with_its_reason():
+    with pytest.raises(common.SkipNotImplemented, match="this commit has no backend 'warp'"):
+        scan._scan("warp", 64, 8, backward=False)
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch):
     right = scan.common.require("projecta", "selective_scan")
 
     def wrong(*args, backend, **kwargs):
         return right(*args, backend=backend, **kwargs) * (1.01 if backend == "vectorised" else 1)
 
+    monkeypatch.setattr(common, "require_backend", lambda name: None)
     monkeypatch.setattr(common, "require", lambda module, name: wrong)
     with pytest.raises(common.WrongResult, match=r"vectorised y: error 1\.0e-02"):
         scan._scan.__wrapped__("vectorised", 64, 8, backward=False)
