@@ -40,12 +40,14 @@ class Checker:
 
     def shape(self, argument: str, value: Any, shape: Sequence[int], axes: str, why: str = ""):
         """`axes` names the expected `shape`, as in "(b, d, l)"; `why` says where it comes from."""
-        rule = f"have shape {axes} = {tuple(shape)}" + (f" {why}" if why else "")
-        self.that(tuple(value.shape) == tuple(shape), argument, rule, tuple(value.shape))
+        if value.shape != tuple(shape):
+            rule = f"have shape {axes} = {tuple(shape)}" + (f" {why}" if why else "")
+            self.that(False, argument, rule, tuple(value.shape))
 
     def dtype(self, argument: str, value: Any, allowed: Sequence[Any]):
-        names = " or ".join(", ".join(_short(d) for d in allowed).rsplit(", ", 1))
-        self.that(value.dtype in allowed, argument, f"be {names}", _short(value.dtype), error=TypeError)
+        if value.dtype not in allowed:
+            names = " or ".join(", ".join(_short(d) for d in allowed).rsplit(", ", 1))
+            self.that(False, argument, f"be {names}", _short(value.dtype), error=TypeError)
 
     def one_of(self, argument: str, value: object, allowed: Sequence[object]):
         self.that(value in allowed, argument, "be one of " + ", ".join(map(repr, allowed)), repr(value))

@@ -23,8 +23,8 @@ from projecta._checks import Checker
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 
 BACKENDS = ("reference", "vectorised", "cpu")
-AUTO = {("cpu", "real"): "cpu"}  # what "auto" takes by device type and kind of A; else "vectorised"
-_ONLY = {"cpu": ("cpu", "real")}  # backends that are made for one device type and kind of A
+AUTO = {"cpu": "cpu"}  # what "auto" takes by device type; else "vectorised"
+_ONLY = {"cpu": "cpu"}  # backends that are made for one device type
 
 
 class BackendUnavailable(RuntimeError):
@@ -100,7 +100,7 @@ def selective_scan(
     A, B, C, initial_state = canonical_arguments(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
-    module = _choose(check, backend, u, A)
+    module = _choose(check, backend, u)
     y, last_state = module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens
     )
@@ -190,7 +190,7 @@ def selective_state_update(
     def grouped(t):  # (b, g, n)
         return t[:, None] if t.dim() == 2 else t
 
-    module = _choose(check, backend, x, A)
+    module = _choose(check, backend, x)
     own = flat(state)
     wide = own.to(state_dtype(x, A))
     y = module.selective_state_update(
@@ -215,13 +215,13 @@ def _why_not(name: str) -> str:
     return _loaded[name].unavailable()
 
 
-def _choose(check: Checker, backend: str, u: Tensor, A: Tensor) -> ModuleType:
+def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
     check.one_of("backend", backend, ("auto", *BACKENDS))
-    case = u.device.type, "complex" if A.is_complex() else "real"
-    name = AUTO.get(case, "vectorised") if backend == "auto" else backend
+    device = u.device.type
+    name = AUTO.get(device, "vectorised") if backend == "auto" else backend
     reason = _why_not(name)
-    if not reason and _ONLY.get(name, case) != case:
-        reason = f"it takes {' tensors and '.join(_ONLY[name])} A, not {' and '.join(case)}"
+    if not reason and _ONLY.get(name, device) != device:
+        reason = f"it takes {_ONLY[name]} tensors, not {device}"
     if reason:
         raise BackendUnavailable(
             f"{check.function}: backend must be able to run here; got {name!r}: {reason}."

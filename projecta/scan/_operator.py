@@ -104,3 +104,27 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         return y, last_state
 
     return selective_scan
+
+
+def define_step(name: str, advance: Callable) -> Callable:
+    """Register `projecta::{name}`, which overwrites a state; return `selective_state_update` for it.
+
+    advance(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y) overwrites `state` and fills y. A backward
+    pass through it is an error: the scan is differentiable, with l = 1 too.
+    """
+
+    @torch.library.custom_op(f"projecta::{name}", mutates_args=("state",))
+    def step(
+        state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+        z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
+    ) -> Tensor:  # fmt: skip
+        y = torch.empty_like(x)
+        with torch.autocast(x.device.type, enabled=False):
+            advance(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y)
+        return y
+
+    @step.register_fake
+    def _(state, x, *rest):
+        return torch.empty_like(x)
+
+    return step

@@ -1,38 +1,32 @@
 """The scan on the CPU in numba: as fast as the vector units allow, without a compiler to install.
 
-A vector holds as many channels as it has lanes; one loop over time advances four states of them at once, in
-registers. Channels of a group are taken in blocks of that many lanes. Blocks and sequences are the parallel
-work: threads run the kernels without the interpreter's lock. Results do not depend on the number of threads.
+A vector holds as many channels as it has lanes; one loop over time advances four rows of their states at
+once, in registers. A real state is one row; a complex state is two, its real and its imaginary part. Channels
+of a group are taken in blocks of that many lanes. Blocks and sequences are the parallel work: threads run the
+kernels without the interpreter's lock. Results do not depend on the number of threads.
 
 Tiles of `TILE` steps are read from the caller's memory, whatever its strides and type, and turned so that a
-step is a vector. The decay is 2^(delta A log2 e); where no exponent of a tile leaves the safe range, the
-clamps are left out.
+step is a vector; so are A, D and the states. The decay is 2^(delta A log2 e); where no exponent of a tile
+leaves the safe range, the clamps are left out.
 
 The backward pass takes superblocks of several blocks. From the states that the forward pass saved every
 `CHUNK` steps it forms the states of a chunk again, then goes through the chunk in reverse. Gradients of B and
 C are summed over the channels of a superblock in vectors, lane by lane at last, and over superblocks in their
 order.
-
-Real A only: `projecta.scan.AUTO` sends complex A to "vectorised".
 """
 
-import os
-import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from projecta.scan import reference
-from projecta.scan._operator import Inputs, define
+from projecta.scan._operator import Inputs, define, define_step
+from projecta.scan._threads import compiled, run
 from projecta.scan._vectors import (
     BYTES,
     LOG2_E,
+    cos_and_sin,
     exp2_product,
     exp2_product_safe,
     fence,
@@ -56,20 +50,12 @@ from projecta.scan._vectors import (
 TILE = 64  # steps that are read and turned together
 CHUNK = 16  # steps between saved states
 SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for each other
-UNROLL = 4  # states that one loop over time advances
+UNROLL = 4  # rows of states that one loop over time advances
 SUPERBLOCK = 8  # blocks that share their sums of dB and dC
-SMALL = 200_000  # elements of (b, d, l, n) below which one thread is faster than two
+RADIANS = 2 * math.pi * LOG2_E  # A's imaginary parts count turns, its real parts powers of 2
 
 
-def _compiled(function: Callable) -> Callable:
-    """Compiled for each type when it is first called, and kept on disk where a folder can be written."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # numba found no folder for its cache
-        return njit(nogil=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def _read(source, strides, row, channel, step, channels, steps, tile, at):
     """Bring channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
     channel_stride, step_stride = strides[1], strides[2]
@@ -91,7 +77,7 @@ def _read(source, strides, row, channel, step, channels, steps, tile, at):
             put(tile, first + c, get(source, base + c * channel_stride + t * step_stride))
 
 
-@_compiled
+@compiled
 def _write(target, strides, row, channel, step, channels, steps, tile, at):
     """The way back of `_read`."""
     channel_stride, step_stride = strides[1], strides[2]
@@ -117,7 +103,7 @@ def _write(target, strides, row, channel, step, channels, steps, tile, at):
             put(target, base + c * channel_stride + t * step_stride, get(tile, at + t * width + c))
 
 
-@_compiled
+@compiled
 def _weight(B, varying, constant):
     """B or C of a state: one number for all lanes if it varies in time (1-D), else a vector (2-D)."""
     if B.ndim == 1:
@@ -125,40 +111,78 @@ def _weight(B, varying, constant):
     return load(B, constant)
 
 
-@_compiled
-def _decay(s, A, clamp):
-    """2^(s A); `clamp` is None where no exponent leaves the safe range."""
+@compiled
+def _decay(s, A, A_next, clamp, rotate):
+    """Of two rows: 2^(s A) each, or as a complex number; `clamp` is None where no exponent leaves the safe
+    range, `rotate` where states are real."""
+    if rotate is not None:
+        size = exp2_product_safe(s, A)
+        cos, sin = cos_and_sin(s * A_next)
+        return size * cos, size * sin
     if clamp is None:
-        return exp2_product(s, A)
-    return exp2_product_safe(s, A)
+        return exp2_product(s, A), exp2_product(s, A_next)
+    return exp2_product_safe(s, A), exp2_product_safe(s, A_next)
 
 
-@_compiled
-def _advance(S, X, Y, first, steps, A, a, B, C, w, n, H, clamp, ahead):
+@compiled
+def _step(d, d_next, h, h_next, x, x_next, rotate):
+    """d h + x of two rows."""
+    if rotate is not None:
+        x, x_next = x - d_next * h_next, fma(d_next, h, x_next)
+        return fma(d, h, x), fma(d, h_next, x_next)
+    return fma(d, h, x), fma(d_next, h_next, x_next)
+
+
+@compiled
+def _step_back(d, d_next, g, g_next, rotate):
+    """The conjugate of d, times g."""
+    if rotate is not None:
+        return fma(d, g, d_next * g_next), d * g_next - d_next * g
+    return d * g, d_next * g_next
+
+
+@compiled
+def _match(c, c_next, h, h_next, rotate):
+    """c times the conjugate of h."""
+    if rotate is not None:
+        return fma(c, h, c_next * h_next), c_next * h - c * h_next
+    return c * h, c_next * h_next
+
+
+@compiled
+def _turned(f, rotate):
+    """The part of the second row in the gradient of s, whose unit is that of the first."""
+    if rotate is not None:
+        return f * RADIANS
+    return f
+
+
+@compiled
+def _advance(S, X, Y, first, steps, A, B, C, w, n, H, clamp, rotate, ahead):
     """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
-    S is delta, X delta u; a and w say where A, and B and C, begin. There are more rows in the caller's memory
+    S is delta, X delta u; w says where B and C begin. There are more rows in the caller's memory
     than the hardware fetches ahead: each pass over time asks for a line of the next tile per step.
     """
     width = lanes(S)
     for q in range(0, n, UNROLL):
-        at, k, row = a + q * width, q * width, (q // UNROLL) & 3
+        k, row = q * width, (q // UNROLL) & 3
         address, stride, shift, mask = ahead[row, 0], ahead[row, 1], ahead[row, 2], ahead[row, 3]
-        A0, A1, A2, A3 = load(A, at), load(A, at + width), load(A, at + 2 * width), load(A, at + 3 * width)
+        A0, A1, A2, A3 = load(A, k), load(A, k + width), load(A, k + 2 * width), load(A, k + 3 * width)
         h0, h1, h2, h3 = load(H, k), load(H, k + width), load(H, k + 2 * width), load(H, k + 3 * width)
         for t in range(first, first + steps):
             prefetch(address + (t >> shift) * stride + (t & mask) * BYTES)
             s, x, v = load(S, t * width), load(X, t * width), w + t * n + q
-            d0, d1 = _decay(s, A0, clamp), _decay(s, A1, clamp)
-            d2, d3 = _decay(s, A2, clamp), _decay(s, A3, clamp)
-            h0 = fma(d0, h0, x * _weight(B, v, at))
-            h1 = fma(d1, h1, x * _weight(B, v + 1, at + width))
-            h2 = fma(d2, h2, x * _weight(B, v + 2, at + 2 * width))
-            h3 = fma(d3, h3, x * _weight(B, v + 3, at + 3 * width))
-            y = fma(_weight(C, v, at), h0, load(Y, t * width))
-            y2 = _weight(C, v + 1, at + width) * h1
-            y = fma(_weight(C, v + 2, at + 2 * width), h2, y)
-            y2 = fma(_weight(C, v + 3, at + 3 * width), h3, y2)
+            x0, x1 = x * _weight(B, v, k), x * _weight(B, v + 1, k + width)
+            x2, x3 = x * _weight(B, v + 2, k + 2 * width), x * _weight(B, v + 3, k + 3 * width)
+            d0, d1 = _decay(s, A0, A1, clamp, rotate)
+            d2, d3 = _decay(s, A2, A3, clamp, rotate)
+            h0, h1 = _step(d0, d1, h0, h1, x0, x1, rotate)
+            h2, h3 = _step(d2, d3, h2, h3, x2, x3, rotate)
+            y = fma(_weight(C, v, k), h0, load(Y, t * width))
+            y2 = _weight(C, v + 1, k + width) * h1
+            y = fma(_weight(C, v + 2, k + 2 * width), h2, y)
+            y2 = fma(_weight(C, v + 3, k + 3 * width), h3, y2)
             store(Y, t * width, y + y2)
         store(H, k, h0)
         store(H, k + width, h1)
@@ -166,14 +190,14 @@ def _advance(S, X, Y, first, steps, A, a, B, C, w, n, H, clamp, ahead):
         store(H, k + 3 * width, h3)
 
 
-@_compiled
+@compiled
 def _scratch(like, count):
     """`count` scalars that begin at a multiple of a vector's bytes."""
     raw = np.empty(count + 16, like.dtype)
     return raw[(-(raw.ctypes.data // raw.itemsize)) % 16 :][:count]
 
 
-@_compiled
+@compiled
 def _look_ahead(ahead, i, source, strides, row, channel, step):
     """Where the lines of a tile of `source` lie: 64 of them, so many in a row of memory."""
     channel_stride, step_stride = strides[1], strides[2]
@@ -187,32 +211,87 @@ def _look_ahead(ahead, i, source, strides, row, channel, step):
     ahead[i, 3] = per_row - 1
 
 
-@_compiled
+@compiled
+def _fetch(source, row, channel, channels, rows, padded, scale, scale_next, tile, at):
+    """Bring `rows` numbers per channel, of source (..., d, rows), into vectors at tile[at:], then zeros.
+
+    Of each two rows one is multiplied by `scale`, one by `scale_next`.
+    """
+    width = lanes(tile)
+    strides = np.array([0, rows, 1])
+    _read(source, strides, 0, row + channel, 0, channels, rows, tile, at)
+    for q in range(padded):
+        to = at + q * width
+        if q >= rows:
+            store(tile, to, zero(tile))
+        else:
+            store(tile, to, load(tile, to) * (scale_next if q & 1 else scale))
+
+
+@compiled
+def _deliver(target, row, channel, channels, rows, tile, at):
+    """The way back of `_fetch`."""
+    _write(target, np.array([0, rows, 1]), 0, row + channel, 0, channels, rows, tile, at)
+
+
+@compiled
+def _fetch_weights(B, room, channel, channels, rows, padded, at):
+    """If B is constant, (d, rows), the vectors of a block to room[at:]."""
+    if B.ndim == 2:
+        _fetch(B.reshape(-1), 0, channel, channels, rows, padded, 1.0, 1.0, room.reshape(-1), at)
+
+
+@compiled
+def _weights(B, room):
+    """B if it varies in time, else the vectors that `_fetch_weights` brought into `room`."""
+    if B.ndim == 1:
+        return B
+    return room
+
+
+@compiled
+def _largest(tile, at, count):
+    """The largest magnitude in tile[at : at + count]."""
+    found = 0.0
+    for i in range(at, at + count):
+        found = max(found, abs(tile[i]))
+    return found
+
+
+@compiled
 def _forward(
-    first, stop, sizes, rows, bounds, chunks, softplus, has_z, u, su, delta, sd, z, sz, y, sy,
-    A, limits, B, C, D, bias, state, saved,
+    first, stop, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, y, sy,
+    A, B, C, D, bias, start_state, last_state, saved,
 ):  # fmt: skip
     """Items first...stop; item i is block i % blocks of sequence i // blocks."""
-    g, k, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
-    width, blocks = lanes(A), g * per_group
-    area = (TILE + SKEW) * width
-    room = _scratch(A, 4 * area + n * width)
-    S, X, Y, Z, H = (
-        room[:area],
-        room[area : 2 * area],
-        room[2 * area : 3 * area],
-        room[3 * area : 4 * area],
-        room[4 * area :],
-    )
+    g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
+    width, blocks, d = lanes(bias), g * per_group, g * k
+    area, held = (TILE + SKEW) * width, n * width
+    room = _scratch(bias, 4 * area + 2 * held + 2 * width)
+    S, X, Y, Z = room[:area], room[area : 2 * area], room[2 * area : 3 * area], room[3 * area : 4 * area]
+    H, rates = room[4 * area : 4 * area + held], room[4 * area + held : 4 * area + 2 * held]
+    ends = room[4 * area + 2 * held :]
+    own_B, own_C = _scratch(bias, held).reshape(n, width), _scratch(bias, held).reshape(n, width)
+    B_here, C_here = _weights(B, own_B), _weights(C, own_C)
     ahead = np.zeros((4, 4), np.int64)
     save = saved.size > 0
+    turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
     for item in range(first, stop):
         sequence, block = item // blocks, item % blocks
-        row, group, lane = rows[sequence], block // per_group, block % per_group * width
+        row, group, lane = sequences[sequence], block // per_group, block % per_group * width
         channel, channels = group * k + lane, min(width, k - lane)
-        a, w, limit = block * n * width, (row * g + group) * l * n, limits[block]
-        H[:] = state[item * n * width : (item + 1) * n * width]
-        biases, skips = load(bias, block * width), load(D, block * width)
+        w = (row * g + group) * l * n
+        _fetch(A, 0, channel, channels, rows, n, LOG2_E, turn, rates, 0)
+        limit = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, 0, held)
+        _fetch_weights(B, own_B, channel, channels, rows, n, 0)
+        _fetch_weights(C, own_C, channel, channels, rows, n, 0)
+        if start_state.size:
+            _fetch(start_state, sequence * d, channel, channels, rows, n, 1.0, 1.0, H, 0)
+        else:
+            H[:] = 0
+        _fetch(bias, 0, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
+        _fetch(D, 0, channel, channels, 1, 1, 1.0, 1.0, ends, width)
+        biases, skips = load(ends, 0), load(ends, width)
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         for t0 in range(start, end, TILE):
             steps = min(TILE, end - t0)
@@ -234,39 +313,43 @@ def _forward(
             stride = CHUNK if save else TILE
             for t in range(0, steps, stride):
                 if save:
-                    to = ((chunks[sequence] + (t0 - start + t) // CHUNK) * blocks + block) * n * width
-                    saved[to : to + n * width] = H
-                if fits:
-                    _advance(S, X, Y, t, min(stride, steps - t), A, a, B, C, w + t0 * n, n, H, None, ahead)
+                    to = ((chunks[sequence] + (t0 - start + t) // CHUNK) * blocks + block) * held
+                    saved[to : to + held] = H
+                more = min(stride, steps - t)
+                if rotate is not None:
+                    _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, 1, 1, ahead)
+                elif fits:
+                    _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, None, None, ahead)
                 else:
-                    _advance(S, X, Y, t, min(stride, steps - t), A, a, B, C, w + t0 * n, n, H, 1, ahead)
+                    _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, 1, None, ahead)
             if has_z:
                 _read(z, sz, row, channel, t0, channels, steps, Z, 0)
                 for at in range(0, steps * width, width):
                     gate = load(Z, at)
                     store(Y, at, load(Y, at) * gate * sigmoid(gate))
             _write(y, sy, row, channel, t0, channels, steps, Y, 0)
-        state[item * n * width : (item + 1) * n * width] = H
+        _deliver(last_state, sequence * d, channel, channels, rows, H, 0)
     fence()
 
 
-@_compiled
+@compiled
 def _retrace(
-    T, o, first, steps, A, a, B, C, w, n, q, H, hs, decays, carry, dA,
-    dB, pb, tb, dC, pc, tc, clamp, ahead, look,
+    T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, carry, dA,
+    dB, pb, tb, dC, pc, tc, clamp, rotate, ahead, look,
 ):  # fmt: skip
-    """One chunk and four states: form the states again, then go back through them.
+    """One chunk and four rows of states: form the states again, then go back through them.
 
     T holds the tiles of a block, from `o` on: S delta, X delta u, G the gradient of y before the gate, Y = C
-    h, and DX and DS, the gradients of X and, over log 2, of S. dB and dC collect at pb + t tb and pc + t tc.
+    h, and DX and DS, the gradients of X and, over log 2, of S. A, carry and dA of the block begin at a, the
+    states before the chunk at H[own]. dB and dC collect at pb + t tb and pc + t tc.
 
         g_t = C_t dy_t + a_{t+1} g_{t+1},  dC_t = dy_t h_t,  dB_t = g_t x_t,  d(delta A)_t = a_t g_t h_{t-1}
     """
     width = lanes(T)
     area = (TILE + SKEW) * width
     S, X, G, Y, DX, DS = o, o + area, o + 2 * area, o + 3 * area, o + 4 * area, o + 5 * area
-    at, k = a + q * width, q * width
-    A0, A1, A2, A3 = load(A, at), load(A, at + width), load(A, at + 2 * width), load(A, at + 3 * width)
+    b, k = a + q * width, own + q * width
+    A0, A1, A2, A3 = load(A, b), load(A, b + width), load(A, b + 2 * width), load(A, b + 3 * width)
     h0, h1, h2, h3 = load(H, k), load(H, k + width), load(H, k + 2 * width), load(H, k + 3 * width)
     store(hs, 0, h0)
     store(hs, width, h1)
@@ -278,16 +361,16 @@ def _retrace(
         prefetch(address + ((first + i) >> shift) * stride + ((first + i) & mask) * BYTES)
         t = (first + i) * width
         s, x, v = load(T, S + t), load(T, X + t), w + i * n + q
-        d0, d1 = _decay(s, A0, clamp), _decay(s, A1, clamp)
-        d2, d3 = _decay(s, A2, clamp), _decay(s, A3, clamp)
-        h0 = fma(d0, h0, x * _weight(B, v, at))
-        h1 = fma(d1, h1, x * _weight(B, v + 1, at + width))
-        h2 = fma(d2, h2, x * _weight(B, v + 2, at + 2 * width))
-        h3 = fma(d3, h3, x * _weight(B, v + 3, at + 3 * width))
-        y = fma(_weight(C, v, at), h0, load(T, Y + t))
-        y2 = _weight(C, v + 1, at + width) * h1
-        y = fma(_weight(C, v + 2, at + 2 * width), h2, y)
-        y2 = fma(_weight(C, v + 3, at + 3 * width), h3, y2)
+        x0, x1 = x * _weight(B, v, b), x * _weight(B, v + 1, b + width)
+        x2, x3 = x * _weight(B, v + 2, b + 2 * width), x * _weight(B, v + 3, b + 3 * width)
+        d0, d1 = _decay(s, A0, A1, clamp, rotate)
+        d2, d3 = _decay(s, A2, A3, clamp, rotate)
+        h0, h1 = _step(d0, d1, h0, h1, x0, x1, rotate)
+        h2, h3 = _step(d2, d3, h2, h3, x2, x3, rotate)
+        y = fma(_weight(C, v, b), h0, load(T, Y + t))
+        y2 = _weight(C, v + 1, b + width) * h1
+        y = fma(_weight(C, v + 2, b + 2 * width), h2, y)
+        y2 = fma(_weight(C, v + 3, b + 3 * width), h3, y2)
         store(T, Y + t, y + y2)
         put4 = i * 4 * width
         store(decays, put4, d0)
@@ -298,13 +381,10 @@ def _retrace(
         store(hs, put4 + 5 * width, h1)
         store(hs, put4 + 6 * width, h2)
         store(hs, put4 + 7 * width, h3)
-    c0, c1, c2, c3 = (
-        load(carry, k),
-        load(carry, k + width),
-        load(carry, k + 2 * width),
-        load(carry, k + 3 * width),
-    )
-    e0, e1, e2, e3 = load(dA, k), load(dA, k + width), load(dA, k + 2 * width), load(dA, k + 3 * width)
+    c0, c1, c2 = load(carry, b), load(carry, b + width), load(carry, b + 2 * width)
+    c3 = load(carry, b + 3 * width)
+    e0, e1, e2, e3 = load(dA, b), load(dA, b + width), load(dA, b + 2 * width), load(dA, b + 3 * width)
+    k = q * width
     for i in range(steps - 1, -1, -1):
         t = (first + i) * width
         s, x, g, v, j = load(T, S + t), load(T, X + t), load(T, G + t), w + i * n + q, i * 4 * width
@@ -313,120 +393,112 @@ def _retrace(
         store(dC, to + width, fma(g, load(hs, j + 5 * width), load(dC, to + width)))
         store(dC, to + 2 * width, fma(g, load(hs, j + 6 * width), load(dC, to + 2 * width)))
         store(dC, to + 3 * width, fma(g, load(hs, j + 7 * width), load(dC, to + 3 * width)))
-        g0 = fma(_weight(C, v, at), g, c0)
-        g1 = fma(_weight(C, v + 1, at + width), g, c1)
-        g2 = fma(_weight(C, v + 2, at + 2 * width), g, c2)
-        g3 = fma(_weight(C, v + 3, at + 3 * width), g, c3)
+        g0 = fma(_weight(C, v, b), g, c0)
+        g1 = fma(_weight(C, v + 1, b + width), g, c1)
+        g2 = fma(_weight(C, v + 2, b + 2 * width), g, c2)
+        g3 = fma(_weight(C, v + 3, b + 3 * width), g, c3)
         to = pb + i * tb + k
         store(dB, to, fma(g0, x, load(dB, to)))
         store(dB, to + width, fma(g1, x, load(dB, to + width)))
         store(dB, to + 2 * width, fma(g2, x, load(dB, to + 2 * width)))
         store(dB, to + 3 * width, fma(g3, x, load(dB, to + 3 * width)))
-        dx = fma(g0, _weight(B, v, at), load(T, DX + t))
-        dx2 = g1 * _weight(B, v + 1, at + width)
-        dx = fma(g2, _weight(B, v + 2, at + 2 * width), dx)
-        dx2 = fma(g3, _weight(B, v + 3, at + 3 * width), dx2)
+        dx = fma(g0, _weight(B, v, b), load(T, DX + t))
+        dx2 = g1 * _weight(B, v + 1, b + width)
+        dx = fma(g2, _weight(B, v + 2, b + 2 * width), dx)
+        dx2 = fma(g3, _weight(B, v + 3, b + 3 * width), dx2)
         store(T, DX + t, dx + dx2)
-        c0, c1 = load(decays, j) * g0, load(decays, j + width) * g1
-        c2, c3 = load(decays, j + 2 * width) * g2, load(decays, j + 3 * width) * g3
-        f0, f1 = c0 * load(hs, j), c1 * load(hs, j + width)
-        f2, f3 = c2 * load(hs, j + 2 * width), c3 * load(hs, j + 3 * width)
+        c0, c1 = _step_back(load(decays, j), load(decays, j + width), g0, g1, rotate)
+        c2, c3 = _step_back(load(decays, j + 2 * width), load(decays, j + 3 * width), g2, g3, rotate)
+        f0, f1 = _match(c0, c1, load(hs, j), load(hs, j + width), rotate)
+        f2, f3 = _match(c2, c3, load(hs, j + 2 * width), load(hs, j + 3 * width), rotate)
         ds = fma(f0, A0, load(T, DS + t))
-        ds2 = f1 * A1
+        ds2 = _turned(f1, rotate) * A1
         ds = fma(f2, A2, ds)
-        ds2 = fma(f3, A3, ds2)
+        ds2 = fma(_turned(f3, rotate), A3, ds2)
         store(T, DS + t, ds + ds2)
         e0, e1, e2, e3 = fma(f0, s, e0), fma(f1, s, e1), fma(f2, s, e2), fma(f3, s, e3)
-    store(carry, k, c0)
-    store(carry, k + width, c1)
-    store(carry, k + 2 * width, c2)
-    store(carry, k + 3 * width, c3)
-    store(dA, k, e0)
-    store(dA, k + width, e1)
-    store(dA, k + 2 * width, e2)
-    store(dA, k + 3 * width, e3)
+    store(carry, b, c0)
+    store(carry, b + width, c1)
+    store(carry, b + 2 * width, c2)
+    store(carry, b + 3 * width, c3)
+    store(dA, b, e0)
+    store(dA, b + width, e1)
+    store(dA, b + 2 * width, e2)
+    store(dA, b + 3 * width, e3)
 
 
-@_compiled
+@compiled
 def _backward(
-    first, stop, sizes, rows, bounds, chunks, softplus, has_z, u, su, delta, sd, z, sz, dy, sdy,
-    A, limits, B, C, D, bias, saved, du, sdu, ddelta, sdd, dz, sdz, carries, dA, dD, dbias, dB, dC, sums_B,
-    sums_C,
+    first, stop, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, dy, sdy,
+    A, B, C, D, bias, last_grad, saved, du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC,
+    sums_B, sums_C,
 ):  # fmt: skip
     """Items first...stop; item i is superblock i % supers of sequence i // supers.
 
-    `carries` holds the gradient of the last state and ends as that of the initial one. dB and dC are what is
-    kept for each block if B and C are constant; else sums_B and sums_C take the sums over each superblock.
+    dA, dD, dbias, and dB and dC if B and C are constant, take the sums over each sequence; sums_B and sums_C
+    else those over each superblock.
     """
-    g, k, n, per_group, l, size, supers = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]
-    width, blocks, per_super = lanes(A), g * per_group, supers // g
+    g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
+    size, supers = sizes[6], sizes[7]
+    width, blocks, d, per_super = lanes(bias), g * per_group, g * k, supers // g
     area, held = (TILE + SKEW) * width, n * width
     tiles = 10 * area  # S X G Y DX DS U Z slope Q
-    T = _scratch(A, size * tiles + size * area)
-    work = _scratch(A, (8 * CHUNK + 4) * width)
+    T = _scratch(bias, size * tiles)
+    work = _scratch(bias, (8 * CHUNK + 4) * width)
     hs, decays = work[: (CHUNK + 1) * 4 * width], work[(CHUNK + 1) * 4 * width :]
     vary_B, vary_C = B.ndim == 1, C.ndim == 1
-    collect_B, collect_C = _scratch(A, CHUNK * held), _scratch(A, CHUNK * held)
-    fits = np.zeros(size, np.bool_)
+    collect_B, collect_C = _scratch(bias, CHUNK * held), _scratch(bias, CHUNK * held)
+    rates, carries, sums_A = (
+        _scratch(bias, size * held),
+        _scratch(bias, size * held),
+        _scratch(bias, size * held),
+    )
+    own_B = _scratch(bias, size * held).reshape(size * n, width)
+    own_C = _scratch(bias, size * held).reshape(size * n, width)
+    B_here, C_here = _weights(B, own_B), _weights(C, own_C)
+    held_B, held_C = _scratch(bias, size * held), _scratch(bias, size * held)
+    ends = _scratch(bias, 4 * size * width)  # biases, skips, dD, dbias
+    fits, limits = np.zeros(size, np.bool_), np.zeros(size)
     ahead = np.zeros((4 * size, 4), np.int64)
+    turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
     for item in range(first, stop):
         sequence, superblock = item // supers, item % supers
-        row, group = rows[sequence], superblock // per_super
+        row, group = sequences[sequence], superblock // per_super
         block0 = superblock % per_super * size  # in the group
         count = min(size, per_group - block0)
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         w = (row * g + group) * l * n
+        sums_A[:], held_B[:], held_C[:], ends[:] = 0, 0, 0, 0
+        for i in range(count):
+            lane, own, e = (block0 + i) * width, i * held, 4 * i * width
+            channel, channels = group * k + lane, min(width, k - lane)
+            _fetch(A, 0, channel, channels, rows, n, LOG2_E, turn, rates, own)
+            limits[i] = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, own, held)
+            _fetch(last_grad, sequence * d, channel, channels, rows, n, 1.0, 1.0, carries, own)
+            _fetch(bias, 0, channel, channels, 1, 1, 1.0, 1.0, ends, e)
+            _fetch(D, 0, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
+            _fetch_weights(B, own_B, channel, channels, rows, n, own)
+            _fetch_weights(C, own_C, channel, channels, rows, n, own)
         total = (end - start + TILE - 1) // TILE
         for tile in range(total - 1, -1, -1):
             t0 = start + tile * TILE
             steps = min(TILE, end - t0)
             for i in range(count):
-                block = group * per_group + block0 + i
-                lane = (block0 + i) * width
-                channel, channels, o = group * k + lane, min(width, k - lane), i * tiles
-                biases, limit = load(bias, block * width), limits[block]
+                lane, o = (block0 + i) * width, i * tiles
+                channel, channels = group * k + lane, min(width, k - lane)
+                biases = load(ends, 4 * i * width)
                 _read(delta, sd, row, channel, t0, channels, steps, T, o)
-                _read(
-                    u,
-                    su,
-                    row,
-                    channel,
-                    t0,
-                    channels,
-                    steps,
-                    T,
-                    o + 6 * area,
-                )
-                _read(
-                    dy,
-                    sdy,
-                    row,
-                    channel,
-                    t0,
-                    channels,
-                    steps,
-                    T,
-                    o + 2 * area,
-                )
+                _read(u, su, row, channel, t0, channels, steps, T, o + 6 * area)
+                _read(dy, sdy, row, channel, t0, channels, steps, T, o + 2 * area)
                 if has_z:
-                    _read(
-                        z,
-                        sz,
-                        row,
-                        channel,
-                        t0,
-                        channels,
-                        steps,
-                        T,
-                        o + 7 * area,
-                    )
+                    _read(z, sz, row, channel, t0, channels, steps, T, o + 7 * area)
                 inside = True
                 for t in range(o, o + steps * width, width):
                     s = load(T, t) + biases
                     if softplus:
                         s, slope = softplus_and_slope(s)
                         store(T, t + 8 * area, slope)
-                    inside = inside and magnitude_below(s, limit)
+                    inside = inside and magnitude_below(s, limits[i])
                     store(T, t, s)
                     store(T, t + area, s * load(T, t + 6 * area))
                     if has_z:
@@ -448,23 +520,28 @@ def _backward(
                 if vary_C:
                     collect_C[: here * held] = 0
                 for i in range(count):
-                    block = group * per_group + block0 + i
-                    own = (sequence * blocks + block) * held
-                    H = saved[((chunks[sequence] + (t0 - start + at) // CHUNK) * blocks + block) * held :]
-                    sink_B, pb, tb = (collect_B, 0, held) if vary_B else (dB, own, 0)
-                    sink_C, pc, tc = (collect_C, 0, held) if vary_C else (dC, own, 0)
+                    block, own = group * per_group + block0 + i, i * held
+                    before = ((chunks[sequence] + (t0 - start + at) // CHUNK) * blocks + block) * held
+                    sink_B, pb, tb = (collect_B, 0, held) if vary_B else (held_B, own, 0)
+                    sink_C, pc, tc = (collect_C, 0, held) if vary_C else (held_C, own, 0)
                     for q in range(0, n, UNROLL):
-                        if fits[i]:
+                        if rotate is not None:
                             _retrace(
-                                T, i * tiles, at, here, A, block * held, B, C, w + (t0 + at) * n, n, q, H, hs,
-                                decays, carries[own:], dA[own:], sink_B, pb, tb, sink_C, pc, tc, None,
-                                ahead, 4 * i,
+                                T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
+                                saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
+                                1, 1, ahead, 4 * i,
+                            )  # fmt: skip
+                        elif fits[i]:
+                            _retrace(
+                                T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
+                                saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
+                                None, None, ahead, 4 * i,
                             )  # fmt: skip
                         else:
                             _retrace(
-                                T, i * tiles, at, here, A, block * held, B, C, w + (t0 + at) * n, n, q, H, hs,
-                                decays, carries[own:], dA[own:], sink_B, pb, tb, sink_C, pc, tc, 1,
-                                ahead, 4 * i,
+                                T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
+                                saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
+                                1, None, ahead, 4 * i,
                             )  # fmt: skip
                 to = ((row * supers + superblock) * l + t0 + at) * n
                 for j in range(here * n):
@@ -473,141 +550,47 @@ def _backward(
                     if vary_C:
                         put(sums_C, to + j, sum_lanes(load(collect_C, j * width)))
             for i in range(count):
-                block = group * per_group + block0 + i
-                lane = (block0 + i) * width
-                channel, channels, o = group * k + lane, min(width, k - lane), i * tiles
-                skips, own = load(D, block * width), (sequence * blocks + block) * width
-                sum_D, sum_bias = load(dD, own), load(dbias, own)
+                lane, o, e = (block0 + i) * width, i * tiles, 4 * i * width
+                channel, channels = group * k + lane, min(width, k - lane)
+                skips = load(ends, e + width)
+                sum_D, sum_bias = load(ends, e + 2 * width), load(ends, e + 3 * width)
                 for t in range(o, o + steps * width, width):
-                    s, grad, x_grad, value = (
-                        load(T, t),
-                        load(T, t + 2 * area),
-                        load(T, t + 4 * area),
-                        load(T, t + 6 * area),
-                    )
+                    s, grad, x_grad = load(T, t), load(T, t + 2 * area), load(T, t + 4 * area)
+                    value = load(T, t + 6 * area)
                     grad_delta = fma(x_grad, value, load(T, t + 5 * area) * (1.0 / LOG2_E))
                     if softplus:
                         grad_delta = grad_delta * load(T, t + 8 * area)
                     sum_D, sum_bias = fma(grad, value, sum_D), sum_bias + grad_delta
                     if has_z:
-                        store(
-                            T, t + 7 * area, load(T, t + 9 * area) * fma(skips, value, load(T, t + 3 * area))
-                        )
+                        ungated = fma(skips, value, load(T, t + 3 * area))
+                        store(T, t + 7 * area, load(T, t + 9 * area) * ungated)
                     store(T, t + 6 * area, fma(x_grad, s, skips * grad))
                     store(T, t, grad_delta)
-                store(dD, own, sum_D)
-                store(dbias, own, sum_bias)
-                _write(
-                    ddelta,
-                    sdd,
-                    row,
-                    channel,
-                    t0,
-                    channels,
-                    steps,
-                    T,
-                    o,
-                )
-                _write(
-                    du,
-                    sdu,
-                    row,
-                    channel,
-                    t0,
-                    channels,
-                    steps,
-                    T,
-                    o + 6 * area,
-                )
+                store(ends, e + 2 * width, sum_D)
+                store(ends, e + 3 * width, sum_bias)
+                _write(ddelta, sdd, row, channel, t0, channels, steps, T, o)
+                _write(du, sdu, row, channel, t0, channels, steps, T, o + 6 * area)
                 if has_z:
                     _write(dz, sdz, row, channel, t0, channels, steps, T, o + 7 * area)
+        for i in range(count):
+            lane, own, e = (block0 + i) * width, i * held, 4 * i * width
+            channel, channels = group * k + lane, min(width, k - lane)
+            _deliver(dA, sequence * d, channel, channels, rows, sums_A, own)
+            _deliver(dD, sequence * d, channel, channels, 1, ends, e + 2 * width)
+            _deliver(dbias, sequence * d, channel, channels, 1, ends, e + 3 * width)
+            if start_grad.size:
+                _deliver(start_grad, sequence * d, channel, channels, rows, carries, own)
+            if not vary_B:
+                _deliver(dB, sequence * d, channel, channels, rows, held_B, own)
+            if not vary_C:
+                _deliver(dC, sequence * d, channel, channels, rows, held_C, own)
     fence()
 
 
-class _Layout:
-    """How channels, states and sequences of a call lie in vectors; what both kernels take."""
-
-    def __init__(self, inputs: Inputs):
-        u, _, A, B, C = inputs[:5]
-        self.inputs = inputs
-        self.b, d, self.l = u.shape
-        self.dtype, self.width = A.dtype, BYTES // A.element_size()
-        self.n, self.padded = A.shape[1], _round_up(A.shape[1], UNROLL)
-        self.g = next((t.shape[1] for t in (B, C) if t.dim() == 4), 1)
-        self.k = d // self.g
-        self.per_group = _round_up(self.k, self.width) // self.width
-        self.blocks = self.g * self.per_group
-        self.state_size = self.padded * self.width
-        if inputs.cu_seqlens is None:
-            self.rows, starts = np.arange(self.b), np.zeros(self.b, np.int64)
-            self.bounds = np.tile(np.array([0, self.l]), self.b)
-            self.chunks = self.rows * (self.l // CHUNK + 1)
-        else:
-            ends = inputs.cu_seqlens.numpy().astype(np.int64)
-            starts, self.rows = ends[:-1], np.zeros(len(ends) - 1, np.int64)
-            self.bounds = np.stack([starts, ends[1:]], 1).ravel()
-            self.chunks = starts // CHUNK + np.arange(len(starts))
-        self.sequences = len(self.rows)
-        self.size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
-        self.supers = self.g * (-(-self.per_group // self.size))
-        self.work = u.numel() * self.n
-
-    def channels(self, t: Tensor | None) -> np.ndarray:
-        """(d,) as (blocks, width), flat; 0 where there is no channel."""
-        packed = torch.zeros(self.g, self.per_group * self.width, dtype=self.dtype)
-        if t is not None:
-            packed[:, : self.k] = t.view(self.g, self.k)
-        return packed.view(-1).numpy()
-
-    def states(self, t: Tensor, scale: float = 1.0) -> np.ndarray:
-        """(..., d, n) as (..., blocks, padded n, width), flat."""
-        packed = torch.zeros(
-            t.numel() // (self.g * self.k * self.n),
-            self.g,
-            self.per_group * self.width,
-            self.padded,
-            dtype=self.dtype,
-        )
-        packed[:, :, : self.k, : self.n] = t.reshape(-1, self.g, self.k, self.n) * scale
-        return packed.unflatten(2, (-1, self.width)).transpose(3, 4).contiguous().view(-1).numpy()
-
-    def unpack(self, packed: np.ndarray) -> Tensor:
-        """The way back of `states`: (sequences, d, n)."""
-        wide = torch.from_numpy(packed).view(-1, self.g, self.per_group, self.padded, self.width)
-        return wide.transpose(3, 4).flatten(2, 3)[:, :, : self.k, : self.n].flatten(1, 2)
-
-    def weights(self, B: Tensor) -> np.ndarray:
-        """B or C: over time (b, g, l, padded n), flat; if constant as the states, in two dimensions."""
-        if B.dim() == 2:
-            return self.states(B).reshape(-1, self.width)
-        packed = torch.zeros(self.b, self.g, self.l, self.padded, dtype=self.dtype)
-        packed[..., : self.n] = B.transpose(2, 3)
-        return packed.view(-1).numpy()
-
-    def arguments(self, delta_softplus: bool) -> tuple:
-        """Sizes, sequences and options, as both kernels begin."""
-        sizes = np.array([self.g, self.k, self.padded, self.per_group, self.l, self.size, self.supers])
-        return sizes, self.rows, self.bounds, self.chunks, delta_softplus, self.inputs.z is not None
-
-    def parameters(self) -> tuple:
-        """A, the steps up to which its exponents are safe, B, C, D, delta_bias."""
-        A = self.states(self.inputs.A, LOG2_E)
-        exponent = 126.0 if self.dtype == torch.float32 else 1022.0
-        with np.errstate(divide="ignore"):  # rates of 0 are safe for any step
-            limits = exponent / np.abs(A).reshape(self.blocks, -1).max(1)
-        _, _, _, B, C, D, _, bias = self.inputs[:8]
-        return (
-            A,
-            limits.astype(A.dtype),
-            self.weights(B),
-            self.weights(C),
-            self.channels(D),
-            self.channels(bias),
-        )
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+def _flat(t: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory; complex numbers as pairs."""
+    t = t.detach()
+    return (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).numpy()
 
 
 _STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `_vectors` knows them
@@ -616,111 +599,162 @@ _STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `_vec
 def _memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The memory of a (b, d, l) tensor as a flat array, and the strides."""
     t = t.detach()
-    span = (
-        1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        if t.numel()
-        else 0
-    )
-    flat = t.view(_STORED[t.dtype]) if t.dtype in _STORED else t
-    return flat.as_strided((span,), (1,)).numpy(), np.array(t.stride())
+    if t.dtype in _STORED:
+        t = t.view(_STORED[t.dtype])
+    strides = t.stride()
+    if not t.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
+        t = t.as_strided((last + 1 if t.numel() else 0,), (1,))
+    return t.view(-1).numpy(), np.array(strides)
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}  # by process: a forked child starts threads of its own
+class _Call:
+    """How channels, states and sequences of a call lie in vectors; what both kernels take."""
 
-
-_called: set[tuple] = set()  # kernels and types that have run in this process
-
-
-def _run(kernel: Callable, items: int, work: int, *arguments) -> None:
-    """kernel(first, stop, *arguments) over all items, on as many threads as torch uses."""
-    key = (kernel, *((a.dtype, a.ndim) for a in arguments if isinstance(a, np.ndarray)))
-    if key not in _called:  # not in several threads: each would compile
-        note = threading.Timer(
-            1.0, print, ["projecta: compiling the CPU scan, once for these types"], {"file": sys.stderr}
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        u, _, A, B, C = inputs[:5]
+        self.b, d, self.l = u.shape
+        self.rotate = 1 if A.is_complex() else None
+        self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # of states
+        self.real = A.dtype.to_real()
+        width = BYTES // self.real.itemsize
+        self.padded = _round_up(self.rows, UNROLL)
+        self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
+        per_group = -(-(d // self.g) // width)
+        self.blocks = self.g * per_group
+        if inputs.cu_seqlens is None:
+            self.order = np.arange(self.b)
+            self.bounds = np.tile(np.array([0, self.l]), self.b)
+            self.chunks = self.order * (self.l // CHUNK + 1)
+        else:
+            ends = inputs.cu_seqlens.numpy().astype(np.int64)
+            self.order = np.zeros(len(ends) - 1, np.int64)
+            self.bounds = np.stack([ends[:-1], ends[1:]], 1).ravel()
+            self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
+        self.sequences = len(self.order)
+        size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
+        self.supers = self.g * -(-per_group // size)
+        self.sizes = np.array(
+            [self.g, d // self.g, self.rows, self.padded, per_group, self.l, size, self.supers]
         )
-        note.start()
-        try:
-            kernel(0, 0, *arguments)
-        finally:
-            note.cancel()
-        _called.add(key)
-    threads = min(torch.get_num_threads(), items)
-    if threads < 2 or work < SMALL:
-        kernel(0, items, *arguments)
-        return
-    pool = _pools.get(os.getpid())
-    if pool is None or pool._max_workers < threads:
-        pool = _pools[os.getpid()] = ThreadPoolExecutor(threads)
-    parts = min(items, 4 * threads)
-    bounds = [items * i // parts for i in range(parts + 1)]
-    for part in [pool.submit(kernel, *pair, *arguments) for pair in pairwise(bounds)]:
-        part.result()
+        self.work = u.numel() * self.rows
+
+    def arguments(self, delta_softplus: bool, y: Tensor) -> tuple:
+        """What both kernels begin with; y, or its gradient, has the place of y."""
+        u, delta, A, B, C, D, z, bias = self.inputs[:8]
+        return (
+            self.sizes, self.order, self.bounds, self.chunks, delta_softplus, z is not None, self.rotate,
+            *_memory(u), *_memory(delta), *_memory(u if z is None else z), *_memory(y), _flat(A),
+            self.weights(B), self.weights(C, conjugate=True), self.channels(D), self.channels(bias),
+        )  # fmt: skip
+
+    def channels(self, t: Tensor | None) -> np.ndarray:
+        """(d,) in the type of the state; zeros for None."""
+        if t is None:
+            return np.zeros(self.inputs.u.shape[1], _NUMPY[self.real])
+        return _flat(t.to(self.real).contiguous())
+
+    def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
+        """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
+        if self.rotate:
+            B = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
+        if B.dim() - (1 if self.rotate else 0) == 2:
+            return B.detach().to(self.real).reshape(len(B), -1).contiguous().numpy()
+        packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
+        if self.padded > self.rows:
+            packed[..., self.rows :] = 0
+        packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
+        return packed.view(-1).numpy()
+
+    def gradient(self, rows: Tensor, conjugate: bool = False) -> Tensor:
+        """(..., rows) as (..., n): complex if the states are."""
+        if not self.rotate:
+            return rows
+        pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
+        return 2 * pairs.conj() if conjugate else pairs
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
-    lay = _Layout(inputs)
-    gate = inputs.u if inputs.z is None else inputs.z
-    state = np.zeros(lay.sequences * lay.blocks * lay.state_size, saved.numpy().dtype)
-    if inputs.initial_state is not None:
-        state = lay.states(inputs.initial_state)
-    _run(
-        _forward, lay.sequences * lay.blocks, lay.work, *lay.arguments(delta_softplus),
-        *_memory(inputs.u), *_memory(inputs.delta), *_memory(gate), *_memory(y), *lay.parameters(), state,
-        saved.numpy(),
+    call = _Call(inputs)
+    start = inputs.initial_state
+    run(
+        _forward, call.sequences * call.blocks, call.work, *call.arguments(delta_softplus, y),
+        _flat(saved[:0] if start is None else start), _flat(last_state), _flat(saved),
     )  # fmt: skip
-    last_state.copy_(lay.unpack(state))
 
 
 def _backward_pass(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
 ) -> None:
-    lay = _Layout(inputs)
-    gate, gate_grad = (inputs.u, grads.u) if inputs.z is None or grads.z is None else (inputs.z, grads.z)
-    kind = saved.numpy().dtype
-    kept = lay.sequences * lay.blocks
-    carries, dA = lay.states(grad_last), np.zeros(kept * lay.state_size, kind)
-    dD, dbias = np.zeros((2, kept * lay.width), kind)
-    constant, sums = [], []
-    for B in (inputs.B, inputs.C):
-        constant.append(np.zeros(kept * lay.state_size if B.dim() == 2 else 0, kind))
-        sums.append(
-            torch.zeros(0 if B.dim() == 2 else lay.b * lay.supers * lay.l * lay.padded, dtype=saved.dtype)
-        )
-    _run(
-        _backward, lay.sequences * lay.supers, lay.work, *lay.arguments(delta_softplus),
-        *_memory(inputs.u), *_memory(inputs.delta), *_memory(gate), *_memory(grad_y), *lay.parameters(),
-        saved.numpy().ravel(), *_memory(grads.u), *_memory(grads.delta), *_memory(gate_grad), carries, dA, dD,
-        dbias, *constant, *(s.numpy() for s in sums),
+    call = _Call(inputs)
+    s, (d, _) = call.sequences, inputs.A.shape
+    gate_grad = grads.u if grads.z is None else grads.z
+    start_grad = saved[:0] if grads.initial_state is None else grads.initial_state
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=call.real)
+
+    dA, dD, dbias = room(s, d, call.rows), room(s, d), room(s, d)
+    constant = [room(s if t.dim() == 2 else 0, d, call.rows) for t in (inputs.B, inputs.C)]
+    sums = [
+        room(call.b if t.dim() == 4 else 0, call.g, call.supers // call.g, call.l, call.padded)
+        for t in (inputs.B, inputs.C)
+    ]
+    run(
+        _backward, s * call.supers, call.work, *call.arguments(delta_softplus, grad_y),
+        _flat(grad_last.contiguous()), _flat(saved), *_memory(grads.u), *_memory(grads.delta),
+        *_memory(gate_grad), _flat(start_grad), *map(_flat, (dA, dD, dbias, *constant, *sums)),
     )  # fmt: skip
-    grads.A.copy_(lay.unpack(dA).sum(0))
-    for grad, total in ((grads.D, dD), (grads.delta_bias, dbias)):
+    grads.A.copy_(call.gradient(dA.sum(0)))
+    for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):
         if grad is not None:
-            lanes_of = torch.from_numpy(total).view(lay.sequences, lay.g, lay.per_group * lay.width)[
-                ..., : lay.k
-            ]
-            grad.copy_(lanes_of.sum(0).flatten())
-    if grads.initial_state is not None:
-        grads.initial_state.copy_(lay.unpack(carries))
-    for grad, each, part in ((grads.B, constant[0], sums[0]), (grads.C, constant[1], sums[1])):
+            grad.copy_(each.sum(0))
+    for grad, each, part, conjugate in (
+        (grads.B, constant[0], sums[0], False), (grads.C, constant[1], sums[1], True),
+    ):  # fmt: skip
         if grad.dim() == 2:
-            grad.copy_(lay.unpack(each).sum(0))
+            grad.copy_(call.gradient(each.sum(0), conjugate))
         else:
-            over = part.view(lay.b, lay.g, lay.supers // lay.g, lay.l, lay.padded)[..., : lay.n].sum(2)
-            grad.copy_(over.transpose(2, 3))
+            over = part.sum(2)[..., : call.rows]
+            grad.copy_(call.gradient(over, conjugate).transpose(2, 3))
 
 
 def _saved_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, sequences: int) -> tuple[int, ...]:
     """The states before each chunk, as they lie in vectors."""
     b, d, l = u.shape
-    width = BYTES // A.element_size()
+    parts = 2 if A.is_complex() else 1
+    width = BYTES * parts // A.element_size()
     g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
     blocks = g * (_round_up(d // g, width) // width)
     chunks = b * (l // CHUNK + 1) if b > 1 else l // CHUNK + sequences
-    return (chunks * blocks * _round_up(A.shape[1], UNROLL) * width,)
+    return (chunks * blocks * _round_up(parts * A.shape[1], UNROLL) * width // parts,)
+
+
+def _advance_state(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, y: Tensor,
+) -> None:  # fmt: skip
+    """A step is a scan of length 1 that ends where it began."""
+    gate = None if z is None else z[..., None]
+    whole = state.contiguous()
+    inputs = Inputs(
+        x[..., None], dt[..., None], A.contiguous(), B[..., None], C[..., None], D, gate, dt_bias, whole
+    )
+    _forward_pass(inputs, dt_softplus, y[..., None], whole, A.new_empty(0))
+    if whole is not state:
+        state.copy_(whole)
 
 
 selective_scan = define("scan_cpu", _forward_pass, _backward_pass, _saved_shape)
-selective_state_update = reference.selective_state_update
+selective_state_update = define_step("step_cpu", _advance_state)
 
 
 def unavailable() -> str:
