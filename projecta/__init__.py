@@ -18,11 +18,15 @@ _HOME = {
     "selective_scan": "projecta.scan",
     "selective_state_update": "projecta.scan",
     "mrss_scan": "projecta.mrss",
+    "MambaBlock": "projecta.mamba",
+    "accelerate": "projecta.mamba",
     "Plan": "projecta.vtp",
 }
-_ROOMS = ("clip", "mrss", "regress", "scan", "vtp")
+_ROOMS = ("clip", "mamba", "mrss", "regress", "scan", "vtp")
 
 if TYPE_CHECKING:
+    from projecta.mamba import MambaBlock as MambaBlock
+    from projecta.mamba import accelerate as accelerate
     from projecta.mrss import mrss_scan as mrss_scan
     from projecta.scan import BackendUnavailable as BackendUnavailable
     from projecta.scan import available_backends as available_backends

@@ -14,11 +14,12 @@ ARROWS = {  # room: the rooms that it may import
     "_checks": set(),
     "scan": {"_checks"},
     "mrss": {"_checks", "scan"},
+    "mamba": {"_checks", "scan"},
     "vtp": {"_checks"},
     "clip": {"_checks", "vtp"},
     "regress": {"_checks"},
     "__main__": {"regress"},
-    "__init__": {"mrss", "scan", "vtp"},  # for type checkers only
+    "__init__": {"mamba", "mrss", "scan", "vtp"},  # for type checkers only
 }
 
 
@@ -52,7 +53,10 @@ def in_fresh_process(code):
     [
         ("import projecta", {"torch", "numba", "triton", "transformers", "numpy", "asv"}),
         ("import projecta; projecta.selective_scan", {"numba", "transformers", "asv"}),
-        ("import projecta.mrss, projecta.vtp, projecta.clip", {"numba", "transformers", "asv"}),
+        (
+            "import projecta.mrss, projecta.mamba, projecta.vtp, projecta.clip",
+            {"numba", "transformers", "asv"},
+        ),
         ("import projecta.regress.cli", {"torch", "numpy", "asv", "matplotlib", "rich"}),
         ("import projecta.regress.store, projecta.regress.report, projecta.regress.runner", {"torch"}),
         ("import benchmarks.scan, benchmarks.mrss", {"transformers", "skimage"}),

@@ -1,0 +1,359 @@
+"""The Mamba block, and Hugging Face models on projecta's scan."""
+
+import copy
+import io
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from projecta import BackendUnavailable
+from projecta.mamba import MambaBlock, accelerate
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+FAMILIES = {
+    "mamba": ("Mamba", SMALL | {"state_size": 5}),
+    "falcon_mamba": ("FalconMamba", SMALL | {"state_size": 5}),
+    "jamba": (
+        "Jamba",
+        SMALL
+        | {"mamba_d_state": 5, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+}
+
+
+def make_model(family):
+    kind, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():  # initial weights are too small for the state to show
+        if parameter.dim() == 2 and not name.endswith("A_log"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(params=list(FAMILIES))
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def mamba():
+    return make_model("mamba")
+
+
+def tokens(b=2, l=9):
+    return torch.randint(0, 50, (b, l), generator=torch.Generator().manual_seed(1))
+
+
+def left_padded():
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    return {"input_ids": tokens(), "attention_mask": mask}
+
+
+def cache_name(model):
+    return "past_key_values" if "Jamba" in type(model).__name__ else "cache_params"
+
+
+def run_in_two_parts(model, ids, at):
+    with torch.no_grad():
+        first = model(ids[:, :at], use_cache=True)
+        rest = model(ids[:, at:], use_cache=True, **{cache_name(model): first[cache_name(model)]})
+    return torch.cat([first.logits, rest.logits], 1)
+
+
+def close(x, y, scale=1e-5):
+    largest = y.detach().abs().amax().item() if y.numel() else 0
+    torch.testing.assert_close(x, y, rtol=0, atol=scale * largest)
+
+
+# --- accelerate
+
+
+def test_logits_and_gradients_are_those_of_the_stock_model(model):
+    batch = left_padded() | {"labels": tokens()}
+
+    def run():
+        model.zero_grad()
+        out = model(**batch)
+        out.loss.backward()
+        return {"logits": out.logits.detach()} | {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    stock = run()
+    with accelerate(model, backend="cpu") as handle:
+        assert handle.layers >= 1
+        fast = run()
+    assert fast.keys() == stock.keys()
+    for name, expected in stock.items():
+        if float(expected.abs().max()) > 1e-7:  # an expert that no token reached has rounding only
+            close(fast[name], expected, 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_gives_the_same_tokens(model, options):
+    options = options | left_padded() | {"max_new_tokens": 12, "do_sample": False}
+    stock = model.generate(**options)
+    with accelerate(model, backend="cpu"):
+        assert torch.equal(model.generate(**options), stock)
+
+
+def test_a_cached_call_goes_on_from_the_cache(model):
+    """transformers starts the scan of such a call from a zero state: shown here, mended by `accelerate`."""
+    ids = tokens()
+    with torch.no_grad():
+        whole = model(ids).logits
+    wrong = (run_in_two_parts(model, ids, 4) - whole)[:, 4:].abs().max()
+    assert wrong > 1e-3 * whole.abs().max(), "transformers has mended this: say so in accelerate's docstring"
+    with accelerate(model, backend="cpu"):
+        for at in (1, 2, 4, 8):
+            close(run_in_two_parts(model, ids, at), whole)
+
+
+def test_decoding_with_gradients_is_differentiable(mamba):
+    ids = tokens()
+    with accelerate(mamba, backend="cpu"):
+        first = mamba(ids[:, :4], use_cache=True)
+        one = mamba(ids[:, 4:5], use_cache=True, cache_params=first.cache_params).logits
+        one.sum().backward()
+        close(one, mamba(ids[:, :5]).logits[:, 4:])
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mamba.parameters())
+
+
+def test_remove_leaves_the_model_as_it_was(model):
+    names, before = list(model.state_dict()), model(tokens()).logits
+    other = make_model("mamba")
+    handle = accelerate(model, backend="cpu")
+    assert list(model.state_dict()) == names
+    assert "forward" not in vars(other.backbone.layers[0].mixer)
+    handle.remove()
+    handle.remove()
+    assert handle.layers == 0
+    assert torch.equal(model(tokens()).logits, before)
+
+
+def test_accelerate_twice_is_accelerate_once(mamba):
+    with accelerate(mamba, backend="cpu"):
+        with accelerate(mamba, backend="cpu") as inner:
+            assert inner.layers == 2
+        assert inner.layers == 2, "the inner context did nothing, so it undoes nothing"
+        with pytest.raises(ValueError, match=r"^accelerate: backend must be that of the first call, 'cpu'"):
+            accelerate(mamba, backend="reference")
+    assert inner.layers == 0
+    accelerate(mamba)
+    accelerate(mamba).remove()  # as when a cell of a notebook runs twice
+    assert "forward" not in vars(mamba.backbone.layers[0].mixer)
+
+
+def test_a_copy_is_accelerated_and_independent(mamba):
+    accelerate(mamba, backend="cpu")
+    kept = io.BytesIO()
+    torch.save(mamba, kept)
+    kept.seek(0)
+    for twin in (copy.deepcopy(mamba), torch.load(kept, weights_only=False)):
+        expected = mamba(tokens()).logits
+        with torch.no_grad():
+            twin.backbone.layers[0].mixer.D.fill_(7)
+        assert not torch.equal(twin(tokens()).logits, expected), "its layers use its own weights"
+        assert torch.equal(mamba(tokens()).logits, expected)
+        assert accelerate(twin, backend="cpu").layers == 2
+
+
+def test_it_compiles_without_a_break(mamba):
+    with accelerate(mamba, backend="cpu"), torch.no_grad():
+        expected = mamba(tokens()).logits
+        compiled = torch.compile(
+            lambda x: mamba(x, use_cache=False).logits, fullgraph=True, backend="aot_eager"
+        )
+        close(compiled(tokens()), expected)
+
+
+def test_gradient_checkpointing(mamba):
+    mamba.train()
+    with accelerate(mamba, backend="cpu"):
+        mamba(tokens(), labels=tokens()).loss.backward()
+        expected = mamba.backbone.layers[0].mixer.A_log.grad.clone()
+        mamba.zero_grad()
+        with warnings.catch_warnings():  # transformers 5.17 knows no other name, 5.23 warns of this one
+            warnings.simplefilter("ignore", FutureWarning)
+            mamba.gradient_checkpointing_enable({"use_reentrant": False})
+        mamba(tokens(), labels=tokens()).loss.backward()
+    close(mamba.backbone.layers[0].mixer.A_log.grad, expected)
+
+
+def test_an_adapted_projection_is_called_not_bypassed(mamba):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    projection = mamba.backbone.layers[0].mixer.dt_proj
+    accelerate(mamba, backend="cpu")
+    with torch.no_grad():
+        plain = mamba(tokens()).logits
+        projection.__class__ = Adapted
+        adapted = mamba(tokens()).logits
+        projection.__class__ = nn.Linear
+        projection.bias += 1
+        close(adapted, mamba(tokens()).logits, 1e-4)
+        assert (adapted - plain).abs().max() > 1e-3
+
+
+def test_half_precision_stays_close(mamba):
+    with torch.no_grad(), accelerate(mamba, backend="cpu"):
+        expected = mamba(tokens()).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            close(mamba(tokens()).logits, expected, 5e-2)
+        half = mamba.to(torch.bfloat16)
+        close(half(tokens()).logits, expected, 5e-2)
+        assert half.generate(tokens(), max_new_tokens=4).shape == (2, 13)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m: accelerate(nn.Linear(2, 2)),
+            TypeError,
+            "model must have Mamba-1 layers of transformers (mamba, ",
+        ),
+        (lambda m: accelerate(m, backend="gpu"), ValueError, "backend must be one of 'auto', "),
+    ],
+)
+def test_errors_name_the_argument(mamba, call, error, message):
+    with pytest.raises(error) as caught:
+        call(mamba)
+    assert str(caught.value).startswith(f"accelerate: {message}")
+
+
+def test_an_offloaded_layer_is_refused(mamba):
+    mamba.backbone.layers[1].mixer.conv1d._hf_hook = object()
+    with pytest.raises(
+        ValueError, match=r"^accelerate: model must have layers with their own forward, and weights"
+    ):
+        accelerate(mamba)
+    assert "forward" not in vars(mamba.backbone.layers[0].mixer), "all layers, or none"
+
+
+def test_a_backend_that_cannot_run_is_refused_at_once(mamba, monkeypatch):
+    monkeypatch.setattr("projecta.scan.cpu.unavailable", lambda: "no processor")
+    for call in (lambda: accelerate(mamba, backend="cpu"), lambda: MambaBlock(8, backend="cpu")):
+        with pytest.raises(BackendUnavailable, match="got 'cpu': no processor"):
+            call()
+
+
+# --- the block
+
+
+def block_by_the_formula(block, x):
+    """One token after another, in float64, from the weights alone."""
+    w = {n: p.detach().double() for n, p in block.named_parameters()}
+    x, z = (x.double() @ w["in_proj.weight"].T).chunk(2, -1)
+    b, l, d = x.shape
+    k, n = block.d_conv, block.d_state
+    padded = torch.cat([torch.zeros(b, k - 1, d, dtype=torch.float64), x], 1)
+    state, ys = torch.zeros(b, d, n, dtype=torch.float64), []
+    for t in range(l):
+        u = (padded[:, t : t + k] * w["conv1d.weight"][:, 0].T).sum(1) + w["conv1d.bias"]
+        u = u * torch.sigmoid(u)
+        dt, B, C = (u @ w["x_proj.weight"].T).split([block.dt_rank, n, n], -1)
+        delta = torch.log1p(torch.exp(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"]))[..., None]
+        state = torch.exp(delta * -torch.exp(w["A_log"])) * state + delta * B[:, None] * u[..., None]
+        y = (state * C[:, None]).sum(-1) + w["D"] * u
+        ys.append((y * z[:, t] * torch.sigmoid(z[:, t])) @ w["out_proj.weight"].T)
+    return torch.stack(ys, 1)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"d_state": 3, "d_conv": 2, "expand": 3, "dt_rank": 1}, {"d_conv": 1}])
+def test_block_is_the_formula(sizes, backend):
+    block, x = MambaBlock(12, **sizes, backend=backend), torch.randn(2, 19, 12)
+    close(block(x).double(), block_by_the_formula(block, x))
+
+
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_prefill_and_steps_equal_the_whole(d_conv):
+    block, x = MambaBlock(12, d_conv=d_conv), torch.randn(2, 19, 12)
+    whole = block(x)
+    y, state = block(x[:, :1], return_state=True)  # shorter than the convolution
+    ys = [y]
+    y, state = block(x[:, 1:13], state, return_state=True)
+    ys.append(y)
+    with torch.no_grad():
+        ys += [block.step(x[:, t], state)[:, None] for t in range(13, 19)]
+    close(torch.cat(ys, 1), whole)
+    fresh = block.initial_state(2)
+    with torch.no_grad():
+        close(torch.stack([block.step(x[:, t], fresh) for t in range(19)], 1), whole)
+    for kept, once in zip(state, fresh, strict=True):
+        close(kept, once)
+
+
+def test_gradients_flow_through_the_state():
+    block, x = MambaBlock(8), torch.randn(2, 10, 8)
+
+    def gradients(run):
+        return torch.autograd.grad(run().square().sum(), list(block.parameters()))
+
+    def parts():
+        first, state = block(x[:, :6], return_state=True)
+        return torch.cat([first, block(x[:, 6:], state)], 1)
+
+    for once, twice in zip(gradients(lambda: block(x)), gradients(parts), strict=True):
+        close(twice, once)
+
+
+def test_block_takes_the_weights_of_a_published_layer(mamba):
+    mixer = mamba.backbone.layers[0].mixer
+    block = MambaBlock(32, d_state=5)
+    assert set(block.state_dict()) == set(mixer.state_dict())
+    block.load_state_dict(mixer.state_dict())
+    x = torch.randn(2, 11, 32)
+    close(block(x), mixer(x))
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    block = MambaBlock(64, d_state=4)
+    assert block.dt_rank == 4
+    torch.testing.assert_close(block.A_log.exp(), torch.arange(1.0, 5).repeat(128, 1))
+    steps = nn.functional.softplus(block.dt_proj.bias)
+    assert 0.001 <= steps.min() < 0.002
+    assert 0.05 < steps.max() <= 0.1
+    assert 0.4 < block.dt_proj.weight.abs().max() <= 0.5
+    assert block.A_log._no_weight_decay
+    assert block.D._no_weight_decay
+    assert torch.equal(block.D, torch.ones(128))
+    assert MambaBlock(64, dt_init="constant").dt_proj.weight.unique().tolist() == [0.5]
+
+
+def test_block_compiles_and_trains_in_one_graph():
+    block, x = MambaBlock(8), torch.randn(2, 10, 8)
+    torch.compile(block, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    compiled = {n: p.grad.clone() for n, p in block.named_parameters()}
+    block.zero_grad()
+    block(x).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        close(compiled[name], parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MambaBlock(0), "MambaBlock: d_model must be at least 1; got 0."),
+        (lambda: MambaBlock(8, dt_min=1.0), "MambaBlock: dt_min must lie in (0, dt_max] = (0, 0.1]; got 1.0."),
+        (lambda: MambaBlock(8)(torch.ones(1, 8)), "MambaBlock: hidden_states must have shape (b, l, d_model = 8); got (1, 8)."),
+        (
+            lambda: MambaBlock(8).step(torch.ones(1, 3), MambaBlock(8).initial_state(1)),
+            "MambaBlock.step: hidden_states must have shape (b, d_model) = (1, 8); got (1, 3).",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_of_the_block(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
