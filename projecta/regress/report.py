@@ -46,6 +46,11 @@ TABLES = (
         "mrss.MrssPeak.track_peak_forward": "forward",
         "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
     }),
+    Table("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
+        "models.ModelPrefill.time_prefill": "prefill", "models.FullModelPrefill.time_prefill": "prefill",
+        "models.ModelDecode.time_decode": "decode",
+        "models.ModelTrain.time_step": "training step", "models.FullModelTrain.time_step": "training step",
+    }),
 )  # fmt: skip
 VTP_TIME = ("clip.Vtp.time_forward", "clip.FullVtp.time_forward")
 VTP_MEMORY = ("clip.VtpPeak.track_peak_forward", "clip.FullVtpPeak.track_peak_forward")

@@ -26,6 +26,7 @@ from projecta.scan._threads import compiled, run
 from projecta.scan._vectors import (
     BYTES,
     LOG2_E,
+    claim,
     cos_and_sin,
     exp2_product,
     exp2_product_safe,
@@ -41,6 +42,7 @@ from projecta.scan._vectors import (
     softplus_and_slope,
     splat,
     store,
+    store_past_cache,
     sum_lanes,
     transpose,
     transpose_past_cache,
@@ -260,10 +262,10 @@ def _largest(tile, at, count):
 
 @compiled
 def _forward(
-    first, stop, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, y, sy,
+    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, y, sy,
     A, B, C, D, bias, start_state, last_state, saved,
 ):  # fmt: skip
-    """Items first...stop; item i is block i % blocks of sequence i // blocks."""
+    """Item i is block i % blocks of sequence i // blocks."""
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     width, blocks, d = lanes(bias), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
@@ -274,9 +276,10 @@ def _forward(
     own_B, own_C = _scratch(bias, held).reshape(n, width), _scratch(bias, held).reshape(n, width)
     B_here, C_here = _weights(B, own_B), _weights(C, own_C)
     ahead = np.zeros((4, 4), np.int64)
-    save = saved.size > 0
+    save, lines = saved.size > 0, saved.ctypes.data % BYTES == 0
     turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
-    for item in range(first, stop):
+    item = claim(counter)
+    while item < items:
         sequence, block = item // blocks, item % blocks
         row, group, lane = sequences[sequence], block // per_group, block % per_group * width
         channel, channels = group * k + lane, min(width, k - lane)
@@ -314,7 +317,11 @@ def _forward(
             for t in range(0, steps, stride):
                 if save:
                     to = ((chunks[sequence] + (t0 - start + t) // CHUNK) * blocks + block) * held
-                    saved[to : to + held] = H
+                    if lines:
+                        for q in range(0, held, width):
+                            store_past_cache(saved, to + q, load(H, q))
+                    else:
+                        saved[to : to + held] = H
                 more = min(stride, steps - t)
                 if rotate is not None:
                     _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, 1, 1, ahead)
@@ -329,13 +336,14 @@ def _forward(
                     store(Y, at, load(Y, at) * gate * sigmoid(gate))
             _write(y, sy, row, channel, t0, channels, steps, Y, 0)
         _deliver(last_state, sequence * d, channel, channels, rows, H, 0)
+        item = claim(counter)
     fence()
 
 
 @compiled
 def _retrace(
     T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, carry, dA,
-    dB, pb, tb, dC, pc, tc, clamp, rotate, ahead, look,
+    dB, pb, tb, dC, pc, tc, clamp, rotate, ahead, look, next_states,
 ):  # fmt: skip
     """One chunk and four rows of states: form the states again, then go back through them.
 
@@ -387,6 +395,7 @@ def _retrace(
     k = q * width
     for i in range(steps - 1, -1, -1):
         t = (first + i) * width
+        prefetch(next_states + (q + (i & 3)) * BYTES)
         s, x, g, v, j = load(T, S + t), load(T, X + t), load(T, G + t), w + i * n + q, i * 4 * width
         to = pc + i * tc + k
         store(dC, to, fma(g, load(hs, j + 4 * width), load(dC, to)))
@@ -429,11 +438,11 @@ def _retrace(
 
 @compiled
 def _backward(
-    first, stop, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, dy, sdy,
+    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, dy, sdy,
     A, B, C, D, bias, last_grad, saved, du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC,
     sums_B, sums_C,
 ):  # fmt: skip
-    """Items first...stop; item i is superblock i % supers of sequence i // supers.
+    """Item i is superblock i % supers of sequence i // supers.
 
     dA, dD, dbias, and dB and dC if B and C are constant, take the sums over each sequence; sums_B and sums_C
     else those over each superblock.
@@ -461,7 +470,8 @@ def _backward(
     fits, limits = np.zeros(size, np.bool_), np.zeros(size)
     ahead = np.zeros((4 * size, 4), np.int64)
     turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
-    for item in range(first, stop):
+    item = claim(counter)
+    while item < items:
         sequence, superblock = item // supers, item % supers
         row, group = sequences[sequence], superblock // per_super
         block0 = superblock % per_super * size  # in the group
@@ -522,6 +532,7 @@ def _backward(
                 for i in range(count):
                     block, own = group * per_group + block0 + i, i * held
                     before = ((chunks[sequence] + (t0 - start + at) // CHUNK) * blocks + block) * held
+                    ahead_states = saved.ctypes.data + (before - blocks * held) * saved.itemsize
                     sink_B, pb, tb = (collect_B, 0, held) if vary_B else (held_B, own, 0)
                     sink_C, pc, tc = (collect_C, 0, held) if vary_C else (held_C, own, 0)
                     for q in range(0, n, UNROLL):
@@ -529,19 +540,19 @@ def _backward(
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                1, 1, ahead, 4 * i,
+                                1, 1, ahead, 4 * i, ahead_states,
                             )  # fmt: skip
                         elif fits[i]:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                None, None, ahead, 4 * i,
+                                None, None, ahead, 4 * i, ahead_states,
                             )  # fmt: skip
                         else:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                1, None, ahead, 4 * i,
+                                1, None, ahead, 4 * i, ahead_states,
                             )  # fmt: skip
                 to = ((row * supers + superblock) * l + t0 + at) * n
                 for j in range(here * n):
@@ -584,6 +595,7 @@ def _backward(
                 _deliver(dB, sequence * d, channel, channels, rows, held_B, own)
             if not vary_C:
                 _deliver(dC, sequence * d, channel, channels, rows, held_C, own)
+        item = claim(counter)
     fence()
 
 
