@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-SUITES = ("scan", "mrss", "clip")
+SUITES = ("scan", "mrss", "models", "clip")
 
 
 def make_scan(
