@@ -11,6 +11,7 @@ and gets a callable with the signature of `reference.selective_scan` that autogr
 asked for.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,14 @@ class Inputs(NamedTuple):
 DIFFERENTIABLE = 9  # all but cu_seqlens
 
 
+def _as_it_is(u: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast inside: the backends choose their types."""
+    kind = u.device.type
+    return (
+        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    )
+
+
 def define(name: str, forward: Callable, backward: Callable, saved_shape: Callable) -> Callable:
     """Register `projecta::{name}` and its backward operator; return the function to call."""
 
@@ -53,7 +62,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         y, last_state, saved = allocate(inputs, save)
-        with torch.autocast(u.device.type, enabled=False):
+        with _as_it_is(u):
             forward(inputs, delta_softplus, y, last_state, saved)
         return y, last_state, saved
 
@@ -70,7 +79,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     ) -> list[Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         grads: list[Any] = [None if t is None else torch.empty_like(t) for t in inputs[:DIFFERENTIABLE]]
-        with torch.autocast(u.device.type, enabled=False):
+        with _as_it_is(u):
             backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads))
         return [u.new_empty(0) if g is None else g for g in grads]
 
@@ -119,7 +128,7 @@ def define_step(name: str, advance: Callable) -> Callable:
         z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
     ) -> Tensor:  # fmt: skip
         y = torch.empty_like(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_it_is(x):
             advance(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y)
         return y
 

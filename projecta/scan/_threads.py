@@ -1,7 +1,7 @@
 """Compiles a kernel once, and runs it on as many threads as torch uses.
 
-A kernel is called as kernel(counter, items, *arguments) on every thread at once and takes items off the
-counter, so that threads share the work evenly, whatever else runs beside them.
+A kernel is called as kernel(counter, items, *arguments) on every thread at once. It takes its number off
+counter[1] and items off counter[0], so that threads share the work evenly, whatever else runs beside them.
 
 Where torch brings GNU OpenMP (Linux), the threads are torch's own: they go on spinning after torch's last
 operation and would hold up any others. With them a scan right after such an operation takes 5.9 ms, not 8.0
@@ -46,13 +46,17 @@ def compiled(function: Callable) -> Callable:
         return njit(nogil=True, error_model="numpy")(function)
 
 
+# For functions that only kernels call: compiled into them, without an entry from Python, kept nowhere.
+inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 def run(kernel: Callable, items: int, work: int, *arguments) -> None:
     """Run a kernel over `items`; `work` is their size in elements of (b, d, l, n)."""
     key = (kernel, *[(a.dtype, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments])
     if key not in _called:  # not on several threads: each would compile
         _compile(kernel, arguments)
         _called.add(key)
-    counter = np.zeros(1, np.int64)
+    counter = np.zeros(2, np.int64)
     threads = min(torch.get_num_threads(), items) if work >= SMALL else 1
     if threads < 2:
         kernel(counter, items, *arguments)
@@ -91,6 +95,6 @@ def _compile(kernel: Callable, arguments: tuple) -> None:
     note = threading.Timer(1.0, print, [text], {"file": sys.stderr})
     note.start()
     try:
-        kernel(np.zeros(1, np.int64), 0, *arguments)
+        kernel(np.zeros(2, np.int64), 0, *arguments)
     finally:
         note.cancel()

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from projecta.scan._operator import Inputs, define, define_step
-from projecta.scan._threads import compiled, run
+from projecta.scan._threads import compiled, inner, run
 from projecta.scan._vectors import (
     BYTES,
     LOG2_E,
+    address,
     claim,
     cos_and_sin,
     exp2_product,
@@ -57,11 +58,15 @@ SUPERBLOCK = 8  # blocks that share their sums of dB and dC
 RADIANS = 2 * math.pi * LOG2_E  # A's imaginary parts count turns, its real parts powers of 2
 
 
-@compiled
-def _read(source, strides, row, channel, step, channels, steps, tile, at):
+@inner
+def _at(strides, row, channel, step):
+    """Where an element of a (b, d, l) tensor lies in its memory."""
+    return row * strides[0] + channel * strides[1] + step * strides[2]
+
+
+@inner
+def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
     """Bring channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
-    channel_stride, step_stride = strides[1], strides[2]
-    base = row * strides[0] + channel * channel_stride + step * step_stride
     width = lanes(tile)
     done = 0
     if channels == width and step_stride == 1:
@@ -79,17 +84,15 @@ def _read(source, strides, row, channel, step, channels, steps, tile, at):
             put(tile, first + c, get(source, base + c * channel_stride + t * step_stride))
 
 
-@compiled
-def _write(target, strides, row, channel, step, channels, steps, tile, at):
+@inner
+def _write(target, base, channel_stride, step_stride, channels, steps, tile, at):
     """The way back of `_read`."""
-    channel_stride, step_stride = strides[1], strides[2]
-    base = row * strides[0] + channel * channel_stride + step * step_stride
     width = lanes(tile)
     done = 0
     if channels == width and step_stride == 1:
         done = steps // width * width
         size = target.itemsize
-        lines = (target.ctypes.data + size * base) % BYTES == 0 and size * channel_stride % BYTES == 0
+        lines = address(target, base) % BYTES == 0 and size * channel_stride % BYTES == 0
         if lines and size * width == BYTES:
             for t in range(0, done, width):
                 transpose_past_cache(tile, at + t * width, width, target, base + t, channel_stride)
@@ -105,15 +108,16 @@ def _write(target, strides, row, channel, step, channels, steps, tile, at):
             put(target, base + c * channel_stride + t * step_stride, get(tile, at + t * width + c))
 
 
-@compiled
-def _weight(B, varying, constant):
-    """B or C of a state: one number for all lanes if it varies in time (1-D), else a vector (2-D)."""
-    if B.ndim == 1:
+@inner
+def _weight(B, varying, constant, steady):
+    """B or C of a row of states: one number for all lanes if it varies in time (`steady` is None), else a
+    vector."""
+    if steady is None:
         return splat(B, varying)
     return load(B, constant)
 
 
-@compiled
+@inner
 def _decay(s, A, A_next, clamp, rotate):
     """Of two rows: 2^(s A) each, or as a complex number; `clamp` is None where no exponent leaves the safe
     range, `rotate` where states are real."""
@@ -126,7 +130,7 @@ def _decay(s, A, A_next, clamp, rotate):
     return exp2_product_safe(s, A), exp2_product_safe(s, A_next)
 
 
-@compiled
+@inner
 def _step(d, d_next, h, h_next, x, x_next, rotate):
     """d h + x of two rows."""
     if rotate is not None:
@@ -135,7 +139,7 @@ def _step(d, d_next, h, h_next, x, x_next, rotate):
     return fma(d, h, x), fma(d_next, h_next, x_next)
 
 
-@compiled
+@inner
 def _step_back(d, d_next, g, g_next, rotate):
     """The conjugate of d, times g."""
     if rotate is not None:
@@ -143,7 +147,7 @@ def _step_back(d, d_next, g, g_next, rotate):
     return d * g, d_next * g_next
 
 
-@compiled
+@inner
 def _match(c, c_next, h, h_next, rotate):
     """c times the conjugate of h."""
     if rotate is not None:
@@ -151,7 +155,7 @@ def _match(c, c_next, h, h_next, rotate):
     return c * h, c_next * h_next
 
 
-@compiled
+@inner
 def _turned(f, rotate):
     """The part of the second row in the gradient of s, whose unit is that of the first."""
     if rotate is not None:
@@ -159,8 +163,8 @@ def _turned(f, rotate):
     return f
 
 
-@compiled
-def _advance(S, X, Y, first, steps, A, B, C, w, n, H, clamp, rotate, ahead):
+@inner
+def _advance(S, X, Y, first, steps, A, B, C, w, n, H, clamp, rotate, steady_B, steady_C, ahead):
     """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
     S is delta, X delta u; w says where B and C begin. There are more rows in the caller's memory
@@ -169,22 +173,26 @@ def _advance(S, X, Y, first, steps, A, B, C, w, n, H, clamp, rotate, ahead):
     width = lanes(S)
     for q in range(0, n, UNROLL):
         k, row = q * width, (q // UNROLL) & 3
-        address, stride, shift, mask = ahead[row, 0], ahead[row, 1], ahead[row, 2], ahead[row, 3]
+        line, stride = ahead[4 * row], ahead[4 * row + 1]
+        shift, mask = ahead[4 * row + 2], ahead[4 * row + 3]
         A0, A1, A2, A3 = load(A, k), load(A, k + width), load(A, k + 2 * width), load(A, k + 3 * width)
         h0, h1, h2, h3 = load(H, k), load(H, k + width), load(H, k + 2 * width), load(H, k + 3 * width)
         for t in range(first, first + steps):
-            prefetch(address + (t >> shift) * stride + (t & mask) * BYTES)
+            prefetch(line + (t >> shift) * stride + (t & mask) * BYTES)
             s, x, v = load(S, t * width), load(X, t * width), w + t * n + q
-            x0, x1 = x * _weight(B, v, k), x * _weight(B, v + 1, k + width)
-            x2, x3 = x * _weight(B, v + 2, k + 2 * width), x * _weight(B, v + 3, k + 3 * width)
+            x0, x1 = x * _weight(B, v, k, steady_B), x * _weight(B, v + 1, k + width, steady_B)
+            x2, x3 = (
+                x * _weight(B, v + 2, k + 2 * width, steady_B),
+                x * _weight(B, v + 3, k + 3 * width, steady_B),
+            )
             d0, d1 = _decay(s, A0, A1, clamp, rotate)
             d2, d3 = _decay(s, A2, A3, clamp, rotate)
             h0, h1 = _step(d0, d1, h0, h1, x0, x1, rotate)
             h2, h3 = _step(d2, d3, h2, h3, x2, x3, rotate)
-            y = fma(_weight(C, v, k), h0, load(Y, t * width))
-            y2 = _weight(C, v + 1, k + width) * h1
-            y = fma(_weight(C, v + 2, k + 2 * width), h2, y)
-            y2 = fma(_weight(C, v + 3, k + 3 * width), h3, y2)
+            y = fma(_weight(C, v, k, steady_C), h0, load(Y, t * width))
+            y2 = _weight(C, v + 1, k + width, steady_C) * h1
+            y = fma(_weight(C, v + 2, k + 2 * width, steady_C), h2, y)
+            y2 = fma(_weight(C, v + 3, k + 3 * width, steady_C), h3, y2)
             store(Y, t * width, y + y2)
         store(H, k, h0)
         store(H, k + width, h1)
@@ -192,66 +200,41 @@ def _advance(S, X, Y, first, steps, A, B, C, w, n, H, clamp, rotate, ahead):
         store(H, k + 3 * width, h3)
 
 
-@compiled
-def _scratch(like, count):
-    """`count` scalars that begin at a multiple of a vector's bytes."""
-    raw = np.empty(count + 16, like.dtype)
-    return raw[(-(raw.ctypes.data // raw.itemsize)) % 16 :][:count]
-
-
-@compiled
-def _look_ahead(ahead, i, source, strides, row, channel, step):
+@inner
+def _look_ahead(ahead, i, source, base, channel_stride, step_stride):
     """Where the lines of a tile of `source` lie: 64 of them, so many in a row of memory."""
-    channel_stride, step_stride = strides[1], strides[2]
-    base = row * strides[0] + channel * channel_stride + step * step_stride
     size = source.itemsize
-    ahead[i, 0] = source.ctypes.data + size * base
     contiguous = step_stride == 1
-    ahead[i, 1] = size * (channel_stride if contiguous else step_stride)
     per_row = TILE * size // BYTES if contiguous else 1
-    ahead[i, 2] = 0 if per_row == 1 else 1 if per_row == 2 else 2 if per_row == 4 else 3
-    ahead[i, 3] = per_row - 1
+    ahead[i] = address(source, base)
+    ahead[i + 1] = size * (channel_stride if contiguous else step_stride)
+    ahead[i + 2] = 0 if per_row == 1 else 1 if per_row == 2 else 2 if per_row == 4 else 3
+    ahead[i + 3] = per_row - 1
 
 
-@compiled
-def _fetch(source, row, channel, channels, rows, padded, scale, scale_next, tile, at):
-    """Bring `rows` numbers per channel, of source (..., d, rows), into vectors at tile[at:], then zeros.
+@inner
+def _clear(tile, at, count):
+    """Zeros to `count` vectors from tile[at] on."""
+    for q in range(count):
+        store(tile, at + q * lanes(tile), zero(tile))
+
+
+@inner
+def _fetch(source, base, channels, rows, padded, scale, scale_next, tile, at):
+    """Bring `rows` numbers per channel, channels side by side, into vectors at tile[at:], then zeros.
 
     Of each two rows one is multiplied by `scale`, one by `scale_next`.
     """
     width = lanes(tile)
-    strides = np.array([0, rows, 1])
-    _read(source, strides, 0, row + channel, 0, channels, rows, tile, at)
-    for q in range(padded):
-        to = at + q * width
-        if q >= rows:
-            store(tile, to, zero(tile))
-        else:
-            store(tile, to, load(tile, to) * (scale_next if q & 1 else scale))
+    _read(source, base, rows, 1, channels, rows, tile, at)
+    for q in range(0, rows, 2):
+        store(tile, at + q * width, load(tile, at + q * width) * scale)
+    for q in range(1, rows, 2):
+        store(tile, at + q * width, load(tile, at + q * width) * scale_next)
+    _clear(tile, at + rows * width, padded - rows)
 
 
-@compiled
-def _deliver(target, row, channel, channels, rows, tile, at):
-    """The way back of `_fetch`."""
-    _write(target, np.array([0, rows, 1]), 0, row + channel, 0, channels, rows, tile, at)
-
-
-@compiled
-def _fetch_weights(B, room, channel, channels, rows, padded, at):
-    """If B is constant, (d, rows), the vectors of a block to room[at:]."""
-    if B.ndim == 2:
-        _fetch(B.reshape(-1), 0, channel, channels, rows, padded, 1.0, 1.0, room.reshape(-1), at)
-
-
-@compiled
-def _weights(B, room):
-    """B if it varies in time, else the vectors that `_fetch_weights` brought into `room`."""
-    if B.ndim == 1:
-        return B
-    return room
-
-
-@compiled
+@inner
 def _largest(tile, at, count):
     """The largest magnitude in tile[at : at + count]."""
     found = 0.0
@@ -260,46 +243,53 @@ def _largest(tile, at, count):
     return found
 
 
+@inner
+def _forward_room(n):
+    """Vectors that a thread of `_forward` works in: S X Y Z, H, A, B, C, bias and D."""
+    return 4 * (TILE + SKEW) + 4 * n + 2
+
+
 @compiled
 def _forward(
-    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, y, sy,
-    A, B, C, D, bias, start_state, last_state, saved,
+    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
+    u, su, delta, sd, z, sz, y, sy, A, B, C, D, bias, room, looks, start_state, last_state, saved,
 ):  # fmt: skip
     """Item i is block i % blocks of sequence i // blocks."""
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     width, blocks, d = lanes(bias), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
-    room = _scratch(bias, 4 * area + 2 * held + 2 * width)
-    S, X, Y, Z = room[:area], room[area : 2 * area], room[2 * area : 3 * area], room[3 * area : 4 * area]
-    H, rates = room[4 * area : 4 * area + held], room[4 * area + held : 4 * area + 2 * held]
-    ends = room[4 * area + 2 * held :]
-    own_B, own_C = _scratch(bias, held).reshape(n, width), _scratch(bias, held).reshape(n, width)
-    B_here, C_here = _weights(B, own_B), _weights(C, own_C)
-    ahead = np.zeros((4, 4), np.int64)
-    save, lines = saved.size > 0, saved.ctypes.data % BYTES == 0
+    thread = claim(counter[1:])
+    own = room[thread * _forward_room(n) * width :]  # as many vectors as `_forward_room` says
+    S, X, Y, Z, own = own[:area], own[area:], own[2 * area :], own[3 * area :], own[4 * area :]
+    H, rates, own_B, own_C, ends = own, own[held:], own[2 * held :], own[3 * held :], own[4 * held :]
+    B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
+    ahead = looks[16 * thread :]
+    save, lines = saved.size > 0, address(saved, 0) % BYTES == 0
     turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
     item = claim(counter)
     while item < items:
         sequence, block = item // blocks, item % blocks
         row, group, lane = sequences[sequence], block // per_group, block % per_group * width
         channel, channels = group * k + lane, min(width, k - lane)
-        w = (row * g + group) * l * n
-        _fetch(A, 0, channel, channels, rows, n, LOG2_E, turn, rates, 0)
+        w, states = (row * g + group) * l * n, (sequence * d + channel) * rows
+        _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, 0)
         limit = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, 0, held)
-        _fetch_weights(B, own_B, channel, channels, rows, n, 0)
-        _fetch_weights(C, own_C, channel, channels, rows, n, 0)
+        if steady_B is not None:
+            _fetch(B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, 0)
+        if steady_C is not None:
+            _fetch(C, channel * rows, channels, rows, n, 1.0, 1.0, own_C, 0)
         if start_state.size:
-            _fetch(start_state, sequence * d, channel, channels, rows, n, 1.0, 1.0, H, 0)
+            _fetch(start_state, states, channels, rows, n, 1.0, 1.0, H, 0)
         else:
-            H[:] = 0
-        _fetch(bias, 0, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
-        _fetch(D, 0, channel, channels, 1, 1, 1.0, 1.0, ends, width)
+            _clear(H, 0, n)
+        _fetch(bias, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
+        _fetch(D, channel, channels, 1, 1, 1.0, 1.0, ends, width)
         biases, skips = load(ends, 0), load(ends, width)
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         for t0 in range(start, end, TILE):
             steps = min(TILE, end - t0)
-            _read(delta, sd, row, channel, t0, channels, steps, S, 0)
-            _read(u, su, row, channel, t0, channels, steps, X, 0)
+            _read(delta, _at(sd, row, channel, t0), sd[1], sd[2], channels, steps, S, 0)
+            _read(u, _at(su, row, channel, t0), su[1], su[2], channels, steps, X, 0)
             fits = True
             for at in range(0, steps * width, width):
                 s, x = load(S, at) + biases, load(X, at)
@@ -309,41 +299,62 @@ def _forward(
                 store(S, at, s)
                 store(Y, at, skips * x)
                 store(X, at, s * x)
-            _look_ahead(ahead, 0, delta, sd, row, channel, t0 + TILE)
-            _look_ahead(ahead, 1, u, su, row, channel, t0 + TILE)
-            _look_ahead(ahead, 2, z, sz, row, channel, t0)
-            ahead[3] = ahead[2]
+            _look_ahead(ahead, 0, delta, _at(sd, row, channel, t0 + TILE), sd[1], sd[2])
+            _look_ahead(ahead, 4, u, _at(su, row, channel, t0 + TILE), su[1], su[2])
+            _look_ahead(ahead, 8, z, _at(sz, row, channel, t0), sz[1], sz[2])
+            _look_ahead(ahead, 12, z, _at(sz, row, channel, t0), sz[1], sz[2])
             stride = CHUNK if save else TILE
             for t in range(0, steps, stride):
                 if save:
                     to = ((chunks[sequence] + (t0 - start + t) // CHUNK) * blocks + block) * held
-                    if lines:
-                        for q in range(0, held, width):
+                    for q in range(0, held, width):
+                        if lines:
                             store_past_cache(saved, to + q, load(H, q))
-                    else:
-                        saved[to : to + held] = H
-                more = min(stride, steps - t)
+                        else:
+                            store(saved, to + q, load(H, q))
+                more, v = min(stride, steps - t), w + t0 * n
                 if rotate is not None:
-                    _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, 1, 1, ahead)
+                    _advance(
+                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, 1, 1, steady_B, steady_C, ahead
+                    )
                 elif fits:
-                    _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, None, None, ahead)
+                    _advance(
+                        S,
+                        X,
+                        Y,
+                        t,
+                        more,
+                        rates,
+                        B_here,
+                        C_here,
+                        v,
+                        n,
+                        H,
+                        None,
+                        None,
+                        steady_B,
+                        steady_C,
+                        ahead,
+                    )
                 else:
-                    _advance(S, X, Y, t, more, rates, B_here, C_here, w + t0 * n, n, H, 1, None, ahead)
+                    _advance(
+                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, 1, None, steady_B, steady_C, ahead
+                    )
             if has_z:
-                _read(z, sz, row, channel, t0, channels, steps, Z, 0)
+                _read(z, _at(sz, row, channel, t0), sz[1], sz[2], channels, steps, Z, 0)
                 for at in range(0, steps * width, width):
                     gate = load(Z, at)
                     store(Y, at, load(Y, at) * gate * sigmoid(gate))
-            _write(y, sy, row, channel, t0, channels, steps, Y, 0)
-        _deliver(last_state, sequence * d, channel, channels, rows, H, 0)
+            _write(y, _at(sy, row, channel, t0), sy[1], sy[2], channels, steps, Y, 0)
+        _write(last_state, states, rows, 1, channels, rows, H, 0)
         item = claim(counter)
     fence()
 
 
-@compiled
+@inner
 def _retrace(
     T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, carry, dA,
-    dB, pb, tb, dC, pc, tc, clamp, rotate, ahead, look, next_states,
+    dB, pb, tb, dC, pc, tc, clamp, rotate, steady_B, steady_C, ahead, look, next_states,
 ):  # fmt: skip
     """One chunk and four rows of states: form the states again, then go back through them.
 
@@ -363,22 +374,25 @@ def _retrace(
     store(hs, width, h1)
     store(hs, 2 * width, h2)
     store(hs, 3 * width, h3)
-    near = look + ((q // UNROLL) & 3)
-    address, stride, shift, mask = ahead[near, 0], ahead[near, 1], ahead[near, 2], ahead[near, 3]
+    near = look + 4 * ((q // UNROLL) & 3)
+    line, stride, shift, mask = ahead[near], ahead[near + 1], ahead[near + 2], ahead[near + 3]
     for i in range(steps):
-        prefetch(address + ((first + i) >> shift) * stride + ((first + i) & mask) * BYTES)
+        prefetch(line + ((first + i) >> shift) * stride + ((first + i) & mask) * BYTES)
         t = (first + i) * width
         s, x, v = load(T, S + t), load(T, X + t), w + i * n + q
-        x0, x1 = x * _weight(B, v, b), x * _weight(B, v + 1, b + width)
-        x2, x3 = x * _weight(B, v + 2, b + 2 * width), x * _weight(B, v + 3, b + 3 * width)
+        x0, x1 = x * _weight(B, v, b, steady_B), x * _weight(B, v + 1, b + width, steady_B)
+        x2, x3 = (
+            x * _weight(B, v + 2, b + 2 * width, steady_B),
+            x * _weight(B, v + 3, b + 3 * width, steady_B),
+        )
         d0, d1 = _decay(s, A0, A1, clamp, rotate)
         d2, d3 = _decay(s, A2, A3, clamp, rotate)
         h0, h1 = _step(d0, d1, h0, h1, x0, x1, rotate)
         h2, h3 = _step(d2, d3, h2, h3, x2, x3, rotate)
-        y = fma(_weight(C, v, b), h0, load(T, Y + t))
-        y2 = _weight(C, v + 1, b + width) * h1
-        y = fma(_weight(C, v + 2, b + 2 * width), h2, y)
-        y2 = fma(_weight(C, v + 3, b + 3 * width), h3, y2)
+        y = fma(_weight(C, v, b, steady_C), h0, load(T, Y + t))
+        y2 = _weight(C, v + 1, b + width, steady_C) * h1
+        y = fma(_weight(C, v + 2, b + 2 * width, steady_C), h2, y)
+        y2 = fma(_weight(C, v + 3, b + 3 * width, steady_C), h3, y2)
         store(T, Y + t, y + y2)
         put4 = i * 4 * width
         store(decays, put4, d0)
@@ -402,19 +416,19 @@ def _retrace(
         store(dC, to + width, fma(g, load(hs, j + 5 * width), load(dC, to + width)))
         store(dC, to + 2 * width, fma(g, load(hs, j + 6 * width), load(dC, to + 2 * width)))
         store(dC, to + 3 * width, fma(g, load(hs, j + 7 * width), load(dC, to + 3 * width)))
-        g0 = fma(_weight(C, v, b), g, c0)
-        g1 = fma(_weight(C, v + 1, b + width), g, c1)
-        g2 = fma(_weight(C, v + 2, b + 2 * width), g, c2)
-        g3 = fma(_weight(C, v + 3, b + 3 * width), g, c3)
+        g0 = fma(_weight(C, v, b, steady_C), g, c0)
+        g1 = fma(_weight(C, v + 1, b + width, steady_C), g, c1)
+        g2 = fma(_weight(C, v + 2, b + 2 * width, steady_C), g, c2)
+        g3 = fma(_weight(C, v + 3, b + 3 * width, steady_C), g, c3)
         to = pb + i * tb + k
         store(dB, to, fma(g0, x, load(dB, to)))
         store(dB, to + width, fma(g1, x, load(dB, to + width)))
         store(dB, to + 2 * width, fma(g2, x, load(dB, to + 2 * width)))
         store(dB, to + 3 * width, fma(g3, x, load(dB, to + 3 * width)))
-        dx = fma(g0, _weight(B, v, b), load(T, DX + t))
-        dx2 = g1 * _weight(B, v + 1, b + width)
-        dx = fma(g2, _weight(B, v + 2, b + 2 * width), dx)
-        dx2 = fma(g3, _weight(B, v + 3, b + 3 * width), dx2)
+        dx = fma(g0, _weight(B, v, b, steady_B), load(T, DX + t))
+        dx2 = g1 * _weight(B, v + 1, b + width, steady_B)
+        dx = fma(g2, _weight(B, v + 2, b + 2 * width, steady_B), dx)
+        dx2 = fma(g3, _weight(B, v + 3, b + 3 * width, steady_B), dx2)
         store(T, DX + t, dx + dx2)
         c0, c1 = _step_back(load(decays, j), load(decays, j + width), g0, g1, rotate)
         c2, c3 = _step_back(load(decays, j + 2 * width), load(decays, j + 3 * width), g2, g3, rotate)
@@ -436,10 +450,18 @@ def _retrace(
     store(dA, b + 3 * width, e3)
 
 
+@inner
+def _backward_room(n, size):
+    """Vectors that a thread of `_backward` works in, for `size` blocks: ten tiles each, a chunk's states and
+    decays, sums of dB and dC over the blocks, and of each block A, B, C, the carried gradient, dA, dB, dC, bias,
+    D, dD, dbias, and whether its exponents fit."""
+    return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 6 * size
+
+
 @compiled
 def _backward(
-    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, u, su, delta, sd, z, sz, dy, sdy,
-    A, B, C, D, bias, last_grad, saved, du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC,
+    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
+    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, last_grad, saved, du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC,
     sums_B, sums_C,
 ):  # fmt: skip
     """Item i is superblock i % supers of sequence i // supers.
@@ -451,24 +473,17 @@ def _backward(
     size, supers = sizes[6], sizes[7]
     width, blocks, d, per_super = lanes(bias), g * per_group, g * k, supers // g
     area, held = (TILE + SKEW) * width, n * width
-    tiles = 10 * area  # S X G Y DX DS U Z slope Q
-    T = _scratch(bias, size * tiles)
-    work = _scratch(bias, (8 * CHUNK + 4) * width)
-    hs, decays = work[: (CHUNK + 1) * 4 * width], work[(CHUNK + 1) * 4 * width :]
-    vary_B, vary_C = B.ndim == 1, C.ndim == 1
-    collect_B, collect_C = _scratch(bias, CHUNK * held), _scratch(bias, CHUNK * held)
-    rates, carries, sums_A = (
-        _scratch(bias, size * held),
-        _scratch(bias, size * held),
-        _scratch(bias, size * held),
-    )
-    own_B = _scratch(bias, size * held).reshape(size * n, width)
-    own_C = _scratch(bias, size * held).reshape(size * n, width)
-    B_here, C_here = _weights(B, own_B), _weights(C, own_C)
-    held_B, held_C = _scratch(bias, size * held), _scratch(bias, size * held)
-    ends = _scratch(bias, 4 * size * width)  # biases, skips, dD, dbias
-    fits, limits = np.zeros(size, np.bool_), np.zeros(size)
-    ahead = np.zeros((4 * size, 4), np.int64)
+    tiles, each = 10 * area, size * held  # S X G Y DX DS U Z slope Q
+    thread = claim(counter[1:])
+    T = room[thread * _backward_room(n, size) * width :]
+    hs, own = T[size * tiles :], T[size * tiles + 4 * (CHUNK + 1) * width :]
+    decays, collect_B = own, own[4 * CHUNK * width :]
+    collect_C, own = collect_B[CHUNK * held :], collect_B[2 * CHUNK * held :]
+    rates, own_B, own_C, carries = own, own[each:], own[2 * each :], own[3 * each :]
+    sums_A, held_B, held_C, ends = own[4 * each :], own[5 * each :], own[6 * each :], own[7 * each :]
+    limits = ends[4 * size * width :]  # and in the next lane whether the tile stays below
+    B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
+    ahead = looks[16 * size * thread :]
     turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
     item = claim(counter)
     while item < items:
@@ -478,17 +493,20 @@ def _backward(
         count = min(size, per_group - block0)
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         w = (row * g + group) * l * n
-        sums_A[:], held_B[:], held_C[:], ends[:] = 0, 0, 0, 0
+        _clear(sums_A, 0, 3 * size * n)  # held_B and held_C as well
+        _clear(ends, 0, 4 * size)
         for i in range(count):
             lane, own, e = (block0 + i) * width, i * held, 4 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
-            _fetch(A, 0, channel, channels, rows, n, LOG2_E, turn, rates, own)
-            limits[i] = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, own, held)
-            _fetch(last_grad, sequence * d, channel, channels, rows, n, 1.0, 1.0, carries, own)
-            _fetch(bias, 0, channel, channels, 1, 1, 1.0, 1.0, ends, e)
-            _fetch(D, 0, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
-            _fetch_weights(B, own_B, channel, channels, rows, n, own)
-            _fetch_weights(C, own_C, channel, channels, rows, n, own)
+            _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, own)
+            limits[2 * i] = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, own, held)
+            _fetch(last_grad, (sequence * d + channel) * rows, channels, rows, n, 1.0, 1.0, carries, own)
+            _fetch(bias, channel, channels, 1, 1, 1.0, 1.0, ends, e)
+            _fetch(D, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
+            if steady_B is not None:
+                _fetch(B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, own)
+            if steady_C is not None:
+                _fetch(C, channel * rows, channels, rows, n, 1.0, 1.0, own_C, own)
         total = (end - start + TILE - 1) // TILE
         for tile in range(total - 1, -1, -1):
             t0 = start + tile * TILE
@@ -497,18 +515,18 @@ def _backward(
                 lane, o = (block0 + i) * width, i * tiles
                 channel, channels = group * k + lane, min(width, k - lane)
                 biases = load(ends, 4 * i * width)
-                _read(delta, sd, row, channel, t0, channels, steps, T, o)
-                _read(u, su, row, channel, t0, channels, steps, T, o + 6 * area)
-                _read(dy, sdy, row, channel, t0, channels, steps, T, o + 2 * area)
+                _read(delta, _at(sd, row, channel, t0), sd[1], sd[2], channels, steps, T, o)
+                _read(u, _at(su, row, channel, t0), su[1], su[2], channels, steps, T, o + 6 * area)
+                _read(dy, _at(sdy, row, channel, t0), sdy[1], sdy[2], channels, steps, T, o + 2 * area)
                 if has_z:
-                    _read(z, sz, row, channel, t0, channels, steps, T, o + 7 * area)
+                    _read(z, _at(sz, row, channel, t0), sz[1], sz[2], channels, steps, T, o + 7 * area)
                 inside = True
                 for t in range(o, o + steps * width, width):
                     s = load(T, t) + biases
                     if softplus:
                         s, slope = softplus_and_slope(s)
                         store(T, t + 8 * area, slope)
-                    inside = inside and magnitude_below(s, limits[i])
+                    inside = inside and magnitude_below(s, limits[2 * i])
                     store(T, t, s)
                     store(T, t + area, s * load(T, t + 6 * area))
                     if has_z:
@@ -518,47 +536,47 @@ def _backward(
                         store(T, t + 9 * area, grad * open_ * (1.0 + gate * (1.0 - open_)))
                     for clear in range(3, 6):
                         store(T, t + clear * area, zero(T))
-                fits[i] = inside
-                _look_ahead(ahead, 4 * i, delta, sd, row, channel, t0 - TILE)
-                _look_ahead(ahead, 4 * i + 1, u, su, row, channel, t0 - TILE)
-                _look_ahead(ahead, 4 * i + 2, dy, sdy, row, channel, t0 - TILE)
-                _look_ahead(ahead, 4 * i + 3, z, sz, row, channel, t0 - TILE)
+                limits[2 * i + 1] = 1 if inside else 0
+                _look_ahead(ahead, 16 * i, delta, _at(sd, row, channel, t0 - TILE), sd[1], sd[2])
+                _look_ahead(ahead, 16 * i + 4, u, _at(su, row, channel, t0 - TILE), su[1], su[2])
+                _look_ahead(ahead, 16 * i + 8, dy, _at(sdy, row, channel, t0 - TILE), sdy[1], sdy[2])
+                _look_ahead(ahead, 16 * i + 12, z, _at(sz, row, channel, t0 - TILE), sz[1], sz[2])
             for at in range((steps - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 here = min(CHUNK, steps - at)
-                if vary_B:
-                    collect_B[: here * held] = 0
-                if vary_C:
-                    collect_C[: here * held] = 0
+                if steady_B is None:
+                    _clear(collect_B, 0, here * n)
+                if steady_C is None:
+                    _clear(collect_C, 0, here * n)
                 for i in range(count):
                     block, own = group * per_group + block0 + i, i * held
                     before = ((chunks[sequence] + (t0 - start + at) // CHUNK) * blocks + block) * held
-                    ahead_states = saved.ctypes.data + (before - blocks * held) * saved.itemsize
-                    sink_B, pb, tb = (collect_B, 0, held) if vary_B else (held_B, own, 0)
-                    sink_C, pc, tc = (collect_C, 0, held) if vary_C else (held_C, own, 0)
+                    ahead_states = address(saved, before - blocks * held)
+                    sink_B, pb, tb = (collect_B, 0, held) if steady_B is None else (held_B, own, 0)
+                    sink_C, pc, tc = (collect_C, 0, held) if steady_C is None else (held_C, own, 0)
                     for q in range(0, n, UNROLL):
                         if rotate is not None:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                1, 1, ahead, 4 * i, ahead_states,
+                                1, 1, steady_B, steady_C, ahead, 16 * i, ahead_states,
                             )  # fmt: skip
-                        elif fits[i]:
+                        elif limits[2 * i + 1] > 0:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                None, None, ahead, 4 * i, ahead_states,
+                                None, None, steady_B, steady_C, ahead, 16 * i, ahead_states,
                             )  # fmt: skip
                         else:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                1, None, ahead, 4 * i, ahead_states,
+                                1, None, steady_B, steady_C, ahead, 16 * i, ahead_states,
                             )  # fmt: skip
                 to = ((row * supers + superblock) * l + t0 + at) * n
                 for j in range(here * n):
-                    if vary_B:
+                    if steady_B is None:
                         put(sums_B, to + j, sum_lanes(load(collect_B, j * width)))
-                    if vary_C:
+                    if steady_C is None:
                         put(sums_C, to + j, sum_lanes(load(collect_C, j * width)))
             for i in range(count):
                 lane, o, e = (block0 + i) * width, i * tiles, 4 * i * width
@@ -579,22 +597,23 @@ def _backward(
                     store(T, t, grad_delta)
                 store(ends, e + 2 * width, sum_D)
                 store(ends, e + 3 * width, sum_bias)
-                _write(ddelta, sdd, row, channel, t0, channels, steps, T, o)
-                _write(du, sdu, row, channel, t0, channels, steps, T, o + 6 * area)
+                _write(ddelta, _at(sdd, row, channel, t0), sdd[1], sdd[2], channels, steps, T, o)
+                _write(du, _at(sdu, row, channel, t0), sdu[1], sdu[2], channels, steps, T, o + 6 * area)
                 if has_z:
-                    _write(dz, sdz, row, channel, t0, channels, steps, T, o + 7 * area)
+                    _write(dz, _at(sdz, row, channel, t0), sdz[1], sdz[2], channels, steps, T, o + 7 * area)
         for i in range(count):
             lane, own, e = (block0 + i) * width, i * held, 4 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
-            _deliver(dA, sequence * d, channel, channels, rows, sums_A, own)
-            _deliver(dD, sequence * d, channel, channels, 1, ends, e + 2 * width)
-            _deliver(dbias, sequence * d, channel, channels, 1, ends, e + 3 * width)
+            channel_here, states = sequence * d + channel, (sequence * d + channel) * rows
+            _write(dA, states, rows, 1, channels, rows, sums_A, own)
+            _write(dD, channel_here, 1, 1, channels, 1, ends, e + 2 * width)
+            _write(dbias, channel_here, 1, 1, channels, 1, ends, e + 3 * width)
             if start_grad.size:
-                _deliver(start_grad, sequence * d, channel, channels, rows, carries, own)
-            if not vary_B:
-                _deliver(dB, sequence * d, channel, channels, rows, held_B, own)
-            if not vary_C:
-                _deliver(dC, sequence * d, channel, channels, rows, held_C, own)
+                _write(start_grad, states, rows, 1, channels, rows, carries, own)
+            if steady_B is not None:
+                _write(dB, states, rows, 1, channels, rows, held_B, own)
+            if steady_C is not None:
+                _write(dC, states, rows, 1, channels, rows, held_C, own)
         item = claim(counter)
     fence()
 
@@ -630,10 +649,10 @@ class _Call:
         self.rotate = 1 if A.is_complex() else None
         self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # of states
         self.real = A.dtype.to_real()
-        width = BYTES // self.real.itemsize
+        self.width = BYTES // self.real.itemsize
         self.padded = _round_up(self.rows, UNROLL)
         self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-        per_group = -(-(d // self.g) // width)
+        per_group = -(-(d // self.g) // self.width)
         self.blocks = self.g * per_group
         if inputs.cu_seqlens is None:
             self.order = np.arange(self.b)
@@ -652,14 +671,21 @@ class _Call:
         )
         self.work = u.numel() * self.rows
 
-    def arguments(self, delta_softplus: bool, y: Tensor) -> tuple:
-        """What both kernels begin with; y, or its gradient, has the place of y."""
+    def arguments(self, delta_softplus: bool, y: Tensor, vectors: int) -> tuple:
+        """What both kernels begin with: y, or its gradient, and `vectors` for each thread to work in."""
         u, delta, A, B, C, D, z, bias = self.inputs[:8]
         return (
             self.sizes, self.order, self.bounds, self.chunks, delta_softplus, z is not None, self.rotate,
-            *_memory(u), *_memory(delta), *_memory(u if z is None else z), *_memory(y), _flat(A),
-            self.weights(B), self.weights(C, conjugate=True), self.channels(D), self.channels(bias),
+            1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *_memory(u), *_memory(delta),
+            *_memory(u if z is None else z), *_memory(y), _flat(A), self.weights(B),
+            self.weights(C, conjugate=True), self.channels(D), self.channels(bias), *self.workspace(vectors),
         )  # fmt: skip
+
+    def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
+        """So many vectors for each thread, aligned, and room for what it looks ahead to."""
+        threads, size = torch.get_num_threads(), int(self.sizes[6])
+        room = torch.empty(threads * vectors * self.width, dtype=self.real)
+        return room.numpy(), np.zeros(threads * 16 * size, np.int64)
 
     def channels(self, t: Tensor | None) -> np.ndarray:
         """(d,) in the type of the state; zeros for None."""
@@ -672,7 +698,7 @@ class _Call:
         if self.rotate:
             B = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
         if B.dim() - (1 if self.rotate else 0) == 2:
-            return B.detach().to(self.real).reshape(len(B), -1).contiguous().numpy()
+            return B.detach().to(self.real).reshape(-1).numpy()
         packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
         if self.padded > self.rows:
             packed[..., self.rows :] = 0
@@ -698,8 +724,8 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
     call = _Call(inputs)
     start = inputs.initial_state
     run(
-        _forward, call.sequences * call.blocks, call.work, *call.arguments(delta_softplus, y),
-        _flat(saved[:0] if start is None else start), _flat(last_state), _flat(saved),
+        _forward, call.sequences * call.blocks, call.work, *call.arguments(delta_softplus, y, _forward_room.py_func(call.padded)),
+                _flat(saved[:0] if start is None else start), _flat(last_state), _flat(saved),
     )  # fmt: skip
 
 
@@ -721,8 +747,8 @@ def _backward_pass(
         for t in (inputs.B, inputs.C)
     ]
     run(
-        _backward, s * call.supers, call.work, *call.arguments(delta_softplus, grad_y),
-        _flat(grad_last.contiguous()), _flat(saved), *_memory(grads.u), *_memory(grads.delta),
+        _backward, s * call.supers, call.work, *call.arguments(delta_softplus, grad_y, _backward_room.py_func(call.padded, int(call.sizes[6]))),
+                _flat(grad_last.contiguous()), _flat(saved), *_memory(grads.u), *_memory(grads.delta),
         *_memory(gate_grad), _flat(start_grad), *map(_flat, (dA, dD, dbias, *constant, *sums)),
     )  # fmt: skip
     grads.A.copy_(call.gradient(dA.sum(0)))
