@@ -16,7 +16,6 @@ their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
 from importlib import import_module
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from projecta._checks import Checker
@@ -205,7 +204,6 @@ def selective_state_update(
 _loaded: dict[str, ModuleType] = {}
 
 
-@torch.compiler.assume_constant_result
 def _why_not(name: str) -> str:
     """Load a backend; say why it cannot run here, or ""."""
     try:
@@ -213,6 +211,10 @@ def _why_not(name: str) -> str:
     except ImportError as error:
         return f"{error.name or 'a package'} cannot be imported ({error})"
     return _loaded[name].unavailable()
+
+
+# As torch.compiler.assume_constant_result marks it, which would first import a compiler: 0.7 s.
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:

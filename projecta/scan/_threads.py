@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,16 +39,17 @@ def _find_openmp() -> Callable | None:
 _openmp = _find_openmp()
 
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# For functions that only kernels call: compiled into them, without an entry from Python, kept nowhere.
+inner = njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 def compiled(function: Callable) -> Callable:
     """Compiled for each type when it is first called, and kept on disk where a folder can be written."""
     try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
+        return njit(**_OPTIONS, cache=True)(function)
     except RuntimeError:  # numba found no folder for its cache
-        return njit(nogil=True, error_model="numpy")(function)
-
-
-# For functions that only kernels call: compiled into them, without an entry from Python, kept nowhere.
-inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+        return njit(**_OPTIONS)(function)
 
 
 def run(kernel: Callable, items: int, work: int, *arguments) -> None:

@@ -452,17 +452,19 @@ def _retrace(
 
 @inner
 def _backward_room(n, size):
-    """Vectors that a thread of `_backward` works in, for `size` blocks: ten tiles each, a chunk's states and
-    decays, sums of dB and dC over the blocks, and of each block A, B, C, the carried gradient, dA, dB, dC, bias,
-    D, dD, dbias, and whether its exponents fit."""
+    """Vectors that a thread of `_backward` works in, for `size` blocks.
+
+    Ten tiles each, a chunk's states and decays, sums of dB and dC over the blocks; then of each block A, B,
+    C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias and limits.
+    """
     return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 6 * size
 
 
 @compiled
 def _backward(
     counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, last_grad, saved, du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC,
-    sums_B, sums_C,
+    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, last_grad, saved, du, sdu, ddelta, sdd,
+    dz, sdz, start_grad, dA, dD, dbias, dB, dC, sums_B, sums_C,
 ):  # fmt: skip
     """Item i is superblock i % supers of sequence i // supers.
 
@@ -723,9 +725,10 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
     call = _Call(inputs)
     start = inputs.initial_state
+    vectors = _forward_room.py_func(call.padded)
     run(
-        _forward, call.sequences * call.blocks, call.work, *call.arguments(delta_softplus, y, _forward_room.py_func(call.padded)),
-                _flat(saved[:0] if start is None else start), _flat(last_state), _flat(saved),
+        _forward, call.sequences * call.blocks, call.work, *call.arguments(delta_softplus, y, vectors),
+        _flat(saved[:0] if start is None else start), _flat(last_state), _flat(saved),
     )  # fmt: skip
 
 
@@ -746,9 +749,10 @@ def _backward_pass(
         room(call.b if t.dim() == 4 else 0, call.g, call.supers // call.g, call.l, call.padded)
         for t in (inputs.B, inputs.C)
     ]
+    vectors = _backward_room.py_func(call.padded, int(call.sizes[6]))
     run(
-        _backward, s * call.supers, call.work, *call.arguments(delta_softplus, grad_y, _backward_room.py_func(call.padded, int(call.sizes[6]))),
-                _flat(grad_last.contiguous()), _flat(saved), *_memory(grads.u), *_memory(grads.delta),
+        _backward, s * call.supers, call.work, *call.arguments(delta_softplus, grad_y, vectors),
+        _flat(grad_last.contiguous()), _flat(saved), *_memory(grads.u), *_memory(grads.delta),
         *_memory(gate_grad), _flat(start_grad), *map(_flat, (dA, dD, dbias, *constant, *sums)),
     )  # fmt: skip
     grads.A.copy_(call.gradient(dA.sum(0)))
