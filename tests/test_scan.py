@@ -2,6 +2,8 @@
 
 import ast
 import multiprocessing
+import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -12,7 +14,7 @@ import torch
 
 from benchmarks.common import peak_mib
 from projecta import available_backends, selective_scan, selective_state_update
-from projecta.scan import BackendUnavailable, vectorised  # cpu: registers its operator
+from projecta.scan import BackendUnavailable, _layout, cpu, vectorised  # they register their operators
 from tests.cases import make_scan, run_with_gradients, widen
 
 TOLERANCE = {  # dtype of u: (rtol, atol) of y and every gradient, relative to the largest value
@@ -314,6 +316,34 @@ def test_rates_of_zero_sum_up(backend):
     torch.testing.assert_close(y, 2 * u.cumsum(-1))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d": 5},
+        {"d": 20, "g": 2},
+        {"d": 3, "complex_A": True},
+        {"d": 3, "constant": "BC"},
+        {"without": ("z", "D")},
+    ],
+    ids=str,
+)
+def test_pieces_of_time_give_the_same(options, monkeypatch):
+    """As on a machine with more processors than the scan has blocks."""
+    monkeypatch.setattr(_layout, "CORES", 20)
+    monkeypatch.setattr(_layout, "PIECE", 40)
+    arguments = make_scan(l=333, n=3, **({"b": 1} | options))
+    runs = []
+    monkeypatch.setattr(cpu, "run", lambda *args, run=cpu.run: (runs.append(args[1]), run(*args)))
+    truth = run_with_gradients(
+        selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
+    )
+    assert_close(
+        run_with_gradients(selective_scan, arguments, backend="cpu"), truth, TOLERANCE[torch.float32]
+    )
+    assert len(runs) == 4, "forward and backward, twice each"
+    assert min(runs) >= 5, "of pieces"
+
+
 def test_a_forked_child_computes_the_same(tmp_path):
     """As a DataLoader's worker does, after the parent has used its threads."""
     arguments = make_scan(b=2, d=150, l=300, n=16)
@@ -333,10 +363,49 @@ def test_a_forked_child_computes_the_same(tmp_path):
 
 
 def _save_scan(arguments, path):
-    torch.set_num_threads(
-        1
-    )  # as every worker of a DataLoader does: torch's own threads do not survive a fork
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own threads do not survive a fork
     torch.save(selective_scan(**arguments, delta_softplus=True, backend="cpu"), path)
+
+
+class Scans(torch.utils.data.Dataset):
+    """Sequences through a scan, as a DataLoader's workers would prepare them."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        torch.manual_seed(i)
+        return selective_scan(**make_scan(b=1, d=40, l=300, n=16), delta_softplus=True, backend="cpu")
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_data_loader_workers_scan(context):
+    expected = torch.stack([Scans()[i] for i in range(4)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        loader = torch.utils.data.DataLoader(
+            Scans(), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=60
+        )
+        got = torch.stack(list(loader))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="narrows the vectors of an x86 processor")
+def test_narrower_vectors_compute_the_same(tmp_path):
+    """AVX2 in place of whatever this processor has: the same code, split by the compiler."""
+    torch.manual_seed(0)
+    arguments = make_scan(d=20, l=70, n=5)
+    torch.save(arguments, tmp_path / "arguments.pt")
+    code = (
+        "import sys, torch, projecta; a = torch.load(sys.argv[1] + '/arguments.pt'); "
+        "torch.save(projecta.selective_scan(**a, delta_softplus=True, backend='cpu'), sys.argv[1] + '/y.pt')"
+    )
+    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=os.environ | narrow)
+    truth = selective_scan(
+        **{n: widen(t) for n, t in arguments.items()}, delta_softplus=True, backend="reference"
+    )
+    assert_close({"y": torch.load(tmp_path / "y.pt")}, {"y": truth}, TOLERANCE[torch.float32])
 
 
 def test_runs_without_a_folder_for_its_cache(tmp_path):

@@ -41,7 +41,7 @@ _openmp = _find_openmp()
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # For functions that only kernels call: compiled into them, without an entry from Python, kept nowhere.
-inner = njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner = njit(**(_OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}))
 
 
 def compiled(function: Callable) -> Callable:

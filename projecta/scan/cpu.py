@@ -17,10 +17,10 @@ order.
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from projecta.scan._layout import CHUNK, UNROLL, Layout, flat, memory, saved_shape
 from projecta.scan._operator import Inputs, define, define_step
 from projecta.scan._threads import compiled, inner, run
 from projecta.scan._vectors import (
@@ -51,10 +51,7 @@ from projecta.scan._vectors import (
 )
 
 TILE = 64  # steps that are read and turned together
-CHUNK = 16  # steps between saved states
 SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for each other
-UNROLL = 4  # rows of states that one loop over time advances
-SUPERBLOCK = 8  # blocks that share their sums of dB and dC
 RADIANS = 2 * math.pi * LOG2_E  # A's imaginary parts count turns, its real parts powers of 2
 
 
@@ -620,142 +617,82 @@ def _backward(
     fence()
 
 
-def _flat(t: Tensor) -> np.ndarray:
-    """A contiguous tensor's memory; complex numbers as pairs."""
-    t = t.detach()
-    return (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).numpy()
-
-
-_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `_vectors` knows them
-
-
-def _memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The memory of a (b, d, l) tensor as a flat array, and the strides."""
-    t = t.detach()
-    if t.dtype in _STORED:
-        t = t.view(_STORED[t.dtype])
-    strides = t.stride()
-    if not t.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
-        t = t.as_strided((last + 1 if t.numel() else 0,), (1,))
-    return t.view(-1).numpy(), np.array(strides)
-
-
-class _Call:
-    """How channels, states and sequences of a call lie in vectors; what both kernels take."""
-
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
-        u, _, A, B, C = inputs[:5]
-        self.b, d, self.l = u.shape
-        self.rotate = 1 if A.is_complex() else None
-        self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # of states
-        self.real = A.dtype.to_real()
-        self.width = BYTES // self.real.itemsize
-        self.padded = _round_up(self.rows, UNROLL)
-        self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-        per_group = -(-(d // self.g) // self.width)
-        self.blocks = self.g * per_group
-        if inputs.cu_seqlens is None:
-            self.order = np.arange(self.b)
-            self.bounds = np.tile(np.array([0, self.l]), self.b)
-            self.chunks = self.order * (self.l // CHUNK + 1)
-        else:
-            ends = inputs.cu_seqlens.numpy().astype(np.int64)
-            self.order = np.zeros(len(ends) - 1, np.int64)
-            self.bounds = np.stack([ends[:-1], ends[1:]], 1).ravel()
-            self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
-        self.sequences = len(self.order)
-        size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
-        self.supers = self.g * -(-per_group // size)
-        self.sizes = np.array(
-            [self.g, d // self.g, self.rows, self.padded, per_group, self.l, size, self.supers]
-        )
-        self.work = u.numel() * self.rows
-
-    def arguments(self, delta_softplus: bool, y: Tensor, vectors: int) -> tuple:
-        """What both kernels begin with: y, or its gradient, and `vectors` for each thread to work in."""
-        u, delta, A, B, C, D, z, bias = self.inputs[:8]
-        return (
-            self.sizes, self.order, self.bounds, self.chunks, delta_softplus, z is not None, self.rotate,
-            1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *_memory(u), *_memory(delta),
-            *_memory(u if z is None else z), *_memory(y), _flat(A), self.weights(B),
-            self.weights(C, conjugate=True), self.channels(D), self.channels(bias), *self.workspace(vectors),
-        )  # fmt: skip
-
-    def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
-        """So many vectors for each thread, aligned, and room for what it looks ahead to."""
-        threads, size = torch.get_num_threads(), int(self.sizes[6])
-        room = torch.empty(threads * vectors * self.width, dtype=self.real)
-        return room.numpy(), np.zeros(threads * 16 * size, np.int64)
-
-    def channels(self, t: Tensor | None) -> np.ndarray:
-        """(d,) in the type of the state; zeros for None."""
-        if t is None:
-            return np.zeros(self.inputs.u.shape[1], _NUMPY[self.real])
-        return _flat(t.to(self.real).contiguous())
-
-    def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
-        """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
-        if self.rotate:
-            B = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
-        if B.dim() - (1 if self.rotate else 0) == 2:
-            return B.detach().to(self.real).reshape(-1).numpy()
-        packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
-        if self.padded > self.rows:
-            packed[..., self.rows :] = 0
-        packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
-        return packed.view(-1).numpy()
-
-    def gradient(self, rows: Tensor, conjugate: bool = False) -> Tensor:
-        """(..., rows) as (..., n): complex if the states are."""
-        if not self.rotate:
-            return rows
-        pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
-        return 2 * pairs.conj() if conjugate else pairs
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-
-
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
-    call = _Call(inputs)
-    start = inputs.initial_state
-    vectors = _forward_room.py_func(call.padded)
+    layout = Layout(inputs)
+    if layout.pieces == 1:
+        _forward_run(layout, delta_softplus, y, inputs.initial_state, last_state, saved)
+        return
+    # From zero, each piece ends in `gained`; the states between pieces follow, and the true pass with them.
+    b, d, n = last_state.shape
+    gained = last_state.new_empty(b, layout.pieces, d, n)
+    ungated = Layout(inputs._replace(z=None))
+    _forward_run(ungated, delta_softplus, y, None, gained.flatten(0, 1), saved[:0])
+    state = torch.zeros_like(last_state) if inputs.initial_state is None else inputs.initial_state
+    decays, starts = layout.decays(delta_softplus), torch.empty_like(gained)
+    for i in range(layout.pieces):
+        starts[:, i] = state
+        state = decays[:, i] * state + gained[:, i]
+    _forward_run(layout, delta_softplus, y, starts.flatten(0, 1), gained.flatten(0, 1), saved)
+    last_state.copy_(gained[:, -1])
+
+
+def _forward_run(
+    layout: Layout, delta_softplus: bool, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor
+) -> None:
+    vectors = _forward_room.py_func(layout.padded)
     run(
-        _forward, call.sequences * call.blocks, call.work, *call.arguments(delta_softplus, y, vectors),
-        _flat(saved[:0] if start is None else start), _flat(last_state), _flat(saved),
+        _forward, layout.sequences * layout.blocks, layout.work,
+        *layout.arguments(delta_softplus, y, vectors),
+        flat(saved[:0] if start is None else start), flat(last), flat(saved),
     )  # fmt: skip
 
 
 def _backward_pass(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
 ) -> None:
-    call = _Call(inputs)
-    s, (d, _) = call.sequences, inputs.A.shape
-    gate_grad = grads.u if grads.z is None else grads.z
-    start_grad = saved[:0] if grads.initial_state is None else grads.initial_state
+    layout = Layout(inputs)
+    if layout.pieces == 1:
+        _backward_run(layout, delta_softplus, grad_y, grad_last, saved, grads, grads.initial_state)
+        return
+    # As in the forward pass, in reverse: what each piece alone sends to its start, then the true pass.
+    b, d, n = grad_last.shape
+    sent = grad_last.new_empty(b, layout.pieces, d, n)
+    _backward_run(
+        layout, delta_softplus, grad_y, torch.zeros_like(sent).flatten(0, 1), saved, grads, sent.flatten(0, 1)
+    )
+    decays, ends, grad = layout.decays(delta_softplus), torch.empty_like(sent), grad_last
+    for i in reversed(range(layout.pieces)):
+        ends[:, i] = grad
+        grad = decays[:, i].conj() * grad + sent[:, i]
+    _backward_run(layout, delta_softplus, grad_y, ends.flatten(0, 1), saved, grads, None)
+    if grads.initial_state is not None:
+        grads.initial_state.copy_(grad)
+
+
+def _backward_run(
+    layout: Layout, delta_softplus: bool, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
+    grad_start: Tensor | None,
+) -> None:  # fmt: skip
+    inputs, s, d = layout.inputs, layout.sequences, layout.inputs.A.shape[0]
 
     def room(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=call.real)
+        return torch.empty(shape, dtype=layout.real)
 
-    dA, dD, dbias = room(s, d, call.rows), room(s, d), room(s, d)
-    constant = [room(s if t.dim() == 2 else 0, d, call.rows) for t in (inputs.B, inputs.C)]
+    dA, dD, dbias = room(s, d, layout.rows), room(s, d), room(s, d)
+    constant = [room(s if t.dim() == 2 else 0, d, layout.rows) for t in (inputs.B, inputs.C)]
     sums = [
-        room(call.b if t.dim() == 4 else 0, call.g, call.supers // call.g, call.l, call.padded)
+        room(layout.b if t.dim() == 4 else 0, layout.g, layout.supers // layout.g, layout.l, layout.padded)
         for t in (inputs.B, inputs.C)
     ]
-    vectors = _backward_room.py_func(call.padded, int(call.sizes[6]))
+    vectors = _backward_room.py_func(layout.padded, int(layout.sizes[6]))
     run(
-        _backward, s * call.supers, call.work, *call.arguments(delta_softplus, grad_y, vectors),
-        _flat(grad_last.contiguous()), _flat(saved), *_memory(grads.u), *_memory(grads.delta),
-        *_memory(gate_grad), _flat(start_grad), *map(_flat, (dA, dD, dbias, *constant, *sums)),
+        _backward, s * layout.supers, layout.work, *layout.arguments(delta_softplus, grad_y, vectors),
+        flat(grad_last.contiguous()), flat(saved), *memory(grads.u), *memory(grads.delta),
+        *memory(grads.u if grads.z is None else grads.z),
+        flat(saved[:0] if grad_start is None else grad_start),
+        *map(flat, (dA, dD, dbias, *constant, *sums)),
     )  # fmt: skip
-    grads.A.copy_(call.gradient(dA.sum(0)))
+    grads.A.copy_(layout.gradient(dA.sum(0)))
     for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):
         if grad is not None:
             grad.copy_(each.sum(0))
@@ -763,21 +700,10 @@ def _backward_pass(
         (grads.B, constant[0], sums[0], False), (grads.C, constant[1], sums[1], True),
     ):  # fmt: skip
         if grad.dim() == 2:
-            grad.copy_(call.gradient(each.sum(0), conjugate))
+            grad.copy_(layout.gradient(each.sum(0), conjugate))
         else:
-            over = part.sum(2)[..., : call.rows]
-            grad.copy_(call.gradient(over, conjugate).transpose(2, 3))
-
-
-def _saved_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, sequences: int) -> tuple[int, ...]:
-    """The states before each chunk, as they lie in vectors."""
-    b, d, l = u.shape
-    parts = 2 if A.is_complex() else 1
-    width = BYTES * parts // A.element_size()
-    g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-    blocks = g * (_round_up(d // g, width) // width)
-    chunks = b * (l // CHUNK + 1) if b > 1 else l // CHUNK + sequences
-    return (chunks * blocks * _round_up(parts * A.shape[1], UNROLL) * width // parts,)
+            over = part.sum(2)[..., : layout.rows]
+            grad.copy_(layout.gradient(over, conjugate).transpose(2, 3))
 
 
 def _advance_state(
@@ -795,7 +721,7 @@ def _advance_state(
         state.copy_(whole)
 
 
-selective_scan = define("scan_cpu", _forward_pass, _backward_pass, _saved_shape)
+selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)
 selective_state_update = define_step("step_cpu", _advance_state)
 
 

@@ -1,0 +1,149 @@
+"""How a call's channels, states and sequences lie in vectors, for the kernels of `cpu`.
+
+Where there are few blocks and sequences for the machine's processors, a long sequence is cut into pieces:
+time is the second level of parallel work. Whether it is depends on the shape and the machine, not on the
+number of threads in use: results do not either.
+"""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from projecta.scan import reference
+from projecta.scan._operator import Inputs
+from projecta.scan._vectors import BYTES
+
+CHUNK = 16  # steps between saved states
+UNROLL = 4  # rows of states that one loop over time advances
+SUPERBLOCK = 8  # blocks that share their sums of dB and dC
+PIECE = 1024  # the least steps of a piece
+CORES = os.cpu_count() or 1
+
+
+def flat(t: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory; complex numbers as pairs."""
+    t = t.detach()
+    return (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).numpy()
+
+
+_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `_vectors` knows them
+
+
+def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The memory of a (b, d, l) tensor as a flat array, and the strides."""
+    t = t.detach()
+    if t.dtype in _STORED:
+        t = t.view(_STORED[t.dtype])
+    strides = t.stride()
+    if not t.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
+        t = t.as_strided((last + 1 if t.numel() else 0,), (1,))
+    return t.view(-1).numpy(), np.array(strides)
+
+
+class Layout:
+    """How channels, states and sequences of a call lie in vectors; what both kernels take."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        u, _, A, B, C = inputs[:5]
+        self.b, d, self.l = u.shape
+        self.rotate = 1 if A.is_complex() else None
+        self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # of states
+        self.real = A.dtype.to_real()
+        self.width = BYTES // self.real.itemsize
+        self.padded = round_up(self.rows, UNROLL)
+        self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
+        per_group = -(-(d // self.g) // self.width)
+        self.blocks = self.g * per_group
+        self.pieces, self.piece = 1, self.l
+        if inputs.cu_seqlens is None:
+            items = self.b * self.blocks
+            if 4 * items <= CORES and self.l >= 2 * PIECE:
+                self.pieces = min(CORES // items, self.l // PIECE)
+                self.piece = round_up(-(-self.l // self.pieces), CHUNK)
+            starts = np.minimum(np.arange(self.pieces + 1) * self.piece, self.l)
+            self.order = np.repeat(np.arange(self.b), self.pieces)
+            self.bounds = np.tile(np.stack([starts[:-1], starts[1:]], 1).ravel(), self.b)
+            self.chunks = self.order * (self.l // CHUNK + 1) + np.tile(starts[:-1] // CHUNK, self.b)
+        else:
+            ends = inputs.cu_seqlens.numpy().astype(np.int64)
+            self.order = np.zeros(len(ends) - 1, np.int64)
+            self.bounds = np.stack([ends[:-1], ends[1:]], 1).ravel()
+            self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
+        self.sequences = len(self.order)
+        size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
+        self.supers = self.g * -(-per_group // size)
+        self.sizes = np.array(
+            [self.g, d // self.g, self.rows, self.padded, per_group, self.l, size, self.supers]
+        )
+        self.work = u.numel() * self.rows
+
+    def arguments(self, delta_softplus: bool, y: Tensor, vectors: int) -> tuple:
+        """What both kernels begin with: y, or its gradient, and `vectors` for each thread to work in."""
+        u, delta, A, B, C, D, z, bias = self.inputs[:8]
+        return (
+            self.sizes, self.order, self.bounds, self.chunks, delta_softplus, z is not None, self.rotate,
+            1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *memory(u), *memory(delta),
+            *memory(u if z is None else z), *memory(y), flat(A), self.weights(B),
+            self.weights(C, conjugate=True), self.channels(D), self.channels(bias), *self.workspace(vectors),
+        )  # fmt: skip
+
+    def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
+        """So many vectors for each thread, aligned, and room for what it looks ahead to."""
+        threads, size = torch.get_num_threads(), int(self.sizes[6])
+        room = torch.empty(threads * vectors * self.width, dtype=self.real)
+        return room.numpy(), np.zeros(threads * 16 * size, np.int64)
+
+    def channels(self, t: Tensor | None) -> np.ndarray:
+        """(d,) in the type of the state; zeros for None."""
+        if t is None:
+            return np.zeros(self.inputs.u.shape[1], _NUMPY[self.real])
+        return flat(t.to(self.real).contiguous())
+
+    def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
+        """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
+        if self.rotate:
+            B = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
+        if B.dim() - (1 if self.rotate else 0) == 2:
+            return B.detach().to(self.real).reshape(-1).numpy()
+        packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
+        if self.padded > self.rows:
+            packed[..., self.rows :] = 0
+        packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
+        return packed.view(-1).numpy()
+
+    def decays(self, delta_softplus: bool) -> Tensor:
+        """exp(A sum of delta) over each piece of each sequence: (b, pieces, d, n)."""
+        delta = reference.step_size(self.inputs.delta, self.inputs.delta_bias, delta_softplus, self.real)
+        padded = F.pad(delta, (0, self.pieces * self.piece - self.l))
+        sums = padded.unflatten(-1, (self.pieces, self.piece)).sum(-1).transpose(1, 2)
+        return torch.exp(sums[..., None] * self.inputs.A)
+
+    def gradient(self, rows: Tensor, conjugate: bool = False) -> Tensor:
+        """(..., rows) as (..., n): complex if the states are."""
+        if not self.rotate:
+            return rows
+        pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
+        return 2 * pairs.conj() if conjugate else pairs
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def saved_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, sequences: int) -> tuple[int, ...]:
+    """The states before each chunk, as they lie in vectors."""
+    b, d, l = u.shape
+    parts = 2 if A.is_complex() else 1
+    width = BYTES * parts // A.element_size()
+    g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
+    blocks = g * (round_up(d // g, width) // width)
+    chunks = b * (l // CHUNK + 1) if b > 1 else l // CHUNK + sequences
+    return (chunks * blocks * round_up(parts * A.shape[1], UNROLL) * width // parts,)
