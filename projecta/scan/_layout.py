@@ -5,21 +5,20 @@ time is the second level of parallel work. Whether it is depends on the shape an
 number of threads in use: results do not either.
 """
 
+import functools
 import os
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from projecta.scan import reference
 from projecta.scan._operator import Inputs
 from projecta.scan._vectors import BYTES
 
 CHUNK = 16  # steps between saved states
 UNROLL = 4  # rows of states that one loop over time advances
 SUPERBLOCK = 8  # blocks that share their sums of dB and dC
-PIECE = 1024  # the least steps of a piece
+PIECE = 8192  # the least steps of a piece
 CORES = os.cpu_count() or 1
 
 
@@ -47,8 +46,8 @@ def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
 class Layout:
     """How channels, states and sequences of a call lie in vectors; what both kernels take."""
 
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, delta_softplus: bool):
+        self.inputs, self.delta_softplus = inputs, delta_softplus
         u, _, A, B, C = inputs[:5]
         self.b, d, self.l = u.shape
         self.rotate = 1 if A.is_complex() else None
@@ -62,9 +61,9 @@ class Layout:
         self.pieces, self.piece = 1, self.l
         if inputs.cu_seqlens is None:
             items = self.b * self.blocks
-            if 4 * items <= CORES and self.l >= 2 * PIECE:
-                self.pieces = min(CORES // items, self.l // PIECE)
-                self.piece = round_up(-(-self.l // self.pieces), CHUNK)
+            pieces = min(CORES // max(items, 1), self.l // PIECE)
+            if pieces >= 4:  # each costs two passes
+                self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
             starts = np.minimum(np.arange(self.pieces + 1) * self.piece, self.l)
             self.order = np.repeat(np.arange(self.b), self.pieces)
             self.bounds = np.tile(np.stack([starts[:-1], starts[1:]], 1).ravel(), self.b)
@@ -82,14 +81,13 @@ class Layout:
         )
         self.work = u.numel() * self.rows
 
-    def arguments(self, delta_softplus: bool, y: Tensor, vectors: int) -> tuple:
+    def arguments(self, y: Tensor, vectors: int) -> tuple:
         """What both kernels begin with: y, or its gradient, and `vectors` for each thread to work in."""
         u, delta, A, B, C, D, z, bias = self.inputs[:8]
         return (
-            self.sizes, self.order, self.bounds, self.chunks, delta_softplus, z is not None, self.rotate,
+            self.sizes, self.order, self.bounds, self.chunks, self.delta_softplus, z is not None, self.rotate,
             1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *memory(u), *memory(delta),
-            *memory(u if z is None else z), *memory(y), flat(A), self.weights(B),
-            self.weights(C, conjugate=True), self.channels(D), self.channels(bias), *self.workspace(vectors),
+            *memory(u if z is None else z), *memory(y), flat(A), *self.packed, self.channels(D), self.channels(bias), *self.workspace(vectors),
         )  # fmt: skip
 
     def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +102,11 @@ class Layout:
             return np.zeros(self.inputs.u.shape[1], _NUMPY[self.real])
         return flat(t.to(self.real).contiguous())
 
+    @functools.cached_property
+    def packed(self) -> tuple[np.ndarray, np.ndarray]:
+        """B and C as `weights` lays them."""
+        return self.weights(self.inputs.B), self.weights(self.inputs.C, conjugate=True)
+
     def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
         """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
         if self.rotate:
@@ -116,12 +119,10 @@ class Layout:
         packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
         return packed.view(-1).numpy()
 
-    def decays(self, delta_softplus: bool) -> Tensor:
-        """exp(A sum of delta) over each piece of each sequence: (b, pieces, d, n)."""
-        delta = reference.step_size(self.inputs.delta, self.inputs.delta_bias, delta_softplus, self.real)
-        padded = F.pad(delta, (0, self.pieces * self.piece - self.l))
-        sums = padded.unflatten(-1, (self.pieces, self.piece)).sum(-1).transpose(1, 2)
-        return torch.exp(sums[..., None] * self.inputs.A)
+    def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Room for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""
+        A, d = self.inputs.A, shape[0]
+        return A.new_empty(self.b, self.pieces, *shape), torch.empty(self.b, self.pieces, d, dtype=self.real)
 
     def gradient(self, rows: Tensor, conjugate: bool = False) -> Tensor:
         """(..., rows) as (..., n): complex if the states are."""

@@ -242,16 +242,16 @@ def _largest(tile, at, count):
 
 @inner
 def _forward_room(n):
-    """Vectors that a thread of `_forward` works in: S X Y Z, H, A, B, C, bias and D."""
-    return 4 * (TILE + SKEW) + 4 * n + 2
+    """Vectors that a thread of `_forward` works in: S X Y Z, H, A, B, C, bias, D and span."""
+    return 4 * (TILE + SKEW) + 4 * n + 3
 
 
 @compiled
 def _forward(
     counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, y, sy, A, B, C, D, bias, room, looks, start_state, last_state, saved,
+    u, su, delta, sd, z, sz, y, sy, A, B, C, D, bias, room, looks, spans, start_state, last_state, saved,
 ):  # fmt: skip
-    """Item i is block i % blocks of sequence i // blocks."""
+    """Item i is block i % blocks of sequence i // blocks; `spans` takes the sums of delta, if it has room."""
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     width, blocks, d = lanes(bias), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
@@ -281,7 +281,7 @@ def _forward(
             _clear(H, 0, n)
         _fetch(bias, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
         _fetch(D, channel, channels, 1, 1, 1.0, 1.0, ends, width)
-        biases, skips = load(ends, 0), load(ends, width)
+        biases, skips, span = load(ends, 0), load(ends, width), zero(ends)
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         for t0 in range(start, end, TILE):
             steps = min(TILE, end - t0)
@@ -293,6 +293,7 @@ def _forward(
                 if softplus:
                     s, _ = softplus_and_slope(s)
                 fits = fits and magnitude_below(s, limit)
+                span = span + s
                 store(S, at, s)
                 store(Y, at, skips * x)
                 store(X, at, s * x)
@@ -344,6 +345,9 @@ def _forward(
                     store(Y, at, load(Y, at) * gate * sigmoid(gate))
             _write(y, _at(sy, row, channel, t0), sy[1], sy[2], channels, steps, Y, 0)
         _write(last_state, states, rows, 1, channels, rows, H, 0)
+        if spans.size:
+            store(ends, 2 * width, span)
+            _write(spans, sequence * d + channel, 1, 1, channels, 1, ends, 2 * width)
         item = claim(counter)
     fence()
 
@@ -452,16 +456,16 @@ def _backward_room(n, size):
     """Vectors that a thread of `_backward` works in, for `size` blocks.
 
     Ten tiles each, a chunk's states and decays, sums of dB and dC over the blocks; then of each block A, B,
-    C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias and limits.
+    C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias, span and limits.
     """
-    return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 6 * size
+    return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 7 * size
 
 
 @compiled
 def _backward(
     counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, last_grad, saved, du, sdu, ddelta, sdd,
-    dz, sdz, start_grad, dA, dD, dbias, dB, dC, sums_B, sums_C,
+    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, spans, last_grad, saved,
+    du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC, sums_B, sums_C,
 ):  # fmt: skip
     """Item i is superblock i % supers of sequence i // supers.
 
@@ -480,7 +484,7 @@ def _backward(
     collect_C, own = collect_B[CHUNK * held :], collect_B[2 * CHUNK * held :]
     rates, own_B, own_C, carries = own, own[each:], own[2 * each :], own[3 * each :]
     sums_A, held_B, held_C, ends = own[4 * each :], own[5 * each :], own[6 * each :], own[7 * each :]
-    limits = ends[4 * size * width :]  # and in the next lane whether the tile stays below
+    limits = ends[5 * size * width :]  # and in the next lane whether the tile stays below
     B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
     ahead = looks[16 * size * thread :]
     turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
@@ -493,9 +497,9 @@ def _backward(
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         w = (row * g + group) * l * n
         _clear(sums_A, 0, 3 * size * n)  # held_B and held_C as well
-        _clear(ends, 0, 4 * size)
+        _clear(ends, 0, 5 * size)
         for i in range(count):
-            lane, own, e = (block0 + i) * width, i * held, 4 * i * width
+            lane, own, e = (block0 + i) * width, i * held, 5 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
             _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, own)
             limits[2 * i] = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, own, held)
@@ -513,7 +517,7 @@ def _backward(
             for i in range(count):
                 lane, o = (block0 + i) * width, i * tiles
                 channel, channels = group * k + lane, min(width, k - lane)
-                biases = load(ends, 4 * i * width)
+                biases, span = load(ends, 5 * i * width), load(ends, (5 * i + 4) * width)
                 _read(delta, _at(sd, row, channel, t0), sd[1], sd[2], channels, steps, T, o)
                 _read(u, _at(su, row, channel, t0), su[1], su[2], channels, steps, T, o + 6 * area)
                 _read(dy, _at(sdy, row, channel, t0), sdy[1], sdy[2], channels, steps, T, o + 2 * area)
@@ -526,6 +530,7 @@ def _backward(
                         s, slope = softplus_and_slope(s)
                         store(T, t + 8 * area, slope)
                     inside = inside and magnitude_below(s, limits[2 * i])
+                    span = span + s
                     store(T, t, s)
                     store(T, t + area, s * load(T, t + 6 * area))
                     if has_z:
@@ -536,6 +541,7 @@ def _backward(
                     for clear in range(3, 6):
                         store(T, t + clear * area, zero(T))
                 limits[2 * i + 1] = 1 if inside else 0
+                store(ends, (5 * i + 4) * width, span)
                 _look_ahead(ahead, 16 * i, delta, _at(sd, row, channel, t0 - TILE), sd[1], sd[2])
                 _look_ahead(ahead, 16 * i + 4, u, _at(su, row, channel, t0 - TILE), su[1], su[2])
                 _look_ahead(ahead, 16 * i + 8, dy, _at(sdy, row, channel, t0 - TILE), sdy[1], sdy[2])
@@ -578,7 +584,7 @@ def _backward(
                     if steady_C is None:
                         put(sums_C, to + j, sum_lanes(load(collect_C, j * width)))
             for i in range(count):
-                lane, o, e = (block0 + i) * width, i * tiles, 4 * i * width
+                lane, o, e = (block0 + i) * width, i * tiles, 5 * i * width
                 channel, channels = group * k + lane, min(width, k - lane)
                 skips = load(ends, e + width)
                 sum_D, sum_bias = load(ends, e + 2 * width), load(ends, e + 3 * width)
@@ -601,12 +607,14 @@ def _backward(
                 if has_z:
                     _write(dz, _at(sdz, row, channel, t0), sdz[1], sdz[2], channels, steps, T, o + 7 * area)
         for i in range(count):
-            lane, own, e = (block0 + i) * width, i * held, 4 * i * width
+            lane, own, e = (block0 + i) * width, i * held, 5 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
             channel_here, states = sequence * d + channel, (sequence * d + channel) * rows
             _write(dA, states, rows, 1, channels, rows, sums_A, own)
             _write(dD, channel_here, 1, 1, channels, 1, ends, e + 2 * width)
             _write(dbias, channel_here, 1, 1, channels, 1, ends, e + 3 * width)
+            if spans.size:
+                _write(spans, channel_here, 1, 1, channels, 1, ends, e + 4 * width)
             if start_grad.size:
                 _write(start_grad, states, rows, 1, channels, rows, carries, own)
             if steady_B is not None:
@@ -618,31 +626,28 @@ def _backward(
 
 
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
-    layout = Layout(inputs)
+    layout, start, none = Layout(inputs, delta_softplus), inputs.initial_state, saved[:0]
     if layout.pieces == 1:
-        _forward_run(layout, delta_softplus, y, inputs.initial_state, last_state, saved)
+        _forward_run(layout, y, start, last_state, saved, none)
         return
     # From zero, each piece ends in `gained`; the states between pieces follow, and the true pass with them.
-    b, d, n = last_state.shape
-    gained = last_state.new_empty(b, layout.pieces, d, n)
-    ungated = Layout(inputs._replace(z=None))
-    _forward_run(ungated, delta_softplus, y, None, gained.flatten(0, 1), saved[:0])
-    state = torch.zeros_like(last_state) if inputs.initial_state is None else inputs.initial_state
-    decays, starts = layout.decays(delta_softplus), torch.empty_like(gained)
+    gained, spans = layout.per_piece(inputs.A.shape)
+    _forward_run(layout, y, None, gained.flatten(0, 1), none, spans)
+    state = torch.zeros_like(last_state) if start is None else start
+    decays, starts = torch.exp(spans[..., None] * inputs.A), torch.empty_like(gained)
     for i in range(layout.pieces):
         starts[:, i] = state
         state = decays[:, i] * state + gained[:, i]
-    _forward_run(layout, delta_softplus, y, starts.flatten(0, 1), gained.flatten(0, 1), saved)
+    _forward_run(layout, y, starts.flatten(0, 1), gained.flatten(0, 1), saved, none)
     last_state.copy_(gained[:, -1])
 
 
 def _forward_run(
-    layout: Layout, delta_softplus: bool, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor
+    layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor
 ) -> None:
     vectors = _forward_room.py_func(layout.padded)
     run(
-        _forward, layout.sequences * layout.blocks, layout.work,
-        *layout.arguments(delta_softplus, y, vectors),
+        _forward, layout.sequences * layout.blocks, layout.work, *layout.arguments(y, vectors), flat(spans),
         flat(saved[:0] if start is None else start), flat(last), flat(saved),
     )  # fmt: skip
 
@@ -650,28 +655,26 @@ def _forward_run(
 def _backward_pass(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
 ) -> None:
-    layout = Layout(inputs)
+    layout, none = Layout(inputs, delta_softplus), saved[:0]
     if layout.pieces == 1:
-        _backward_run(layout, delta_softplus, grad_y, grad_last, saved, grads, grads.initial_state)
+        _backward_run(layout, grad_y, grad_last, saved, grads, grads.initial_state, none)
         return
     # As in the forward pass, in reverse: what each piece alone sends to its start, then the true pass.
-    b, d, n = grad_last.shape
-    sent = grad_last.new_empty(b, layout.pieces, d, n)
-    _backward_run(
-        layout, delta_softplus, grad_y, torch.zeros_like(sent).flatten(0, 1), saved, grads, sent.flatten(0, 1)
-    )
-    decays, ends, grad = layout.decays(delta_softplus), torch.empty_like(sent), grad_last
+    sent, spans = layout.per_piece(inputs.A.shape)
+    alone = torch.zeros_like(sent).flatten(0, 1)
+    _backward_run(layout, grad_y, alone, saved, grads, sent.flatten(0, 1), spans)
+    decays, ends, grad = torch.exp(spans[..., None] * inputs.A).conj(), torch.empty_like(sent), grad_last
     for i in reversed(range(layout.pieces)):
         ends[:, i] = grad
-        grad = decays[:, i].conj() * grad + sent[:, i]
-    _backward_run(layout, delta_softplus, grad_y, ends.flatten(0, 1), saved, grads, None)
+        grad = decays[:, i] * grad + sent[:, i]
+    _backward_run(layout, grad_y, ends.flatten(0, 1), saved, grads, None, none)
     if grads.initial_state is not None:
         grads.initial_state.copy_(grad)
 
 
 def _backward_run(
-    layout: Layout, delta_softplus: bool, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
-    grad_start: Tensor | None,
+    layout: Layout, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
+    grad_start: Tensor | None, spans: Tensor,
 ) -> None:  # fmt: skip
     inputs, s, d = layout.inputs, layout.sequences, layout.inputs.A.shape[0]
 
@@ -686,7 +689,7 @@ def _backward_run(
     ]
     vectors = _backward_room.py_func(layout.padded, int(layout.sizes[6]))
     run(
-        _backward, s * layout.supers, layout.work, *layout.arguments(delta_softplus, grad_y, vectors),
+        _backward, s * layout.supers, layout.work, *layout.arguments(grad_y, vectors), flat(spans),
         flat(grad_last.contiguous()), flat(saved), *memory(grads.u), *memory(grads.delta),
         *memory(grads.u if grads.z is None else grads.z),
         flat(saved[:0] if grad_start is None else grad_start),
