@@ -1,6 +1,8 @@
 """The selective scan: forward, forward and backward, and the step, by backend and length."""
 
 import functools
+import importlib
+import statistics
 
 import torch
 
@@ -8,6 +10,7 @@ from benchmarks import common
 
 BACKENDS = ("reference", "vectorised", "cpu")
 STEPS = 64
+OPERATIONS = {"forward": 13, "backward": 21}  # of vectors, per token, 16 channels and state
 VERSION = common.version(__file__)
 
 
@@ -126,6 +129,69 @@ class ScanBound(common.Suite):
     def track_peak_forward_backward(self, length):
         """The output and the gradients of u, delta, z (b, d, l) and B, C (b, n, l)."""
         return (4 * self.d + 2 * 16) * length * 4 / 2**20
+
+
+class FullScanLimit(common.Suite):
+    """How many times the arithmetic limit a scan takes, backend "cpu", d and n as named, float32.
+
+    The limit: 13 vector operations per token, channel and state forward (exponential 10, update and
+    read-out 3), 21 backward (the states again 13, gradients 8), over what a core was just measured to do.
+    """
+
+    params = (("forward", "backward"), (1, 8), (64, 768, 1536, 5120), (64, 512, 2048, 16384), (16, 64))
+    param_names = ("pass", "batch", "d", "length", "n")
+    version = VERSION
+    unit = "times the limit"
+    timeout = 600
+
+    def setup(self, kind, batch, d, length, n):
+        common.require_full()
+        if batch * d * length > 2**26:
+            common.skip("more than 2^26 elements: twelve tensors of them do not fit a small machine")
+
+    def track_over_limit(self, kind, batch, d, length, n):
+        inputs = common.scan_inputs(batch, d, length, n)
+        seconds = {"forward": [], "backward": []}
+        leaves = {name: t.requires_grad_(kind == "backward") for name, t in inputs.items()}
+        grad = common.randn(batch, d, length, seed=5)
+        for _ in range(7):
+            start = common.Suite.timer()
+            y = common.require("projecta", "selective_scan")(**leaves, delta_softplus=True, backend="cpu")
+            seconds["forward"].append(common.Suite.timer() - start)
+            if kind == "backward":
+                start = common.Suite.timer()
+                torch.autograd.grad(y, list(leaves.values()), grad)
+                seconds["backward"].append(common.Suite.timer() - start)
+        operations = batch * d * length * n / 16 * OPERATIONS[kind]
+        limit = operations * _seconds_per_vector_operation() / torch.get_num_threads()
+        return statistics.median(seconds[kind]) / limit
+
+
+@functools.cache
+def _seconds_per_vector_operation() -> float:
+    """Of 16 float32 lanes on one core: twelve independent chains of fused multiply-adds, the best of five."""
+    numba = importlib.import_module("numba")
+    vectors = importlib.import_module("projecta.scan._vectors")
+    load, store, fma, width = vectors.load, vectors.store, vectors.fma, 16
+
+    @numba.njit
+    def chains(tile, rounds):
+        x = load(tile, 0)
+        a, b, c, d, e, f = (x, x, x, x, x, x)
+        g, h, i, j, k, l = (x, x, x, x, x, x)
+        for _ in range(rounds):
+            a, b, c, d = fma(a, x, a), fma(b, x, b), fma(c, x, c), fma(d, x, d)
+            e, f, g, h = fma(e, x, e), fma(f, x, f), fma(g, x, g), fma(h, x, h)
+            i, j, k, l = fma(i, x, i), fma(j, x, j), fma(k, x, k), fma(l, x, l)
+        store(tile, width, a + b + c + d + e + f + g + h + i + j + k + l)
+
+    tile, rounds, best = torch.zeros(2 * width).numpy(), 3_000_000, float("inf")
+    chains(tile, 1)
+    for _ in range(5):
+        start = common.Suite.timer()
+        chains(tile, rounds)
+        best = min(best, common.Suite.timer() - start)
+    return best / (12 * rounds)
 
 
 class Step(common.Suite):

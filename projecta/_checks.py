@@ -1,5 +1,6 @@
 """One format for every error message: `function: argument must rule; got value[. what to do]`."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -30,10 +31,13 @@ class Checker:
 
     def tensor(self, argument: str, value: Any, device: Any = None):
         """A torch tensor, on `device` if that is given."""
-        import torch
-
+        torch = sys.modules.get("torch")  # not imported here: who passes a tensor has imported it
         self.that(
-            isinstance(value, torch.Tensor), argument, "be a tensor", type(value).__name__, error=TypeError
+            torch is not None and isinstance(value, torch.Tensor),
+            argument,
+            "be a tensor",
+            type(value).__name__,
+            error=TypeError,
         )
         if device is not None:
             self.that(value.device == device, argument, f"be on {device} like u", value.device)

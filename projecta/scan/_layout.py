@@ -59,20 +59,20 @@ class Layout:
         per_group = -(-(d // self.g) // self.width)
         self.blocks = self.g * per_group
         self.pieces, self.piece = 1, self.l
-        if inputs.cu_seqlens is None:
-            items = self.b * self.blocks
-            pieces = min(CORES // max(items, 1), self.l // PIECE)
-            if pieces >= 4:  # each costs two passes
-                self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
-            starts = np.minimum(np.arange(self.pieces + 1) * self.piece, self.l)
-            self.order = np.repeat(np.arange(self.b), self.pieces)
-            self.bounds = np.tile(np.stack([starts[:-1], starts[1:]], 1).ravel(), self.b)
-            self.chunks = self.order * (self.l // CHUNK + 1) + np.tile(starts[:-1] // CHUNK, self.b)
-        else:
+        if inputs.cu_seqlens is not None:
             ends = inputs.cu_seqlens.numpy().astype(np.int64)
             self.order = np.zeros(len(ends) - 1, np.int64)
             self.bounds = np.stack([ends[:-1], ends[1:]], 1).ravel()
             self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
+        else:
+            pieces = min(CORES // max(self.b * self.blocks, 1), self.l // PIECE)
+            if pieces >= 4:  # each costs two passes
+                self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
+            starts = range(0, self.pieces * max(self.piece, 1), max(self.piece, 1))
+            bounds = [min(t, self.l) for start in starts for t in (start, start + self.piece)]
+            self.order = np.arange(self.b).repeat(self.pieces)
+            self.bounds = np.array(bounds * self.b)
+            self.chunks = self.order * (self.l // CHUNK + 1) + np.array([*starts] * self.b) // CHUNK
         self.sequences = len(self.order)
         size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
         self.supers = self.g * -(-per_group // size)
@@ -87,7 +87,8 @@ class Layout:
         return (
             self.sizes, self.order, self.bounds, self.chunks, self.delta_softplus, z is not None, self.rotate,
             1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *memory(u), *memory(delta),
-            *memory(u if z is None else z), *memory(y), flat(A), *self.packed, self.channels(D), self.channels(bias), *self.workspace(vectors),
+            *memory(u if z is None else z), *memory(y), flat(A), *self.packed, self.channels(D),
+            self.channels(bias), *self.workspace(vectors),
         )  # fmt: skip
 
     def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
