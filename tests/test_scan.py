@@ -300,6 +300,16 @@ def test_what_is_not_a_number_stays_where_it_belongs(name, value):
     assert torch.equal(y[~touched], clean[~touched])
 
 
+def test_a_rate_that_is_not_a_number_spoils_its_channel_only():
+    arguments = make_scan(b=2, d=20, l=90, n=5)
+    clean = selective_scan(**arguments, delta_softplus=True, backend="cpu")
+    arguments["A"][7, 2] = float("nan")
+    y = selective_scan(**arguments, delta_softplus=True, backend="cpu")
+    others = [c for c in range(20) if c != 7]
+    assert y[:, 7].isnan().all()
+    assert torch.equal(y[:, others], clean[:, others])
+
+
 def test_exponents_out_of_range_saturate():
     """delta A far below -126 decays to 0, and far above grows to infinity, as exp does."""
     u, B = torch.ones(1, 16, 3), torch.ones(1, 4, 3)

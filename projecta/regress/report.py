@@ -157,6 +157,7 @@ def summary(measurements: Sequence[Measurement]) -> str:
             wide.setdefault((row["pass"], row[table.by]), start)[f"l = {row['length']}"] = row[table.value]
         if wide:
             head = list(dict.fromkeys(name for row in wide.values() for name in row))
+            head[2:] = sorted(head[2:], key=lambda name: int(name.removeprefix("l = ")))
             parts.append(
                 f"{table.title}, {table.value}\n\n"
                 + markdown([{n: row.get(n) for n in head} for row in wide.values()])

@@ -45,10 +45,10 @@ def _as_it_is(u: Tensor) -> contextlib.AbstractContextManager:
     )
 
 
-def _register(name: str, function: Callable, shapes: Callable, mutates: tuple[str, ...] = ()) -> Callable:
+def _register(name: str, function: Callable, shapes: Callable) -> Callable:
     """What `torch.library.custom_op` does, but without importing a compiler at the first call (0.7 s)."""
     name = f"projecta::{name}"
-    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
     torch.library.register_fake(name, shapes)
@@ -122,23 +122,3 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         return y, last_state
 
     return selective_scan
-
-
-def define_step(name: str, advance: Callable) -> Callable:
-    """Register `projecta::{name}`, which overwrites a state; return `selective_state_update` for it.
-
-    advance(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y) overwrites `state` and fills y. A backward
-    pass through it is an error: the scan is differentiable, with l = 1 too.
-    """
-
-    def step(
-        state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-        z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
-    ) -> Tensor:  # fmt: skip
-        y = torch.empty_like(x)
-        with _as_it_is(x):
-            advance(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y)
-        torch.autograd.graph.increment_version(state)
-        return y
-
-    return _register(name, step, lambda state, x, *rest: torch.empty_like(x), mutates=("state",))

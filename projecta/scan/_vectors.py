@@ -461,16 +461,27 @@ def cos_and_sin(typing, x):
 
 
 @intrinsic
-def magnitude_below(typing, x, limit):
-    """Whether |x| < limit in every lane (false if one is NaN)."""
+def largest_magnitude(typing, x, y):
+    """max(|x|, y), NaN if either is."""
 
     def lower(context, builder, sig, args):
         emit = _Emit(builder, x.scalar)
-        bits = builder.fcmp_ordered("<", emit.call("fabs", args[0]), emit.splat(args[1]))
+        return emit.call("maximum", emit.call("fabs", args[0]), args[1])
+
+    return x(x, x), lower
+
+
+@intrinsic
+def magnitude_below(typing, x, limits):
+    """Whether |x| < limits in every lane (false if one is NaN)."""
+
+    def lower(context, builder, sig, args):
+        emit = _Emit(builder, x.scalar)
+        bits = builder.fcmp_ordered("<", emit.call("fabs", args[0]), args[1])
         mask = builder.bitcast(bits, ir.IntType(emit.kind.lanes))
         return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, -1))
 
-    return types.boolean(x, x.scalar), lower
+    return types.boolean(x, x), lower
 
 
 @intrinsic

@@ -20,8 +20,9 @@ import math
 import torch
 from torch import Tensor
 
+from projecta.scan import reference
 from projecta.scan._layout import CHUNK, UNROLL, Layout, flat, memory, saved_shape
-from projecta.scan._operator import Inputs, define, define_step
+from projecta.scan._operator import Inputs, define
 from projecta.scan._threads import compiled, inner, run
 from projecta.scan._vectors import (
     BYTES,
@@ -35,6 +36,7 @@ from projecta.scan._vectors import (
     fma,
     get,
     lanes,
+    largest_magnitude,
     load,
     magnitude_below,
     prefetch,
@@ -66,14 +68,14 @@ def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
     """Bring channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
     width = lanes(tile)
     done = 0
-    if channels == width and step_stride == 1:
-        done = steps // width * width
-        for t in range(0, done, width):
-            transpose(source, base + t, channel_stride, tile, at + t * width, width)
-    elif channels == width and channel_stride == 1:
+    if channels == width and channel_stride == 1:
         done = steps
         for t in range(steps):
             store(tile, at + t * width, load(source, base + t * step_stride))
+    elif channels == width and step_stride == 1:
+        done = steps // width * width
+        for t in range(0, done, width):
+            transpose(source, base + t, channel_stride, tile, at + t * width, width)
     for t in range(done, steps):
         first = at + t * width
         store(tile, first, zero(tile))
@@ -86,7 +88,11 @@ def _write(target, base, channel_stride, step_stride, channels, steps, tile, at)
     """The way back of `_read`."""
     width = lanes(tile)
     done = 0
-    if channels == width and step_stride == 1:
+    if channels == width and channel_stride == 1:
+        done = steps
+        for t in range(steps):
+            store(target, base + t * step_stride, load(tile, at + t * width))
+    elif channels == width and step_stride == 1:
         done = steps // width * width
         size = target.itemsize
         lines = address(target, base) % BYTES == 0 and size * channel_stride % BYTES == 0
@@ -96,10 +102,6 @@ def _write(target, base, channel_stride, step_stride, channels, steps, tile, at)
         else:
             for t in range(0, done, width):
                 transpose(tile, at + t * width, width, target, base + t, channel_stride)
-    elif channels == width and channel_stride == 1:
-        done = steps
-        for t in range(steps):
-            store(target, base + t * step_stride, load(tile, at + t * width))
     for t in range(done, steps):
         for c in range(channels):
             put(target, base + c * channel_stride + t * step_stride, get(tile, at + t * width + c))
@@ -161,7 +163,7 @@ def _turned(f, rotate):
 
 
 @inner
-def _advance(S, X, Y, first, steps, A, B, C, w, n, H, clamp, rotate, steady_B, steady_C, ahead):
+def _advance(S, X, Y, first, steps, A, B, C, w, n, H, ahead, clamp, rotate, steady_B, steady_C):
     """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
     S is delta, X delta u; w says where B and C begin. There are more rows in the caller's memory
@@ -232,12 +234,12 @@ def _fetch(source, base, channels, rows, padded, scale, scale_next, tile, at):
 
 
 @inner
-def _largest(tile, at, count):
-    """The largest magnitude in tile[at : at + count]."""
-    found = 0.0
-    for i in range(at, at + count):
-        found = max(found, abs(tile[i]))
-    return found
+def _limits(rates, at, n):
+    """Steps below which no exponent of a block leaves the safe range; NaN if a rate is."""
+    largest = zero(rates)
+    for q in range(at, at + n * lanes(rates), lanes(rates)):
+        largest = largest_magnitude(load(rates, q), largest)
+    return (126.0 if rates.itemsize == 4 else 1022.0) / largest
 
 
 @inner
@@ -270,7 +272,7 @@ def _forward(
         channel, channels = group * k + lane, min(width, k - lane)
         w, states = (row * g + group) * l * n, (sequence * d + channel) * rows
         _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, 0)
-        limit = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, 0, held)
+        limits = _limits(rates, 0, n)
         if steady_B is not None:
             _fetch(B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, 0)
         if steady_C is not None:
@@ -292,7 +294,7 @@ def _forward(
                 s, x = load(S, at) + biases, load(X, at)
                 if softplus:
                     s, _ = softplus_and_slope(s)
-                fits = fits and magnitude_below(s, limit)
+                fits = fits and magnitude_below(s, limits)
                 span = span + s
                 store(S, at, s)
                 store(Y, at, skips * x)
@@ -313,31 +315,19 @@ def _forward(
                 more, v = min(stride, steps - t), w + t0 * n
                 if rotate is not None:
                     _advance(
-                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, 1, 1, steady_B, steady_C, ahead
-                    )
+                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, 1, 1, steady_B,
+                        steady_C,
+                    )  # fmt: skip
                 elif fits:
                     _advance(
-                        S,
-                        X,
-                        Y,
-                        t,
-                        more,
-                        rates,
-                        B_here,
-                        C_here,
-                        v,
-                        n,
-                        H,
-                        None,
-                        None,
-                        steady_B,
+                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, None, None, steady_B,
                         steady_C,
-                        ahead,
-                    )
+                    )  # fmt: skip
                 else:
                     _advance(
-                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, 1, None, steady_B, steady_C, ahead
-                    )
+                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, 1, None, steady_B,
+                        steady_C,
+                    )  # fmt: skip
             if has_z:
                 _read(z, _at(sz, row, channel, t0), sz[1], sz[2], channels, steps, Z, 0)
                 for at in range(0, steps * width, width):
@@ -456,7 +446,7 @@ def _backward_room(n, size):
     """Vectors that a thread of `_backward` works in, for `size` blocks.
 
     Ten tiles each, a chunk's states and decays, sums of dB and dC over the blocks; then of each block A, B,
-    C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias, span and limits.
+    C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias, span, limits, fit.
     """
     return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 7 * size
 
@@ -484,7 +474,7 @@ def _backward(
     collect_C, own = collect_B[CHUNK * held :], collect_B[2 * CHUNK * held :]
     rates, own_B, own_C, carries = own, own[each:], own[2 * each :], own[3 * each :]
     sums_A, held_B, held_C, ends = own[4 * each :], own[5 * each :], own[6 * each :], own[7 * each :]
-    limits = ends[5 * size * width :]  # and in the next lane whether the tile stays below
+    fits = ends[6 * size * width :]
     B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
     ahead = looks[16 * size * thread :]
     turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
@@ -497,12 +487,12 @@ def _backward(
         start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
         w = (row * g + group) * l * n
         _clear(sums_A, 0, 3 * size * n)  # held_B and held_C as well
-        _clear(ends, 0, 5 * size)
+        _clear(ends, 0, 6 * size)
         for i in range(count):
-            lane, own, e = (block0 + i) * width, i * held, 5 * i * width
+            lane, own, e = (block0 + i) * width, i * held, 6 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
             _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, own)
-            limits[2 * i] = (126.0 if bias.itemsize == 4 else 1022.0) / _largest(rates, own, held)
+            store(ends, e + 5 * width, _limits(rates, own, n))
             _fetch(last_grad, (sequence * d + channel) * rows, channels, rows, n, 1.0, 1.0, carries, own)
             _fetch(bias, channel, channels, 1, 1, 1.0, 1.0, ends, e)
             _fetch(D, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
@@ -517,7 +507,8 @@ def _backward(
             for i in range(count):
                 lane, o = (block0 + i) * width, i * tiles
                 channel, channels = group * k + lane, min(width, k - lane)
-                biases, span = load(ends, 5 * i * width), load(ends, (5 * i + 4) * width)
+                e = 6 * i * width
+                biases, span, limits = load(ends, e), load(ends, e + 4 * width), load(ends, e + 5 * width)
                 _read(delta, _at(sd, row, channel, t0), sd[1], sd[2], channels, steps, T, o)
                 _read(u, _at(su, row, channel, t0), su[1], su[2], channels, steps, T, o + 6 * area)
                 _read(dy, _at(sdy, row, channel, t0), sdy[1], sdy[2], channels, steps, T, o + 2 * area)
@@ -529,7 +520,7 @@ def _backward(
                     if softplus:
                         s, slope = softplus_and_slope(s)
                         store(T, t + 8 * area, slope)
-                    inside = inside and magnitude_below(s, limits[2 * i])
+                    inside = inside and magnitude_below(s, limits)
                     span = span + s
                     store(T, t, s)
                     store(T, t + area, s * load(T, t + 6 * area))
@@ -540,8 +531,8 @@ def _backward(
                         store(T, t + 9 * area, grad * open_ * (1.0 + gate * (1.0 - open_)))
                     for clear in range(3, 6):
                         store(T, t + clear * area, zero(T))
-                limits[2 * i + 1] = 1 if inside else 0
-                store(ends, (5 * i + 4) * width, span)
+                fits[i] = 1 if inside else 0
+                store(ends, e + 4 * width, span)
                 _look_ahead(ahead, 16 * i, delta, _at(sd, row, channel, t0 - TILE), sd[1], sd[2])
                 _look_ahead(ahead, 16 * i + 4, u, _at(su, row, channel, t0 - TILE), su[1], su[2])
                 _look_ahead(ahead, 16 * i + 8, dy, _at(sdy, row, channel, t0 - TILE), sdy[1], sdy[2])
@@ -565,7 +556,7 @@ def _backward(
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
                                 1, 1, steady_B, steady_C, ahead, 16 * i, ahead_states,
                             )  # fmt: skip
-                        elif limits[2 * i + 1] > 0:
+                        elif fits[i] > 0:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
@@ -584,7 +575,7 @@ def _backward(
                     if steady_C is None:
                         put(sums_C, to + j, sum_lanes(load(collect_C, j * width)))
             for i in range(count):
-                lane, o, e = (block0 + i) * width, i * tiles, 5 * i * width
+                lane, o, e = (block0 + i) * width, i * tiles, 6 * i * width
                 channel, channels = group * k + lane, min(width, k - lane)
                 skips = load(ends, e + width)
                 sum_D, sum_bias = load(ends, e + 2 * width), load(ends, e + 3 * width)
@@ -607,7 +598,7 @@ def _backward(
                 if has_z:
                     _write(dz, _at(sdz, row, channel, t0), sdz[1], sdz[2], channels, steps, T, o + 7 * area)
         for i in range(count):
-            lane, own, e = (block0 + i) * width, i * held, 5 * i * width
+            lane, own, e = (block0 + i) * width, i * held, 6 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
             channel_here, states = sequence * d + channel, (sequence * d + channel) * rows
             _write(dA, states, rows, 1, channels, rows, sums_A, own)
@@ -709,23 +700,8 @@ def _backward_run(
             grad.copy_(layout.gradient(over, conjugate).transpose(2, 3))
 
 
-def _advance_state(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool, y: Tensor,
-) -> None:  # fmt: skip
-    """A step is a scan of length 1 that ends where it began."""
-    gate = None if z is None else z[..., None]
-    whole = state.contiguous()
-    inputs = Inputs(
-        x[..., None], dt[..., None], A.contiguous(), B[..., None], C[..., None], D, gate, dt_bias, whole
-    )
-    _forward_pass(inputs, dt_softplus, y[..., None], whole, A.new_empty(0))
-    if whole is not state:
-        state.copy_(whole)
-
-
 selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)
-selective_state_update = define_step("step_cpu", _advance_state)
+selective_state_update = reference.selective_state_update  # few operations on all states at once: not slower
 
 
 def unavailable() -> str:
