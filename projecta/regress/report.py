@@ -184,19 +184,23 @@ def _plot_lengths(path: Path, table: Table, rows: Sequence[Row], measurements: S
     passes = list(dict.fromkeys(str(row["pass"]) for row in rows))
     figure, panels = _figure(len(passes), measurements)
     for axes, name in zip(panels, passes, strict=True):
-        lines = dict.fromkeys(str(row[table.by]) for row in rows)
-        for line in lines:
-            points = [
-                (row["length"], row[table.value])
-                for row in rows
-                if row["pass"] == name and row[table.by] == line
-            ]
+        mine = [row for row in rows if row["pass"] == name]
+        axes.set_title(f"{table.title}, {name}" if len(passes) == 1 else name)
+        if len({row["length"] for row in mine}) == 1:  # bars, that begin at 0
+            bars = axes.bar(
+                [str(row[table.by]) for row in mine], [row[table.value] for row in mine], width=0.6
+            )
+            axes.bar_label(bars, fmt="%.4g", padding=2)
+            axes.margins(y=0.15)
+            axes.set_xlabel(f"length {mine[0]['length']}")
+            continue
+        for line in dict.fromkeys(str(row[table.by]) for row in mine):
+            points = [(row["length"], row[table.value]) for row in mine if row[table.by] == line]
             style = {"color": "0.5", "linestyle": "--"} if line == BOUND else {"marker": "o"}
-            if points:
-                axes.loglog(*zip(*points, strict=True), label=line, base=2, **style)
+            axes.loglog(*zip(*points, strict=True), label=line, base=2, **style)
         axes.set_yscale("log", base=10)
         axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set(title=f"{table.title}, {name}" if len(passes) == 1 else name, xlabel="length (steps)")
+        axes.set_xlabel("length (steps)")
         axes.legend(title=table.by)
     panels[0].set_ylabel(table.value.replace("_ms", " (ms)").replace("_mib", " (MiB)"))
     if len(passes) > 1:
