@@ -279,7 +279,10 @@ def _again(**options):
     return make_scan(**options)
 
 
-def test_the_number_of_threads_changes_no_bit():
+@pytest.mark.parametrize("cores", [2, 100])
+def test_the_number_of_threads_changes_no_bit(cores, monkeypatch):
+    monkeypatch.setattr(_layout, "CORES", cores)  # 100: time is cut into pieces
+    monkeypatch.setattr(_layout, "PIECE", 40)
     one, two, again = _bits("cpu", 1), _bits("cpu", 2), _bits("cpu", 2)
     for name, t in one.items():
         assert torch.equal(t, two[name])
