@@ -144,12 +144,15 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
         x, z = self.in_proj(hidden_states).chunk(2, -1)
         conv, ssm = (None, None) if state is None else state
-        if return_state:
-            window = F.pad(x, (0, 0, self.d_conv - 1, 0)) if conv is None else _joined(conv, x)
-            after = window[:, window.shape[1] - (self.d_conv - 1) :].transpose(1, 2).contiguous()
         y, last = _scan(self, _convolve(self, x, conv), z, ssm, self.backend)
         output = self.out_proj(y)
-        return (output, State(after, last)) if return_state else output
+        if not return_state:
+            return output
+        kept = self.d_conv - 1
+        before = x.new_zeros(len(x), self.d_inner, kept) if conv is None else conv
+        window = _joined(before, x[:, max(0, x.shape[1] - kept) :])
+        after = window[:, window.shape[1] - kept :].transpose(1, 2).contiguous()
+        return output, State(after, last)
 
     def step(self, hidden_states: Tensor, state: State) -> Tensor:
         """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
@@ -345,12 +348,13 @@ class _Forward:
             kept = cache_params.layers[mixer.layer_idx]
             if cache_params.has_previous_state(mixer.layer_idx):
                 conv, ssm = kept.conv_states[0], kept.recurrent_states[0]
-        if ssm is not None and l == 1 and not kept.record_past and not x.requires_grad:
+        single = l == 1 and mask is None and not x.requires_grad
+        if ssm is not None and single and not kept.record_past:
             window = torch.cat([conv[..., 1:], x.transpose(1, 2)], -1)
             conv.copy_(window)
             return mixer.out_proj(_step(mixer, window, z[:, 0], ssm, self.backend)[:, None])
         if ssm is not None and x.requires_grad:
-            conv, ssm = conv.clone(), ssm.clone()  # the cache is about to be overwritten
+            ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
         convolved = _convolve(mixer, x, conv)
         y, last = _scan(mixer, _masked(convolved, mask), z, ssm, self.backend)
         if cache_params is not None:

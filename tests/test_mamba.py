@@ -117,6 +117,21 @@ def test_a_cached_call_goes_on_from_the_cache(model):
             close(run_in_two_parts(model, ids, at), whole)
 
 
+def test_a_masked_step_is_that_of_the_stock_model(mamba):
+    """A row that has ended takes no input, through the convolution's memory neither."""
+    ids, ended = tokens(), torch.tensor([[1], [0]])
+
+    def run():
+        with torch.no_grad():
+            cache = mamba(ids[:, :5], use_cache=True).cache_params
+            mamba(ids[:, 5:6], use_cache=True, cache_params=cache, attention_mask=ended)
+            return mamba(ids[:, 6:7], use_cache=True, cache_params=cache).logits
+
+    stock = run()
+    with accelerate(mamba, backend="cpu"):
+        close(run(), stock)
+
+
 def test_decoding_with_gradients_is_differentiable(mamba):
     ids = tokens()
     with accelerate(mamba, backend="cpu"):
