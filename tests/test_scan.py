@@ -313,6 +313,21 @@ def test_a_rate_that_is_not_a_number_spoils_its_channel_only():
     assert torch.equal(y[:, others], clean[:, others])
 
 
+def test_lazily_conjugated_and_negated_arguments():
+    """torch marks these instead of computing them; a kernel that reads memory must not miss the mark."""
+    arguments = make_scan(l=9, complex_A=True)
+    lazy = arguments | {n: arguments[n].conj().resolve_conj().conj() for n in ("A", "initial_state")}
+    lazy["u"] = torch.complex(torch.zeros_like(arguments["u"]), -arguments["u"]).conj().imag
+    assert lazy["A"].is_conj()
+    assert lazy["u"].is_neg()
+    for got, expected in zip(
+        selective_scan(**lazy, return_last_state=True, backend="cpu"),
+        selective_scan(**arguments, return_last_state=True, backend="cpu"),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
 def test_exponents_out_of_range_saturate():
     """delta A far below -126 decays to 0, and far above grows to infinity, as exp does."""
     u, B = torch.ones(1, 16, 3), torch.ones(1, 4, 3)
