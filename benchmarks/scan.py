@@ -154,9 +154,10 @@ class FullScanLimit(common.Suite):
         seconds = {"forward": [], "backward": []}
         leaves = {name: t.requires_grad_(kind == "backward") for name, t in inputs.items()}
         grad = common.randn(batch, d, length, seed=5)
+        selective_scan = common.require("projecta", "selective_scan")
         for _ in range(7):
             start = common.Suite.timer()
-            y = common.require("projecta", "selective_scan")(**leaves, delta_softplus=True, backend="cpu")
+            y = selective_scan(**leaves, delta_softplus=True, backend="cpu")
             seconds["forward"].append(common.Suite.timer() - start)
             if kind == "backward":
                 start = common.Suite.timer()

@@ -16,7 +16,7 @@ Row = dict[str, str | float | None]
 
 @dataclass(frozen=True)
 class Table:
-    """One CSV and one log-log plot: `value` against `length`, one line for each `by` and benchmark."""
+    """One CSV and one plot: `value` against `length`, one line for each `by` and benchmark."""
 
     name: str
     title: str
@@ -180,7 +180,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def _plot_lengths(path: Path, table: Table, rows: Sequence[Row], measurements: Sequence[Measurement]) -> Path:
-    """One panel per pass, time or memory against length, log-log, one line per `by`."""
+    """One panel per pass: against length, log-log, one line per `by`; bars if there is one length only."""
     passes = list(dict.fromkeys(str(row["pass"]) for row in rows))
     figure, panels = _figure(len(passes), measurements)
     for axes, name in zip(panels, passes, strict=True):
