@@ -1,8 +1,11 @@
 """The instruments: every benchmark runs once at its smallest size, and what they read is true."""
 
+import functools
+import multiprocessing
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,21 +64,28 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         scan._scan.__wrapped__("vectorised", 64, 8, backward=False)
 
 
-@pytest.mark.parametrize("planted", [0, 10, 50])
-def test_a_planted_peak_is_read(planted):
-    def call():
-        held = np.ones(planted * 2**20 // 8)  # gone when the call ends
+def _peaks():
+    """Known amounts, as (MiB, read): by NumPy, gone when the call ends, and by torch."""
+    common.return_freed_memory()
+
+    def hold(planted):
+        held = np.ones(planted * 2**20 // 8)
         return float(held.sum())
 
-    common.return_freed_memory()
-    assert common.peak_mib(call) == pytest.approx(planted, abs=1)
-
-
-def test_a_planted_tensor_is_read():
-    common.return_freed_memory()
     x = torch.ones(2**20)
-    assert common.peak_mib(lambda: x + 1) == pytest.approx(4, abs=1)
-    assert common.peak_mib(lambda: (x + 1).add_(1).sum()) == pytest.approx(4, abs=1)
+    return [
+        *((planted, common.peak_mib(functools.partial(hold, planted))) for planted in (0, 10, 50)),
+        (4, common.peak_mib(lambda: x + 1)),
+        (4, common.peak_mib(lambda: (x + 1).add_(1).sum())),
+    ]
+
+
+def test_a_planted_peak_is_read():
+    """In a new process, as asv measures: elsewhere a block may land in a hole of the heap that NumPy
+    has asked huge pages for, and count as two MiB more."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for planted, read in pool.submit(_peaks).result(timeout=120):
+            assert read == pytest.approx(planted, abs=1)
 
 
 class FakeDevice:
