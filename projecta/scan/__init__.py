@@ -21,7 +21,7 @@ from torch import Tensor
 from projecta._checks import Checker
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 
-BACKENDS = ("reference", "vectorised", "cpu")
+BACKENDS = ("reference", "vectorised", "cpu", "triton")
 AUTO = {"cpu": "cpu"}  # what "auto" takes by device type; else "vectorised"
 _ONLY = {"cpu": "cpu"}  # backends that are made for one device type
 

@@ -4,7 +4,7 @@ A backend gives three functions over the canonical arguments (see `projecta.scan
 
     forward(inputs, delta_softplus, saved) -> (y, last_state)      fills `saved` if it is not empty
     backward(grad_y, grad_last, saved, inputs, delta_softplus) -> nine gradients, None where an input is None
-    saved_shape(u, A, B, C, sequences) -> the shape of what the backward pass needs besides the inputs
+    saved_shape(inputs, sequences) -> the shape of what the backward pass needs besides the inputs
 
 and gets a callable with the signature of `reference.selective_scan` that autograd,
 `torch.compile(fullgraph=True)` and `torch.library.opcheck` accept. Nothing is saved when no gradient can be
@@ -61,7 +61,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     def allocate(inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         u, A = inputs.u, inputs.A
         sequences = u.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-        saved = saved_shape(u, A, inputs.B, inputs.C, sequences) if save else (0,)
+        saved = saved_shape(inputs, sequences) if save else (0,)
         return torch.empty_like(u), A.new_empty(sequences, *A.shape), A.new_empty(saved)
 
     def scan(

@@ -1,0 +1,964 @@
+"""The scan on a GPU, in Triton: no compiler to install, the same source from a T4 to an H200.
+
+Forward has two kernels, by how a warp's 32 lanes are used. Where b d fills the machine, lanes are 4 groups of
+states times 8 channels, and time is a loop (`_forward_states`). Where it does not, lanes lie along time: each
+scans 16 steps, a scan over the lanes joins them, and the loop runs over the states (`_forward_times`). Every
+exponential is computed once. Backward (`_backward`) has lanes of states; it goes back in slabs of 8 steps, each
+from the state that forward saved, and sums dB and dC over a warp's channels, then over warps in fixed order.
+Sequences that do not fill the machine are cut into chunks, whose gradients of the state `_carry` works out first.
+
+All arithmetic and sums are float32. B and C reach the kernels of states as float32 (row, group, slab, n, 8).
+"""
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from projecta.scan._lanes import (
+    INTERPRETED, LN_2, LOG2_E, WARP, apart, constant, exp2, fetch, repeat, scanned, sigmoid, softplus, spread, summed, together, total
+)
+from projecta.scan._operator import Inputs, define
+
+# Sizes and strides that compile to the same code whatever they are; `ALIGN` says what matters of them.
+SIZES = [
+    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups",
+    *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C") for axis in "bd"),
+    "Bg", "Bn", "Cg", "Cn",
+]  # fmt: skip
+SLAB = 8  # steps that a kernel of states takes at a time, and between saved states
+STEPS = constant(SLAB)
+
+
+def _kernel(function):
+    return triton.jit(function, do_not_specialize=[name for name in SIZES if name in inspect.signature(function).parameters])
+
+
+@triton.jit
+def _read(at, inside, WHOLE: tl.constexpr, V: tl.constexpr):
+    """Load (32, V) and take it apart, in float32."""
+    if WHOLE:
+        return apart(tl.load(at).to(tl.float32), V)
+    else:
+        return apart(tl.load(at, inside, 0.0).to(tl.float32), V)
+
+
+@triton.jit
+def _write(at, tiles, inside, WHOLE: tl.constexpr, V: tl.constexpr):
+    if WHOLE:
+        tl.store(at, together(tiles, V).to(at.dtype.element_ty))
+    else:
+        tl.store(at, together(tiles, V).to(at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _weights(at):
+    """A slab of B or C as 8 tiles: two loads of four, which a lane takes at once."""
+    return apart(tl.load(at), 4) + apart(tl.load(at + 4), 4)
+
+
+@_kernel
+def _forward_states(
+    u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, d, l, n, per_group, tiles, slabs,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, sequence): EACH times CHANNELS channels of a group. Lane i holds states i, LANES + i, ..."""
+    V: tl.constexpr = STEPS // LANES
+    K: tl.constexpr = N // LANES
+    EXACT: tl.constexpr = WHOLE and bounds is None
+    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = tile // tiles
+    ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
+    zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
+    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
+    lane, column = index % LANES, index // LANES
+    step2 = (lane * V)[:, None] + tl.arange(0, V)[None, :]
+    row, t_start, t_end, place = sequence, 0, l, sequence * slabs
+    if bounds is not None:
+        row = sequence * 0
+        t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+        place = sequence + t_start // STEPS
+    first, final = t_start // STEPS, tl.cdiv(t_end, STEPS)
+    groups = tl.num_programs(0) // tiles
+    weights = ((row * groups + group) * slabs) * (N * STEPS) + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
+    h, rates, constant_B, constant_C = (), (), (), ()
+    skips, biases, channels, at_u, at_s, at_z, at_y = (), (), (), (), (), (), ()
+    for c in tl.static_range(EACH):
+        within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
+        channel = (group * per_group + within).to(tl.int64)
+        channels = channels + (channel,)
+        at_u, at_s = at_u + (u + row * ub + channel[:, None] * ud,), at_s + (delta + row * sb + channel[:, None] * sd,)
+        at_y = at_y + (row * yb + channel[:, None] * yd,)
+        if z is not None:
+            at_z = at_z + (z + row * zb + channel[:, None] * zd,)
+        biases = biases + (zero if bias is None else tl.load(bias + channel),)
+        skips = skips + (zero if D is None else tl.load(D + channel),)
+        for j in tl.static_range(K):
+            row_n = j * LANES + lane
+            here = row_n < n
+            rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
+            if start is None:
+                h = h + (zero,)
+            else:
+                h = h + (tl.load(start + (sequence * d + channel) * n + row_n, here, 0.0),)
+            if STEADY_B:
+                constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
+            if STEADY_C:
+                constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
+    for slab in range(first, final):
+        t0 = slab * STEPS
+        inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
+        steps, inputs, own_y, own_z = (), (), (), ()
+        for c in tl.static_range(EACH):
+            s = _read(at_s[c] + (t0 + step2) * sl, inside2, WHOLE, V)
+            v = _read(at_u[c] + (t0 + step2) * ul, inside2, WHOLE, V)
+            if z is not None:
+                own_z = own_z + _read(at_z[c] + (t0 + step2) * zl, inside2, WHOLE, V)
+            own_s, own_x = (), ()
+            for i in tl.static_range(V):
+                raw, value = s[i] + biases[c], v[i]
+                if SOFTPLUS:
+                    raw = softplus(raw)
+                if not EXACT:
+                    t = t0 + lane * V + i
+                    raw = tl.where((t >= t_start) & (t < t_end), raw, 0.0)
+                    value = tl.where((t >= t_start) & (t < t_end), value, 0.0)
+                own_s, own_x, own_y = own_s + (raw,), own_x + (raw * value,), own_y + (skips[c] * value,)
+            steps = steps + spread(own_s, column * LANES, V, STEPS)
+            inputs = inputs + spread(own_x, column * LANES, V, STEPS)
+            if AHEAD > 0:
+                later = tl.minimum(t0 + AHEAD * STEPS + lane * V, l - 1)
+                fetch(tl.reshape(at_s[c], (WARP,)) + later * sl)
+                fetch(tl.reshape(at_u[c], (WARP,)) + later * ul)
+                if z is not None:
+                    fetch(tl.reshape(at_z[c], (WARP,)) + later * zl)
+        outputs = repeat(zero, EACH * STEPS)
+        then = ()
+        for j in tl.static_range(K):
+            at = weights + (slab * N + j * LANES) * STEPS
+            if not STEADY_B:
+                Bs = _weights(B + at)
+            if not STEADY_C:
+                Cs = _weights(C + at)
+            sums = ()
+            for c in tl.static_range(EACH):
+                state = h[c * K + j]
+                if saved is not None:
+                    to = ((place + slab - first) * N + j * LANES + lane) * d + channels[c]
+                    tl.store(saved + to, state)
+                for i in tl.static_range(STEPS):
+                    weight = constant_B[c * K + j] if STEADY_B else Bs[i]
+                    gain = inputs[c * STEPS + i] * weight
+                    if bounds is not None:  # another sequence's B may be NaN
+                        gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
+                    state = exp2(steps[c * STEPS + i] * rates[c * K + j]) * state + gain
+                    weight = constant_C[c * K + j] if STEADY_C else Cs[i]
+                    sums = sums + (outputs[c * STEPS + i] + state * weight,)
+                then = then + (state,)
+            outputs = sums
+        h = ()
+        for c in tl.static_range(EACH):
+            for j in tl.static_range(K):
+                h = h + (then[j * EACH + c],)
+            partial = ()
+            for i in tl.static_range(STEPS):
+                partial = partial + (outputs[c * STEPS + i],)
+            partial = summed(partial, index, 1, LANES, STEPS)
+            raws, gated = (), ()
+            for i in tl.static_range(V):
+                value = partial[i] + own_y[c * V + i]
+                raws = raws + (value,)
+                if z is not None:
+                    gate = own_z[c * V + i]
+                    value = value * gate * sigmoid(gate)
+                gated = gated + (value,)
+            to = at_y[c] + (t0 + step2) * yl
+            if ungated is not None:
+                _write(ungated + to, raws, inside2, EXACT, V)
+            _write(y + to, gated, inside2, EXACT, V)
+    for c in tl.static_range(EACH):
+        for j in tl.static_range(K):
+            row_n = j * LANES + lane
+            tl.store(last + (sequence * d + channels[c]) * n + row_n, h[c * K + j], row_n < n)
+
+
+@triton.jit
+def _row(at, inside, t0, stride, WHOLE: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """T steps of each lane as T tiles, by loads of V."""
+    tiles = ()
+    for i in tl.static_range(T // V):
+        step2 = t0[:, None] + i * V + tl.arange(0, V)[None, :]
+        tiles = tiles + _read(at + step2 * stride, step2 < inside, WHOLE, V)
+    return tiles
+
+
+@_kernel
+def _forward_times(
+    u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl,
+    d, l, n, per_group, tiles, slabs,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr, V: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, sequence), as in `_forward_states`; lane i scans steps 16 i ... of a block, for one state.
+
+    A lane's own 16 steps give its end state from zero; the lanes' ends are scanned, which gives each its true
+    start; and the steps are taken again, with the exponentials kept. Lane i also carries state i to the next
+    block: n <= LANES.
+    """
+    T: tl.constexpr = 2 * STEPS
+    EXACT: tl.constexpr = WHOLE and bounds is None
+    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = tile // tiles
+    ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
+    zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
+    Bb, Bg, Bn = Bb // ALIGN * ALIGN, Bg // ALIGN * ALIGN, Bn // ALIGN * ALIGN
+    Cb, Cg, Cn = Cb // ALIGN * ALIGN, Cg // ALIGN * ALIGN, Cn // ALIGN * ALIGN
+    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
+    lane, column = index % LANES, index // LANES
+    leader = index - lane
+    row, t_start, t_end, place = sequence, 0, l, sequence * slabs
+    if bounds is not None:
+        row = sequence * 0
+        t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+        place = sequence
+    at_B, at_C = B + row * Bb + group.to(tl.int64) * Bg, C + row * Cb + group.to(tl.int64) * Cg
+    rates, carries, constant_B, constant_C = (), (), (), ()
+    skips, biases, channels, at_u, at_s, at_z, at_y = (), (), (), (), (), (), ()
+    for c in tl.static_range(EACH):
+        within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
+        channel = (group * per_group + within).to(tl.int64)
+        channels = channels + (channel,)
+        at_u, at_s = at_u + ((u + row * ub + channel * ud)[:, None],), at_s + ((delta + row * sb + channel * sd)[:, None],)
+        at_y = at_y + ((row * yb + channel * yd)[:, None],)
+        if z is not None:
+            at_z = at_z + ((z + row * zb + channel * zd)[:, None],)
+        biases = biases + (zero if bias is None else tl.load(bias + channel),)
+        skips = skips + (zero if D is None else tl.load(D + channel),)
+        held = channel * n + lane
+        rates = rates + (tl.load(A + held, lane < n, 0.0) * LOG2_E,)
+        if start is None:
+            carries = carries + (zero,)
+        else:
+            carries = carries + (tl.load(start + sequence * d * n + held, lane < n, 0.0),)
+        if STEADY_B:
+            constant_B = constant_B + (tl.load(B + held, lane < n, 0.0),)
+        if STEADY_C:
+            constant_C = constant_C + (tl.load(C + held, lane < n, 0.0),)
+    for block in range(t_start // (LANES * T), tl.cdiv(t_end, LANES * T)):
+        t0 = block * (LANES * T) + lane * T
+        steps, inputs, outputs, spans = (), (), (), ()
+        for c in tl.static_range(EACH):
+            s = _row(at_s[c], l, t0, sl, WHOLE, T, V)
+            v = _row(at_u[c], l, t0, ul, WHOLE, T, V)
+            span = zero
+            for i in tl.static_range(T):
+                raw, value = s[i] + biases[c], v[i]
+                if SOFTPLUS:
+                    raw = softplus(raw)
+                if not EXACT:
+                    raw = tl.where((t0 + i >= t_start) & (t0 + i < t_end), raw, 0.0)
+                    value = tl.where((t0 + i >= t_start) & (t0 + i < t_end), value, 0.0)
+                span += raw
+                steps, inputs, outputs = steps + (raw,), inputs + (raw * value,), outputs + (skips[c] * value,)
+            spans = spans + (span,)
+        for state in range(n):
+            if not STEADY_B:
+                Bs = _row(at_B + state * Bn + index[:, None] * 0, l, t0, Bl, WHOLE, T, V)
+            if not STEADY_C:
+                Cs = _row(at_C + state * Cn + index[:, None] * 0, l, t0, Cl, WHOLE, T, V)
+            sums, then = (), ()
+            for c in tl.static_range(EACH):
+                rate = tl.gather(rates[c], leader + state, 0)
+                carry = tl.gather(carries[c], leader + state, 0)
+                if STEADY_B:
+                    Bs = repeat(tl.gather(constant_B[c], leader + state, 0), T)
+                if STEADY_C:
+                    Cs = repeat(tl.gather(constant_C[c], leader + state, 0), T)
+                decays, gains, h = (), (), zero
+                for i in tl.static_range(T):
+                    decays = decays + (exp2(steps[c * T + i] * rate),)
+                    gain = inputs[c * T + i] * Bs[i]
+                    if bounds is not None:  # another sequence's B may be NaN
+                        gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
+                    gains = gains + (gain,)
+                    h = decays[i] * h + gains[i]
+                decay = exp2(spans[c] * rate)
+                ends = scanned(decay, tl.where(lane == 0, decay * carry + h, h), index, lane, LANES)
+                h = tl.where(lane == 0, carry, tl.gather(ends, tl.where(lane == 0, index, index - 1), 0))
+                then = then + (tl.where(lane == state, tl.gather(ends, leader + (LANES - 1), 0), carries[c]),)
+                for i in tl.static_range(T):
+                    if saved is not None:
+                        if i % STEPS == 0:
+                            to = ((place + (t0 + i) // STEPS) * N + state) * d + channels[c]
+                            tl.store(saved + to, h, (t0 + i + STEPS > t_start) & (t0 + i < t_end))
+                    h = decays[i] * h + gains[i]
+                    sums = sums + (outputs[c * T + i] + h * Cs[i],)
+            outputs, carries = sums, then
+        for c in tl.static_range(EACH):
+            gates = outputs
+            if z is not None:
+                gates = _row(at_z[c], l, t0, zl, WHOLE, T, V)
+            for part in tl.static_range(T // V):
+                step2 = t0[:, None] + part * V + tl.arange(0, V)[None, :]
+                inside2 = (step2 >= t_start) & (step2 < t_end)
+                raws, gated = (), ()
+                for i in tl.static_range(V):
+                    value = outputs[c * T + part * V + i]
+                    raws = raws + (value,)
+                    if z is not None:
+                        value = value * gates[part * V + i] * sigmoid(gates[part * V + i])
+                    gated = gated + (value,)
+                if ungated is not None:
+                    _write(ungated + at_y[c] + step2 * yl, raws, inside2, EXACT, V)
+                _write(y + at_y[c] + step2 * yl, gated, inside2, EXACT, V)
+    for c in tl.static_range(EACH):
+        tl.store(last + (sequence * d + channels[c]) * n + lane, carries[c], lane < n)
+
+
+@_kernel
+def _carry(
+    delta, A, C, z, bias, grad_y, carried, spans, sb, sd, sl, zb, zd, zl, gb, gd, gl,
+    d, l, n, per_group, tiles, slabs, chunk,
+    SOFTPLUS: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """What each chunk of time adds to the gradient of the state at its start, and its sum of delta.
+
+    Program (tile, sequence, chunk), laid out as in `_backward`.
+    """
+    V: tl.constexpr = STEPS // LANES
+    K: tl.constexpr = N // LANES
+    tile, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    group, groups = tile // tiles, tl.num_programs(0) // tiles
+    sb, sd, zb, zd = sb // ALIGN * ALIGN, sd // ALIGN * ALIGN, zb // ALIGN * ALIGN, zd // ALIGN * ALIGN
+    gb, gd = gb // ALIGN * ALIGN, gd // ALIGN * ALIGN
+    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
+    lane, column = index % LANES, index // LANES
+    step2 = (lane * V)[:, None] + tl.arange(0, V)[None, :]
+    weights = ((row * groups + group) * slabs) * (N * STEPS) + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
+    p, rates, constant_C, biases, channels, at_s, at_z, at_g, sums = (), (), (), (), (), (), (), (), ()
+    for c in tl.static_range(EACH):
+        within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
+        channel = (group * per_group + within).to(tl.int64)
+        channels = channels + (channel,)
+        at_s, at_g = at_s + (delta + row * sb + channel[:, None] * sd,), at_g + (grad_y + row * gb + channel[:, None] * gd,)
+        if z is not None:
+            at_z = at_z + (z + row * zb + channel[:, None] * zd,)
+        biases, sums = biases + (zero if bias is None else tl.load(bias + channel),), sums + (zero,)
+        for j in tl.static_range(K):
+            row_n = j * LANES + lane
+            rates = rates + (tl.load(A + channel * n + row_n, row_n < n, 0.0) * LOG2_E,)
+            p = p + (zero,)
+            if STEADY_C:
+                constant_C = constant_C + (tl.load(C + channel * n + row_n, row_n < n, 0.0),)
+    first, final = part * chunk, tl.minimum((part + 1) * chunk, slabs)
+    for slab in range(final - 1, first - 1, -1):
+        t0 = slab * STEPS
+        inside2 = t0 + step2 < l
+        steps, grads, new = (), (), ()
+        for c in tl.static_range(EACH):
+            s = _read(at_s[c] + (t0 + step2) * sl, inside2, WHOLE, V)
+            g = _read(at_g[c] + (t0 + step2) * gl, inside2, WHOLE, V)
+            if z is not None:
+                gates = _read(at_z[c] + (t0 + step2) * zl, inside2, WHOLE, V)
+            own_s, own_g, span = (), (), sums[c]
+            for i in tl.static_range(V):
+                raw, grad = s[i] + biases[c], g[i]
+                if SOFTPLUS:
+                    raw = softplus(raw)
+                if not WHOLE:
+                    raw = tl.where(t0 + lane * V + i < l, raw, 0.0)
+                if z is not None:
+                    grad = grad * gates[i] * sigmoid(gates[i])
+                span += raw
+                own_s, own_g = own_s + (raw,), own_g + (grad,)
+            steps, grads = steps + spread(own_s, column * LANES, V, STEPS), grads + spread(own_g, column * LANES, V, STEPS)
+            new = new + (span,)
+        sums = new
+        then = ()
+        for j in tl.static_range(K):
+            if not STEADY_C:
+                Cs = _weights(C + weights + (slab * N + j * LANES) * STEPS)
+            for c in tl.static_range(EACH):
+                grad = p[c * K + j]
+                for i in tl.static_range(STEPS - 1, -1, -1):
+                    weight = constant_C[c * K + j] if STEADY_C else Cs[i]
+                    grad = exp2(steps[c * STEPS + i] * rates[c * K + j]) * (grads[c * STEPS + i] * weight + grad)
+                then = then + (grad,)
+        p = ()
+        for c in tl.static_range(EACH):
+            for j in tl.static_range(K):
+                p = p + (then[j * EACH + c],)
+    at = row * tl.num_programs(2) + part
+    for c in tl.static_range(EACH):
+        tl.store(spans + at * d + channels[c], total(sums[c], index, LANES))
+        for j in tl.static_range(K):
+            tl.store(carried + (at * N + j * LANES + lane) * d + channels[c], p[c * K + j])
+
+
+@_kernel
+def _backward(
+    u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans,
+    du, ddelta, dz, dA, sums, dD, dbias, dB, dC, grad_start,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl,
+    d, l, n, per_group, tiles, slabs, chunk,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, sequence, chunk), laid out as in `_forward_states`.
+
+    Writes du, ddelta, dz; for this sequence and chunk the sums over time dA (and dB, dC if steady), dD, dbias;
+    and for this tile the sums over its channels of dB and dC: (tile of the group, row, group, slab, N, 16).
+    """
+    V: tl.constexpr = STEPS // LANES
+    K: tl.constexpr = N // LANES
+    R: tl.constexpr = 2 * STEPS // CHANNELS  # sums of dB and dC that a lane keeps
+    EXACT: tl.constexpr = WHOLE and bounds is None
+    tile, sequence, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    parts = tl.num_programs(2)
+    group, groups = tile // tiles, tl.num_programs(0) // tiles
+    ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
+    zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
+    gb, gd, dub, dud = gb // ALIGN * ALIGN, gd // ALIGN * ALIGN, dub // ALIGN * ALIGN, dud // ALIGN * ALIGN
+    dsb, dsd, dzb, dzd = dsb // ALIGN * ALIGN, dsd // ALIGN * ALIGN, dzb // ALIGN * ALIGN, dzd // ALIGN * ALIGN
+    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
+    lane, column = index % LANES, index // LANES
+    step2 = (lane * V)[:, None] + tl.arange(0, V)[None, :]
+    row, t_start, t_end, place, sequences = sequence, 0, l, sequence * slabs, tl.num_programs(1)
+    rows = sequences
+    if bounds is not None:
+        row, rows = sequence * 0, 1
+        t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+        place = sequence + t_start // STEPS
+    origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
+    first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
+    block = ((row * groups + group) * slabs) * N
+    weights = block * STEPS + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
+    mine = (((tile % tiles).to(tl.int64) * rows + row) * groups + group) * slabs * N
+    to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + column * R)[:, None] + tl.arange(0, R)[None, :]
+    p, rates, constant_B, constant_C, total_A, total_B, total_C = (), (), (), (), (), (), ()
+    skips, biases, channels, reals, totals_D, totals_bias = (), (), (), (), (), ()
+    at_u, at_s, at_z, at_g, at_y, to_u, to_s, to_z = (), (), (), (), (), (), (), ()
+    for c in tl.static_range(EACH):
+        within = (tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column
+        real = (within < per_group) 
+        channel = (group * per_group + tl.minimum(within, per_group - 1)).to(tl.int64)
+        channels, reals = channels + (channel,), reals + (real,)
+        at_u, at_s = at_u + (u + row * ub + channel[:, None] * ud,), at_s + (delta + row * sb + channel[:, None] * sd,)
+        at_g, at_y = at_g + (grad_y + row * gb + channel[:, None] * gd,), at_y + (row * yb + channel[:, None] * yd,)
+        to_u, to_s = to_u + (du + row * dub + channel[:, None] * dud,), to_s + (ddelta + row * dsb + channel[:, None] * dsd,)
+        if z is not None:
+            at_z, to_z = at_z + (z + row * zb + channel[:, None] * zd,), to_z + (dz + row * dzb + channel[:, None] * dzd,)
+        biases = biases + (zero if bias is None else tl.load(bias + channel),)
+        skips = skips + (zero if D is None else tl.load(D + channel),)
+        totals_D, totals_bias = totals_D + (zero,), totals_bias + (zero,)
+        for j in tl.static_range(K):
+            row_n = j * LANES + lane
+            here = row_n < n
+            rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
+            p = p + (tl.load(grad_last + (sequence * d + channel) * n + row_n, here & real, 0.0),)
+            total_A, total_B, total_C = total_A + (zero,), total_B + (zero,), total_C + (zero,)
+            if STEADY_B:
+                constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
+            if STEADY_C:
+                constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
+    if carried is not None:
+        for back in range(1, parts - part):
+            at = sequence * parts + parts - back
+            then = ()
+            for c in tl.static_range(EACH):
+                span = tl.load(spans + at * d + channels[c])
+                for j in tl.static_range(K):
+                    gained = tl.load(carried + (at * N + j * LANES + lane) * d + channels[c], reals[c], 0.0)
+                    then = then + (exp2(rates[c * K + j] * span) * p[c * K + j] + gained,)
+            p = then
+    for slab in range(final - 1, first - 1, -1):
+        t0 = slab * STEPS
+        inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
+        own_u, own_step, own_slope, own_skip, own_gate = (), (), (), (), ()
+        steps, inputs, grads, new_D = (), (), (), ()
+        for c in tl.static_range(EACH):
+            s = _read(at_s[c] + (t0 + step2) * sl, inside2, WHOLE, V)
+            v = _read(at_u[c] + (t0 + step2) * ul, inside2, WHOLE, V)
+            g = _read(at_g[c] + (t0 + step2) * gl, inside2, WHOLE, V)
+            if z is not None:
+                gates = _read(at_z[c] + (t0 + step2) * zl, inside2, WHOLE, V)
+                ys = _read(ungated + at_y[c] + (t0 + step2) * yl, inside2, WHOLE, V)
+            own_s, own_x, own_g = (), (), ()
+            for i in tl.static_range(V):
+                raw, value, grad = s[i] + biases[c], v[i], g[i]
+                slope = zero + 1.0
+                if SOFTPLUS:
+                    slope = sigmoid(raw)
+                    raw = softplus(raw)
+                valid = reals[c]
+                if not EXACT:
+                    t = t0 + lane * V + i
+                    valid = valid & (t >= t_start) & (t < t_end)
+                    raw, slope = tl.where(valid, raw, 0.0), tl.where(valid, slope, 0.0)
+                value, grad = tl.where(valid, value, 0.0), tl.where(valid, grad, 0.0)
+                if z is not None:
+                    open = sigmoid(gates[i])
+                    own_gate = own_gate + (grad * ys[i] * open * (1.0 + gates[i] * (1.0 - open)),)
+                    grad = tl.where(valid, grad * gates[i] * open, 0.0)
+                own_s, own_x, own_g = own_s + (raw,), own_x + (raw * value,), own_g + (grad,)
+                own_u, own_step, own_slope = own_u + (value,), own_step + (raw,), own_slope + (slope,)
+                own_skip = own_skip + (skips[c] * grad,)
+            steps = steps + spread(own_s, column * LANES, V, STEPS)
+            inputs = inputs + spread(own_x, column * LANES, V, STEPS)
+            grads = grads + spread(own_g, column * LANES, V, STEPS)
+            sum_D = totals_D[c]
+            for i in tl.static_range(V):
+                sum_D += own_g[i] * own_u[c * V + i]
+            new_D = new_D + (sum_D,)
+            if AHEAD > 0:
+                sooner = tl.maximum(t0 - AHEAD * STEPS + lane * V, 0)
+                fetch(tl.reshape(at_s[c], (WARP,)) + sooner * sl)
+                fetch(tl.reshape(at_u[c], (WARP,)) + sooner * ul)
+                fetch(tl.reshape(at_g[c], (WARP,)) + sooner * gl)
+                if z is not None:
+                    fetch(tl.reshape(at_z[c], (WARP,)) + sooner * zl)
+                    fetch(tl.reshape(ungated + at_y[c], (WARP,)) + sooner * yl)
+        totals_D = new_D
+        sums_B, sums_A = repeat(zero, EACH * STEPS), repeat(zero, EACH * STEPS)
+        then_p, then_A, then_B, then_C = (), (), (), ()
+        for j in tl.static_range(K):
+            at = weights + (slab * N + j * LANES) * STEPS
+            if not STEADY_B:
+                Bs = _weights(B + at)
+            if not STEADY_C:
+                Cs = _weights(C + at)
+            next_B, next_A = (), ()
+            over_B, over_C = repeat(zero, STEPS), repeat(zero, STEPS)
+            for c in tl.static_range(EACH):
+                rate = rates[c * K + j]
+                state = tl.load(saved + ((place + slab - origin) * N + j * LANES + lane) * d + channels[c])
+                if STEADY_B:
+                    Bs = repeat(constant_B[c * K + j], STEPS)
+                if STEADY_C:
+                    Cs = repeat(constant_C[c * K + j], STEPS)
+                states, decays = (state,), ()
+                for i in tl.static_range(STEPS):
+                    decay, gain = exp2(steps[c * STEPS + i] * rate), inputs[c * STEPS + i] * Bs[i]
+                    if bounds is not None:
+                        gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
+                    state = decay * state + gain
+                    states, decays = states + (state,), decays + (decay,)
+                grad = p[c * K + j]
+                of_A, of_B, of_C = total_A[c * K + j], total_B[c * K + j], total_C[c * K + j]
+                news_B, news_A, overs_B, overs_C = (), (), (), ()
+                for i in tl.static_range(STEPS - 1, -1, -1):
+                    sent = grads[c * STEPS + i] * Cs[i]
+                    if bounds is not None:
+                        sent = tl.where((t0 + i >= t_start) & (t0 + i < t_end), sent, 0.0)
+                    grad = sent + grad
+                    news_B = (sums_B[c * STEPS + i] + grad * Bs[i],) + news_B
+                    if STEADY_B:
+                        of_B += grad * inputs[c * STEPS + i]
+                    else:
+                        overs_B = (over_B[i] + grad * inputs[c * STEPS + i],) + overs_B
+                    if STEADY_C:
+                        of_C += grads[c * STEPS + i] * states[i + 1]
+                    else:
+                        overs_C = (over_C[i] + grads[c * STEPS + i] * states[i + 1],) + overs_C
+                    grad = decays[i] * grad
+                    change = grad * states[i]
+                    news_A = (sums_A[c * STEPS + i] + rate * change,) + news_A
+                    of_A += steps[c * STEPS + i] * change
+                next_B, next_A = next_B + news_B, next_A + news_A
+                if not STEADY_B:
+                    over_B = overs_B
+                if not STEADY_C:
+                    over_C = overs_C
+                then_p, then_A = then_p + (grad,), then_A + (of_A,)
+                then_B, then_C = then_B + (of_B,), then_C + (of_C,)
+            sums_B, sums_A = next_B, next_A
+            if not STEADY_B or not STEADY_C:
+                kept = summed(over_B + over_C, index, LANES, CHANNELS, 2 * STEPS)
+                to = to_sums + (slab * N + j * LANES) * (2 * STEPS)
+                if bounds is None:
+                    tl.store(to, together(kept, R))
+                else:
+                    t2 = t0 + ((column * R)[:, None] + tl.arange(0, R)[None, :]) % STEPS
+                    tl.store(to, together(kept, R), (t2 >= t_start) & (t2 < t_end))
+        p, total_A, total_B, total_C, new_bias = (), (), (), (), ()
+        for c in tl.static_range(EACH):
+            for j in tl.static_range(K):
+                p, total_A = p + (then_p[j * EACH + c],), total_A + (then_A[j * EACH + c],)
+                total_B, total_C = total_B + (then_B[j * EACH + c],), total_C + (then_C[j * EACH + c],)
+            of_B, of_A = (), ()
+            for i in tl.static_range(STEPS):
+                of_B, of_A = of_B + (sums_B[c * STEPS + i],), of_A + (sums_A[c * STEPS + i],)
+            of_B, of_A = summed(of_B, index, 1, LANES, STEPS), summed(of_A, index, 1, LANES, STEPS)
+            outs_u, outs_s, sum_bias = (), (), totals_bias[c]
+            outs_z = ()
+            for i in tl.static_range(V):
+                change = (of_A[i] * LN_2 + own_u[c * V + i] * of_B[i]) * own_slope[c * V + i]
+                outs_u, outs_s = outs_u + (own_skip[c * V + i] + own_step[c * V + i] * of_B[i],), outs_s + (change,)
+                sum_bias += change
+                if z is not None:
+                    outs_z = outs_z + (own_gate[c * V + i],)
+            new_bias = new_bias + (sum_bias,)
+            inside = reals[c][:, None] & (step2 >= 0)
+            if not EXACT:
+                inside = inside & inside2
+            _write(to_u[c] + (t0 + step2) * dul, outs_u, inside, False, V)
+            _write(to_s[c] + (t0 + step2) * dsl, outs_s, inside, False, V)
+            if z is not None:
+                _write(to_z[c] + (t0 + step2) * dzl, outs_z, inside, False, V)
+        totals_bias = new_bias
+    here = sequence * parts + part
+    for c in tl.static_range(EACH):
+        total_D, total_bias = total(totals_D[c], index, LANES), total(totals_bias[c], index, LANES)
+        only = reals[c] & (lane == 0)
+        tl.store(dD + here * d + channels[c], total_D, only)
+        tl.store(dbias + here * d + channels[c], total_bias, only)
+        for j in tl.static_range(K):
+            row_n = j * LANES + lane
+            to = (here * d + channels[c]) * n + row_n
+            own = reals[c] & (row_n < n)
+            tl.store(dA + to, total_A[c * K + j], own)
+            if STEADY_B:
+                tl.store(dB + to, total_B[c * K + j], own)
+            if STEADY_C:
+                tl.store(dC + to, total_C[c * K + j], own)
+            if grad_start is not None:
+                if part == 0:
+                    tl.store(grad_start + (sequence * d + channels[c]) * n + row_n, p[c * K + j], own)
+
+
+@_kernel
+def _arrange(
+    B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """B and C, (b, g, n, l) of any strides, as float32 (b, g, slab, N, 8); zero beyond n and l."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, state = tl.program_id(1), tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
+    b, g = (row // groups).to(tl.int64), row % groups
+    to = (row.to(tl.int64) * slabs + t // STEPS) * (N * STEPS) + state * STEPS + t % STEPS
+    inside, here = (t < l) & (state < n), (t < slabs * STEPS) & (state < N)
+    if B is not None:
+        x = tl.load(B + b * Bb + g * Bg + state * Bn + t.to(tl.int64) * Bl, inside, 0.0)
+        tl.store(to_B + to, x.to(tl.float32), here)
+    if C is not None:
+        x = tl.load(C + b * Cb + g * Cg + state * Cn + t.to(tl.int64) * Cl, inside, 0.0)
+        tl.store(to_C + to, x.to(tl.float32), here)
+
+
+@_kernel
+def _finish(
+    sums, dB, dC, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, tiles, slabs, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum what the tiles of each group hold, in their order, into dB and dC (b, g, n, l)."""
+    row = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    each = slabs.to(tl.int64) * (N * 2 * STEPS)
+    inside = at < each
+    where = sums + row * each + at
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(0, tiles // 8 * 8, 8):
+        for i in tl.static_range(8):
+            sum += tl.load(where + (tile + i) * tl.num_programs(1) * each, inside, 0.0)
+    for tile in range(tiles // 8 * 8, tiles):
+        sum += tl.load(where + tile * tl.num_programs(1) * each, inside, 0.0)
+    step, state, slab = at % (2 * STEPS), at // (2 * STEPS) % N, at // (2 * STEPS * N)
+    t = (slab * STEPS + step % STEPS).to(tl.int64)
+    b, g = (row // groups).to(tl.int64), row % groups
+    inside = inside & (t < l) & (state < n)
+    if dB is not None:
+        to = dB + b * Bb + g * Bg + state * Bn + t * Bl
+        tl.store(to, sum.to(dB.dtype.element_ty), inside & (step < STEPS))
+    if dC is not None:
+        to = dC + b * Cb + g * Cg + state * Cn + t * Cl
+        tl.store(to, sum.to(dC.dtype.element_ty), inside & (step >= STEPS))
+
+
+@_kernel
+def _step(
+    state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_group,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
+    CHANNELS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of channels, row): advance the state (b, d, n) in place by one step."""
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    state_n = tl.arange(0, N)[None, :]
+    real, group = channel < d, (channel // per_group)[:, None]
+    here = real[:, None] & (state_n < n)
+    u = tl.load(x + row * xb + channel * xd, real, 0.0).to(tl.float32)
+    delta = tl.load(dt + row * sb + channel * sd, real, 0.0).to(tl.float32)
+    if bias is not None:
+        delta += tl.load(bias + channel, real, 0.0)
+    if SOFTPLUS:
+        delta = softplus(delta)
+    held = channel[:, None] * n + state_n
+    at_B = held if STEADY_B else row * Bb + group * Bg + state_n * Bn
+    at_C = held if STEADY_C else row * Cb + group * Cg + state_n * Cn
+    weight = tl.load(B + at_B, here, 0.0).to(tl.float32)
+    decay = exp2(delta[:, None] * (tl.load(A + held, here, 0.0) * LOG2_E))
+    h = tl.load(state + row * d * n + held, here, 0.0)
+    h = decay * h + (delta * u)[:, None] * weight
+    tl.store(state + row * d * n + held, h, here)
+    out = tl.sum(h * tl.load(C + at_C, here, 0.0).to(tl.float32), 1)
+    if D is not None:
+        out += tl.load(D + channel, real, 0.0) * u
+    if z is not None:
+        gate = tl.load(z + row * zb + channel * zd, real, 0.0).to(tl.float32)
+        out *= gate * sigmoid(gate)
+    tl.store(y + row * d + channel, out.to(y.dtype.element_ty), real)
+
+
+class Plan(NamedTuple):
+    """Which kernel takes a call, and how a warp's lanes are used."""
+
+    times: bool  # lanes lie along time in forward
+    lanes: int  # of states (or of time) in forward
+    each: int  # channels of a lane in forward
+    back_lanes: int
+    back_each: int
+    parts: int  # chunks of time in backward
+
+
+def plan(b: int, d: int, l: int, n: int, groups: int, packed: bool, processors: int) -> Plan:
+    """The table of kernels: by the warps that a shape gives to each of the GPU's processors."""
+    lanes = 4 if n <= 32 else 8
+    per_group = d // groups
+
+    def warps(lanes: int, each: int) -> float:
+        return b * groups * -(-per_group * lanes // (32 * each)) / max(processors, 1)
+
+    times = warps(lanes, 1) < FEW and n <= 32 and not packed
+    each = 2 if warps(lanes, 2) >= MANY and n <= 32 else 1
+    slabs = -(-l // SLAB)
+    parts = 1
+    if not packed and warps(lanes, each) < FULL:
+        parts = max(1, min(int(FULL / max(warps(lanes, each), 1e-3)), slabs // 16))
+    return Plan(times, 32 if times else lanes, 1 if times else each, lanes, each, parts)
+
+
+FEW, MANY, FULL = 8.0, 8.0, 8.0  # warps per processor
+
+
+class _Layout:
+    """Shapes and strides of one call, and what all its kernels take."""
+
+    def __init__(self, inputs: Inputs, delta_softplus: bool):
+        self.inputs = inputs
+        u, _, A, B, C = inputs[:5]
+        self.b, self.d, self.l = u.shape
+        self.n = A.shape[1]
+        self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
+        self.bounds = inputs.cu_seqlens
+        self.sequences = self.b if self.bounds is None else self.bounds.shape[0] - 1
+        self.slabs = -(-self.l // SLAB)
+        self.plan = plan(
+            self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, _processors(u.device)
+        )
+        self.padded = _padded(self.n)
+        self.D, self.z, self.bias = _wide(inputs.D), inputs.z, _wide(inputs.delta_bias)
+        self.flags = {
+            "SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2
+        }  # fmt: skip
+
+    def tiles(self, lanes: int, each: int) -> int:
+        """Tiles of channels in a group."""
+        return -(-(self.d // self.g) * lanes // (32 * each))
+
+    def align(self, *tensors: Tensor | None) -> int:
+        """8 if every stride over rows, channels and states is a multiple of it, else 1."""
+        strides = [s for t in tensors if t is not None for s in t.stride()[:-1]]
+        return 8 if self.l % 8 == 0 and all(s % 8 == 0 for s in strides) else 1
+
+    def arranged(self) -> tuple[Tensor | None, Tensor | None]:
+        """B and C as the kernels of states take them."""
+        B, C = self.inputs.B, self.inputs.C
+        outs = []
+        for t in (B, C):
+            if t.dim() == 2:
+                outs.append(_wide(t))
+            else:
+                outs.append(B.new_empty(self.b * self.g * self.slabs * self.padded * SLAB, dtype=torch.float32))
+        block = 128
+        grid = (-(-self.slabs * SLAB // block), self.b * self.g, -(-self.padded // 16))
+        if min(grid) and not B.dim() == C.dim() == 2:
+            steady_B, steady_C = B.dim() == 2, C.dim() == 2
+            _arrange[grid](
+                None if steady_B else B, None if steady_C else C, *outs,
+                *((0, 0, 0, 0) if steady_B else B.stride()), *((0, 0, 0, 0) if steady_C else C.stride()),
+                self.l, self.n, self.g, self.slabs, N=self.padded, BLOCK=block,
+            )  # fmt: skip
+        return outs[0], outs[1]
+
+    def kept(self, saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The parts of `saved`: states, and the output before the gate."""
+        if not saved.numel():
+            return None, None
+        u = self.inputs.u
+        if self.z is None:
+            return saved, None
+        size = -(-u.numel() * u.element_size() // 4)
+        return saved[: saved.numel() - size], saved[saved.numel() - size :].view(u.dtype)
+
+
+def _padded(n: int) -> int:
+    lanes = 4 if n <= 32 else 8
+    return -(-n // lanes) * lanes
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(torch.float32).contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if t is None else t.stride()
+
+
+def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+    layout = _Layout(inputs, delta_softplus)
+    if not y.numel():
+        last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
+        return
+    u, delta, A, B, C = inputs[:5]
+    plan, z = layout.plan, layout.z
+    states, ungated = layout.kept(saved)
+    tiles = layout.tiles(plan.lanes, plan.each)
+    grid = (layout.g * tiles, layout.sequences)
+    head = (layout.D, z, layout.bias, inputs.initial_state, layout.bounds, y, last_state, states, ungated)
+    strides = (*u.stride(), *delta.stride(), *_strides(z), *y.stride())
+    sizes = (layout.d, layout.l, layout.n, layout.d // layout.g, tiles, layout.slabs)
+    options = {"LANES": plan.lanes, "CHANNELS": 32 // plan.lanes, "EACH": plan.each, "N": layout.padded}
+    if plan.times:
+        B, C = (_wide(t) if t.dim() == 2 else t for t in (B, C))
+        vector = 16 // max(t.element_size() for t in (u, delta, B, C, *(() if z is None else (z,))))
+        rows = (t.stride() if t.dim() == 4 else (0, 0, 0, 0) for t in (B, C))
+        _forward_times[grid](
+            u, delta, A, B, C, *head, *strides, *next(rows), *next(rows), *sizes, **layout.flags, **options,
+            WHOLE=layout.l % (16 * plan.lanes) == 0, ALIGN=layout.align(u, delta, z, y, *(t for t in (B, C) if t.dim() == 4)),
+            V=vector, num_warps=1, **EXTRA.get('f', {}),
+        )  # fmt: skip
+        return
+    B, C = layout.arranged()
+    _forward_states[grid](
+        u, delta, A, B, C, *head, *strides, *sizes, **layout.flags, **options,
+        WHOLE=layout.l % SLAB == 0, ALIGN=layout.align(u, delta, z, y), AHEAD=AHEAD, num_warps=1, **EXTRA.get('f', {}),
+    )  # fmt: skip
+
+
+AHEAD = 4  # slabs
+EXTRA: dict = {}
+
+
+def _backward_pass(
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
+) -> None:
+    layout, u = _Layout(inputs, delta_softplus), inputs.u
+    if not u.numel():
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        if grads.initial_state is not None:
+            grads.initial_state.copy_(grad_last)
+        return
+    delta, A, B, C = inputs[1:5]
+    plan, z = layout.plan, layout.z
+    states, ungated = layout.kept(saved)
+    lanes, each, parts = plan.back_lanes, plan.back_each, plan.parts
+    tiles, chunk = layout.tiles(lanes, each), -(-layout.slabs // plan.parts)
+    arranged_B, arranged_C = layout.arranged()
+    sizes = (layout.d, layout.l, layout.n, layout.d // layout.g, tiles, layout.slabs, chunk)
+    grid = (layout.g * tiles, layout.sequences, parts)
+    options = layout.flags | {
+        "LANES": lanes, "CHANNELS": 32 // lanes, "EACH": each, "N": layout.padded,
+        "WHOLE": layout.l % SLAB == 0, "ALIGN": layout.align(u, delta, z, grad_y, grads.u, grads.delta, grads.z),
+        "num_warps": 1,
+    }  # fmt: skip
+
+    def room(*shape: int) -> Tensor:
+        return u.new_empty(shape, dtype=torch.float32)
+
+    steady_B, steady_C = B.dim() == 2, C.dim() == 2
+    carried = spans = None
+    if parts > 1:
+        carried, spans = room(layout.b * parts * layout.padded * layout.d), room(layout.b * parts * layout.d)
+        _carry[grid](
+            delta, A, arranged_C, z, layout.bias, grad_y, carried, spans,
+            *delta.stride(), *_strides(z), *grad_y.stride(), *sizes,
+            **{name: value for name, value in options.items() if name != "STEADY_B"},
+        )  # fmt: skip
+    over = layout.sequences * parts
+    dA, dD, dbias = room(over, layout.d, layout.n), room(over, layout.d), room(over, layout.d)
+    dB = room(over, layout.d, layout.n) if steady_B else None
+    dC = room(over, layout.d, layout.n) if steady_C else None
+    each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
+    sums = room(tiles * each_row)
+    y_like = torch.empty_like(u, device="meta")
+    _backward[grid](
+        u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
+        grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, dA, sums, dD, dbias,
+        dB, dC, grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
+        *y_like.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z), *sizes,
+        AHEAD=AHEAD, **options, **EXTRA.get('b', {}),
+    )  # fmt: skip
+    if each_row:
+        block, none = 256, (0, 0, 0, 0)
+        _finish[(-(-layout.slabs * layout.padded * 2 * SLAB // block), layout.b * layout.g)](
+            sums, None if steady_B else grads.B, None if steady_C else grads.C,
+            *(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
+            layout.l, layout.n, layout.g, tiles, layout.slabs, N=layout.padded, BLOCK=block, num_warps=2,
+        )  # fmt: skip
+    for grad, each_sum in ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB), (grads.C, dC)):
+        if grad is not None and each_sum is not None:
+            grad.copy_(each_sum.sum(0))
+
+
+def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
+    u, n = inputs.u, inputs.A.shape[1]
+    b, d, l = u.shape
+    slabs = b * -(-l // SLAB) if inputs.cu_seqlens is None else -(-l // SLAB) + sequences
+    ungated = 0 if inputs.z is None else -(-u.numel() * u.element_size() // 4)
+    return (slabs * _padded(n) * d + ungated,)
+
+
+selective_scan = define("scan_triton", _forward_pass, _backward_pass, _saved_shape)
+
+
+def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    """As `reference.selective_state_update`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    b, d = x.shape
+    n = A.shape[1]
+    per_group = d // (B.shape[1] if B.dim() == 3 else C.shape[1] if C.dim() == 3 else 1)
+    channels = 16
+    if y.numel():
+        _step[(-(-d // channels), b)](
+            state, x, dt, A, B, C, _wide(D), z, _wide(dt_bias), y,
+            *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()),
+            *(B.stride() if B.dim() == 3 else (0, 0, 0)), *(C.stride() if C.dim() == 3 else (0, 0, 0)),
+            d, n, per_group, SOFTPLUS=dt_softplus, STEADY_B=B.dim() == 2, STEADY_C=C.dim() == 2,
+            CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
+        )  # fmt: skip
+    return y
+
+
+def unavailable() -> str:
+    """Why this backend cannot run; "" when it can."""
+    if INTERPRETED == True:  # noqa: E712, a constexpr
+        return ""
+    if torch.version.hip:
+        return "the kernels hold instructions of NVIDIA's"
+    return "" if torch.cuda.is_available() else "there is no CUDA device"
