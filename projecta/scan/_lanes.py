@@ -149,3 +149,19 @@ def fetch(pointer):
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer.to(tl.int64)], tl.int32, False, 1
         )
 
+
+@triton.jit
+def pin(x):
+    """0.0, once all loads so far have been issued.
+
+    A barrier (of one warp: a few cycles) keeps ptxas from moving loads for the next round down to where that
+    round begins, as it otherwise does; x, and a use of the result, keep the barrier itself in its place.
+    """
+    if INTERPRETED:
+        return 0.0
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $1, 0xffffffff; bar.red.popc.u32 t, 0, p;"
+            " shr.u32 $0, t, 20; }",
+            "=r,r", [x], tl.int32, False, 1,
+        ).to(tl.float32)  # fmt: skip

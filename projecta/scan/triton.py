@@ -20,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from projecta.scan._lanes import (
-    INTERPRETED, LN_2, LOG2_E, WARP, apart, constant, exp2, fetch, repeat, scanned, sigmoid, softplus, spread, summed, together, total
+    INTERPRETED, LN_2, LOG2_E, WARP, apart, constant, exp2, fetch, pin, repeat, scanned, sigmoid, softplus, spread, summed, together, total
 )
 from projecta.scan._operator import Inputs, define
 
 # Sizes and strides that compile to the same code whatever they are; `ALIGN` says what matters of them.
 SIZES = [
-    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups",
+    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over",
     *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C") for axis in "bd"),
-    "Bg", "Bn", "Cg", "Cn",
+    "Bg", "Bn", "Cg", "Cn", "kl", "kn", "kd",
 ]  # fmt: skip
 SLAB = 8  # steps that a kernel of states takes at a time, and between saved states
 STEPS = constant(SLAB)
@@ -39,12 +39,17 @@ def _kernel(function):
 
 
 @triton.jit
+def _load(at, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, inside, 0.0)
+
+
+@triton.jit
 def _read(at, inside, WHOLE: tl.constexpr, V: tl.constexpr):
     """Load (32, V) and take it apart, in float32."""
-    if WHOLE:
-        return apart(tl.load(at).to(tl.float32), V)
-    else:
-        return apart(tl.load(at, inside, 0.0).to(tl.float32), V)
+    return apart(_load(at, inside, WHOLE).to(tl.float32), V)
 
 
 @triton.jit
@@ -56,18 +61,31 @@ def _write(at, tiles, inside, WHOLE: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _weights(at):
-    """A slab of B or C as 8 tiles: two loads of four, which a lane takes at once."""
-    return apart(tl.load(at), 4) + apart(tl.load(at + 4), 4)
+def _weights(at, STEADY: tl.constexpr):
+    """A slab of B or C: two loads of four, which a lane takes at once."""
+    if STEADY:
+        return ()
+    else:
+        return (tl.load(at), tl.load(at + 4))
+
+
+@triton.jit
+def _eight(loads, constant, j: tl.constexpr, STEADY: tl.constexpr):
+    """The slab as 8 tiles."""
+    if STEADY:
+        return repeat(constant[j], STEPS)
+    else:
+        return apart(loads[0], 4) + apart(loads[1], 4)
 
 
 @_kernel
 def _forward_states(
     u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, d, l, n, per_group, tiles, slabs,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, kl, kn, kd,
+    d, l, n, per_group, tiles, slabs,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, PINS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, sequence): EACH times CHANNELS channels of a group. Lane i holds states i, LANES + i, ..."""
     V: tl.constexpr = STEPS // LANES
@@ -112,15 +130,23 @@ def _forward_states(
                 constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
             if STEADY_C:
                 constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
+    ahead, at = (), weights + tl.minimum(first, slabs - 1) * (N * STEPS)
+    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+    for c in tl.static_range(EACH):
+        t2 = tl.minimum(first, slabs - 1) * STEPS + step2  # of an empty sequence too
+        ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
     for slab in range(first, final):
         t0 = slab * STEPS
         inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
-        steps, inputs, own_y, own_z = (), (), (), ()
+        now, gates, ahead = ahead, (), ()
         for c in tl.static_range(EACH):
-            s = _read(at_s[c] + (t0 + step2) * sl, inside2, WHOLE, V)
-            v = _read(at_u[c] + (t0 + step2) * ul, inside2, WHOLE, V)
+            t2 = tl.minimum(slab + 1, final - 1) * STEPS + step2
+            ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
             if z is not None:
-                own_z = own_z + _read(at_z[c] + (t0 + step2) * zl, inside2, WHOLE, V)
+                gates = gates + (_load(at_z[c] + (t0 + step2) * zl, inside2, WHOLE),)
+        steps, inputs, own_y = (), (), ()
+        for c in tl.static_range(EACH):
+            s, v = apart(now[2 * c].to(tl.float32), V), apart(now[2 * c + 1].to(tl.float32), V)
             own_s, own_x = (), ()
             for i in tl.static_range(V):
                 raw, value = s[i] + biases[c], v[i]
@@ -142,25 +168,27 @@ def _forward_states(
         outputs = repeat(zero, EACH * STEPS)
         then = ()
         for j in tl.static_range(K):
-            at = weights + (slab * N + j * LANES) * STEPS
-            if not STEADY_B:
-                Bs = _weights(B + at)
-            if not STEADY_C:
-                Cs = _weights(C + at)
+            now_B, now_C = next_B, next_C
+            if j + 1 < K:
+                at = weights + (slab * N + (j + 1) * LANES) * STEPS
+            else:
+                at = weights + tl.minimum(slab + 1, final - 1) * (N * STEPS)
+            next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+            if j < PINS:
+                pinned = pin(slab + j)
             sums = ()
             for c in tl.static_range(EACH):
-                state = h[c * K + j]
+                state, rate = h[c * K + j], rates[c * K + j] + pinned
+                Bs, Cs = _eight(now_B, constant_B, c * K + j, STEADY_B), _eight(now_C, constant_C, c * K + j, STEADY_C)
                 if saved is not None:
-                    to = ((place + slab - first) * N + j * LANES + lane) * d + channels[c]
+                    to = (place + slab - first) * kl + (j * LANES + lane) * kn + channels[c] * kd
                     tl.store(saved + to, state)
                 for i in tl.static_range(STEPS):
-                    weight = constant_B[c * K + j] if STEADY_B else Bs[i]
-                    gain = inputs[c * STEPS + i] * weight
+                    gain = inputs[c * STEPS + i] * Bs[i]
                     if bounds is not None:  # another sequence's B may be NaN
                         gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
-                    state = exp2(steps[c * STEPS + i] * rates[c * K + j]) * state + gain
-                    weight = constant_C[c * K + j] if STEADY_C else Cs[i]
-                    sums = sums + (outputs[c * STEPS + i] + state * weight,)
+                    state = exp2(steps[c * STEPS + i] * rate) * state + gain
+                    sums = sums + (outputs[c * STEPS + i] + state * Cs[i],)
                 then = then + (state,)
             outputs = sums
         h = ()
@@ -172,12 +200,13 @@ def _forward_states(
                 partial = partial + (outputs[c * STEPS + i],)
             partial = summed(partial, index, 1, LANES, STEPS)
             raws, gated = (), ()
+            if z is not None:
+                gate = apart(gates[c].to(tl.float32), V)
             for i in tl.static_range(V):
                 value = partial[i] + own_y[c * V + i]
                 raws = raws + (value,)
                 if z is not None:
-                    gate = own_z[c * V + i]
-                    value = value * gate * sigmoid(gate)
+                    value = value * gate[i] * sigmoid(gate[i])
                 gated = gated + (value,)
             to = at_y[c] + (t0 + step2) * yl
             if ungated is not None:
@@ -190,23 +219,31 @@ def _forward_states(
 
 
 @triton.jit
-def _row(at, inside, t0, stride, WHOLE: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """T steps of each lane as T tiles, by loads of V."""
-    tiles = ()
+def _row(at, l, t0, stride, WHOLE: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """T steps of each lane as they lie in memory, by loads of V."""
+    loads = ()
     for i in tl.static_range(T // V):
         step2 = t0[:, None] + i * V + tl.arange(0, V)[None, :]
-        tiles = tiles + _read(at + step2 * stride, step2 < inside, WHOLE, V)
+        loads = loads + (_load(at + step2 * stride, step2 < l, WHOLE),)
+    return loads
+
+
+@triton.jit
+def _tiles(loads, T: tl.constexpr, V: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(T // V):
+        tiles = tiles + apart(loads[i].to(tl.float32), V)
     return tiles
 
 
 @_kernel
 def _forward_times(
     u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, kl, kn, kd, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl,
     d, l, n, per_group, tiles, slabs,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr, V: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, sequence), as in `_forward_states`; lane i scans steps 16 i ... of a block, for one state.
 
@@ -257,8 +294,8 @@ def _forward_times(
         t0 = block * (LANES * T) + lane * T
         steps, inputs, outputs, spans = (), (), (), ()
         for c in tl.static_range(EACH):
-            s = _row(at_s[c], l, t0, sl, WHOLE, T, V)
-            v = _row(at_u[c], l, t0, ul, WHOLE, T, V)
+            s = _tiles(_row(at_s[c], l, t0, sl, WHOLE, T, V), T, V)
+            v = _tiles(_row(at_u[c], l, t0, ul, WHOLE, T, V), T, V)
             span = zero
             for i in tl.static_range(T):
                 raw, value = s[i] + biases[c], v[i]
@@ -270,14 +307,33 @@ def _forward_times(
                 span += raw
                 steps, inputs, outputs = steps + (raw,), inputs + (raw * value,), outputs + (skips[c] * value,)
             spans = spans + (span,)
+        if AHEAD > 0:
+            for c in tl.static_range(EACH):  # z now, the rest for the next block
+                if z is not None:
+                    fetch(tl.reshape(at_z[c], (WARP,)) + tl.minimum(t0, l - 1) * zl)
+                fetch(tl.reshape(at_s[c], (WARP,)) + tl.minimum(t0 + LANES * T, l - 1) * sl)
+                fetch(tl.reshape(at_u[c], (WARP,)) + tl.minimum(t0 + LANES * T, l - 1) * ul)
+        same = index[:, None] * 0
+        if not STEADY_B:
+            next_B = _row(at_B + same, l, t0, Bl, WHOLE, T, V)
+        if not STEADY_C:
+            next_C = _row(at_C + same, l, t0, Cl, WHOLE, T, V)
         for state in range(n):
+            later = tl.minimum(state + 1, n - 1)
             if not STEADY_B:
-                Bs = _row(at_B + state * Bn + index[:, None] * 0, l, t0, Bl, WHOLE, T, V)
+                Bs = next_B
+                next_B = _row(at_B + later * Bn + same, l, t0, Bl, WHOLE, T, V)
             if not STEADY_C:
-                Cs = _row(at_C + state * Cn + index[:, None] * 0, l, t0, Cl, WHOLE, T, V)
+                Cs = next_C
+                next_C = _row(at_C + later * Cn + same, l, t0, Cl, WHOLE, T, V)
+            pinned = pin(state)
+            if not STEADY_B:
+                Bs = _tiles(Bs, T, V)
+            if not STEADY_C:
+                Cs = _tiles(Cs, T, V)
             sums, then = (), ()
             for c in tl.static_range(EACH):
-                rate = tl.gather(rates[c], leader + state, 0)
+                rate = tl.gather(rates[c], leader + state, 0) + pinned
                 carry = tl.gather(carries[c], leader + state, 0)
                 if STEADY_B:
                     Bs = repeat(tl.gather(constant_B[c], leader + state, 0), T)
@@ -298,7 +354,7 @@ def _forward_times(
                 for i in tl.static_range(T):
                     if saved is not None:
                         if i % STEPS == 0:
-                            to = ((place + (t0 + i) // STEPS) * N + state) * d + channels[c]
+                            to = (place + (t0 + i) // STEPS) * kl + state * kn + channels[c] * kd
                             tl.store(saved + to, h, (t0 + i + STEPS > t_start) & (t0 + i < t_end))
                     h = decays[i] * h + gains[i]
                     sums = sums + (outputs[c * T + i] + h * Cs[i],)
@@ -306,7 +362,7 @@ def _forward_times(
         for c in tl.static_range(EACH):
             gates = outputs
             if z is not None:
-                gates = _row(at_z[c], l, t0, zl, WHOLE, T, V)
+                gates = _tiles(_row(at_z[c], l, t0, zl, WHOLE, T, V), T, V)
             for part in tl.static_range(T // V):
                 step2 = t0[:, None] + part * V + tl.arange(0, V)[None, :]
                 inside2 = (step2 >= t_start) & (step2 < t_end)
@@ -361,15 +417,27 @@ def _carry(
             if STEADY_C:
                 constant_C = constant_C + (tl.load(C + channel * n + row_n, row_n < n, 0.0),)
     first, final = part * chunk, tl.minimum((part + 1) * chunk, slabs)
+    ahead, at = (), weights + tl.maximum(final - 1, 0) * (N * STEPS)
+    next_C = _weights(C + at, STEADY_C)
+    for c in tl.static_range(EACH):
+        t2 = tl.maximum(final - 1, 0) * STEPS + step2
+        ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_g[c] + t2 * gl, t2 < l, WHOLE))
+        if z is not None:
+            ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
     for slab in range(final - 1, first - 1, -1):
         t0 = slab * STEPS
-        inside2 = t0 + step2 < l
-        steps, grads, new = (), (), ()
+        now, ahead = ahead, ()
         for c in tl.static_range(EACH):
-            s = _read(at_s[c] + (t0 + step2) * sl, inside2, WHOLE, V)
-            g = _read(at_g[c] + (t0 + step2) * gl, inside2, WHOLE, V)
+            t2 = tl.maximum(slab - 1, first) * STEPS + step2
+            ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_g[c] + t2 * gl, t2 < l, WHOLE))
             if z is not None:
-                gates = _read(at_z[c] + (t0 + step2) * zl, inside2, WHOLE, V)
+                ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+        steps, grads, new = (), (), ()
+        M: tl.constexpr = 2 if z is None else 3
+        for c in tl.static_range(EACH):
+            s, g = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
+            if z is not None:
+                gates = apart(now[M * c + 2].to(tl.float32), V)
             own_s, own_g, span = (), (), sums[c]
             for i in tl.static_range(V):
                 raw, grad = s[i] + biases[c], g[i]
@@ -386,13 +454,18 @@ def _carry(
         sums = new
         then = ()
         for j in tl.static_range(K):
-            if not STEADY_C:
-                Cs = _weights(C + weights + (slab * N + j * LANES) * STEPS)
+            now_C = next_C
+            if j + 1 < K:
+                at = weights + (slab * N + (j + 1) * LANES) * STEPS
+            else:
+                at = weights + tl.maximum(slab - 1, first) * (N * STEPS)
+            next_C = _weights(C + at, STEADY_C)
+            pinned = pin(slab + j)
             for c in tl.static_range(EACH):
-                grad = p[c * K + j]
+                grad, rate = p[c * K + j], rates[c * K + j] + pinned
+                Cs = _eight(now_C, constant_C, c * K + j, STEADY_C)
                 for i in tl.static_range(STEPS - 1, -1, -1):
-                    weight = constant_C[c * K + j] if STEADY_C else Cs[i]
-                    grad = exp2(steps[c * STEPS + i] * rates[c * K + j]) * (grads[c * STEPS + i] * weight + grad)
+                    grad = exp2(steps[c * STEPS + i] * rate) * (grads[c * STEPS + i] * Cs[i] + grad)
                 then = then + (grad,)
         p = ()
         for c in tl.static_range(EACH):
@@ -408,20 +481,22 @@ def _carry(
 @_kernel
 def _backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans,
-    du, ddelta, dz, dA, sums, dD, dbias, dB, dC, grad_start,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl,
+    du, ddelta, dz, sums, totals, grad_start,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl, kl, kn, kd,
     d, l, n, per_group, tiles, slabs, chunk,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, PINS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, sequence, chunk), laid out as in `_forward_states`.
 
-    Writes du, ddelta, dz; for this sequence and chunk the sums over time dA (and dB, dC if steady), dD, dbias;
-    and for this tile the sums over its channels of dB and dC: (tile of the group, row, group, slab, N, 16).
+    Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC if steady):
+    `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB and dC: `sums` (tile
+    of the group, row, group, slab, N, 16).
     """
     V: tl.constexpr = STEPS // LANES
     K: tl.constexpr = N // LANES
+    WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
     R: tl.constexpr = 2 * STEPS // CHANNELS  # sums of dB and dC that a lane keeps
     EXACT: tl.constexpr = WHOLE and bounds is None
     tile, sequence, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -482,18 +557,37 @@ def _backward(
                     gained = tl.load(carried + (at * N + j * LANES + lane) * d + channels[c], reals[c], 0.0)
                     then = then + (exp2(rates[c * K + j] * span) * p[c * K + j] + gained,)
             p = then
+    ahead, at = (), weights + tl.maximum(final - 1, 0) * (N * STEPS)
+    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+    for c in tl.static_range(EACH):
+        t2 = tl.maximum(final - 1, 0) * STEPS + step2
+        ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
+        ahead = ahead + (_load(at_g[c] + t2 * gl, t2 < l, WHOLE),)
+        if z is not None:
+            ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+            ahead = ahead + (_load(ungated + at_y[c] + t2 * yl, t2 < l, WHOLE),)
     for slab in range(final - 1, first - 1, -1):
         t0 = slab * STEPS
         inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
+        now, ahead, starts = ahead, (), ()
+        for c in tl.static_range(EACH):
+            t2 = tl.maximum(slab - 1, first) * STEPS + step2
+            ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
+            ahead = ahead + (_load(at_g[c] + t2 * gl, t2 < l, WHOLE),)
+            if z is not None:
+                ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+                ahead = ahead + (_load(ungated + at_y[c] + t2 * yl, t2 < l, WHOLE),)
+            for j in tl.static_range(K):
+                from_ = (place + slab - origin) * kl + (j * LANES + lane) * kn + channels[c] * kd
+                starts = starts + (tl.load(saved + from_),)
         own_u, own_step, own_slope, own_skip, own_gate = (), (), (), (), ()
         steps, inputs, grads, new_D = (), (), (), ()
+        M: tl.constexpr = 3 if z is None else 5
         for c in tl.static_range(EACH):
-            s = _read(at_s[c] + (t0 + step2) * sl, inside2, WHOLE, V)
-            v = _read(at_u[c] + (t0 + step2) * ul, inside2, WHOLE, V)
-            g = _read(at_g[c] + (t0 + step2) * gl, inside2, WHOLE, V)
+            s, v = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
+            g = apart(now[M * c + 2].to(tl.float32), V)
             if z is not None:
-                gates = _read(at_z[c] + (t0 + step2) * zl, inside2, WHOLE, V)
-                ys = _read(ungated + at_y[c] + (t0 + step2) * yl, inside2, WHOLE, V)
+                gates, ys = apart(now[M * c + 3].to(tl.float32), V), apart(now[M * c + 4].to(tl.float32), V)
             own_s, own_x, own_g = (), (), ()
             for i in tl.static_range(V):
                 raw, value, grad = s[i] + biases[c], v[i], g[i]
@@ -533,20 +627,19 @@ def _backward(
         sums_B, sums_A = repeat(zero, EACH * STEPS), repeat(zero, EACH * STEPS)
         then_p, then_A, then_B, then_C = (), (), (), ()
         for j in tl.static_range(K):
-            at = weights + (slab * N + j * LANES) * STEPS
-            if not STEADY_B:
-                Bs = _weights(B + at)
-            if not STEADY_C:
-                Cs = _weights(C + at)
-            next_B, next_A = (), ()
+            now_B, now_C = next_B, next_C
+            if j + 1 < K:
+                at = weights + (slab * N + (j + 1) * LANES) * STEPS
+            else:
+                at = weights + tl.maximum(slab - 1, first) * (N * STEPS)
+            next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+            if j < PINS:
+                pinned = pin(slab + j)
+            summed_B, summed_A = (), ()
             over_B, over_C = repeat(zero, STEPS), repeat(zero, STEPS)
             for c in tl.static_range(EACH):
-                rate = rates[c * K + j]
-                state = tl.load(saved + ((place + slab - origin) * N + j * LANES + lane) * d + channels[c])
-                if STEADY_B:
-                    Bs = repeat(constant_B[c * K + j], STEPS)
-                if STEADY_C:
-                    Cs = repeat(constant_C[c * K + j], STEPS)
+                rate, state = rates[c * K + j] + pinned, starts[c * K + j]
+                Bs, Cs = _eight(now_B, constant_B, c * K + j, STEADY_B), _eight(now_C, constant_C, c * K + j, STEADY_C)
                 states, decays = (state,), ()
                 for i in tl.static_range(STEPS):
                     decay, gain = exp2(steps[c * STEPS + i] * rate), inputs[c * STEPS + i] * Bs[i]
@@ -575,14 +668,14 @@ def _backward(
                     change = grad * states[i]
                     news_A = (sums_A[c * STEPS + i] + rate * change,) + news_A
                     of_A += steps[c * STEPS + i] * change
-                next_B, next_A = next_B + news_B, next_A + news_A
+                summed_B, summed_A = summed_B + news_B, summed_A + news_A
                 if not STEADY_B:
                     over_B = overs_B
                 if not STEADY_C:
                     over_C = overs_C
                 then_p, then_A = then_p + (grad,), then_A + (of_A,)
                 then_B, then_C = then_B + (of_B,), then_C + (of_C,)
-            sums_B, sums_A = next_B, next_A
+            sums_B, sums_A = summed_B, summed_A
             if not STEADY_B or not STEADY_C:
                 kept = summed(over_B + over_C, index, LANES, CHANNELS, 2 * STEPS)
                 to = to_sums + (slab * N + j * LANES) * (2 * STEPS)
@@ -617,21 +710,19 @@ def _backward(
             if z is not None:
                 _write(to_z[c] + (t0 + step2) * dzl, outs_z, inside, False, V)
         totals_bias = new_bias
-    here = sequence * parts + part
     for c in tl.static_range(EACH):
-        total_D, total_bias = total(totals_D[c], index, LANES), total(totals_bias[c], index, LANES)
+        to = totals + ((sequence * parts + part) * d + channels[c]) * WIDTH
         only = reals[c] & (lane == 0)
-        tl.store(dD + here * d + channels[c], total_D, only)
-        tl.store(dbias + here * d + channels[c], total_bias, only)
+        tl.store(to, total(totals_D[c], index, LANES), only)
+        tl.store(to + 1, total(totals_bias[c], index, LANES), only)
         for j in tl.static_range(K):
             row_n = j * LANES + lane
-            to = (here * d + channels[c]) * n + row_n
             own = reals[c] & (row_n < n)
-            tl.store(dA + to, total_A[c * K + j], own)
+            tl.store(to + 2 + row_n, total_A[c * K + j], own)
             if STEADY_B:
-                tl.store(dB + to, total_B[c * K + j], own)
+                tl.store(to + 2 + N + row_n, total_B[c * K + j], own)
             if STEADY_C:
-                tl.store(dC + to, total_C[c * K + j], own)
+                tl.store(to + WIDTH - N + row_n, total_C[c * K + j], own)
             if grad_start is not None:
                 if part == 0:
                     tl.store(grad_start + (sequence * d + channels[c]) * n + row_n, p[c * K + j], own)
@@ -666,10 +757,10 @@ def _finish(
     inside = at < each
     where = sums + row * each + at
     sum = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(0, tiles // 8 * 8, 8):
-        for i in tl.static_range(8):
+    for tile in range(0, tiles // 16 * 16, 16):
+        for i in tl.static_range(16):
             sum += tl.load(where + (tile + i) * tl.num_programs(1) * each, inside, 0.0)
-    for tile in range(tiles // 8 * 8, tiles):
+    for tile in range(tiles // 16 * 16, tiles):
         sum += tl.load(where + tile * tl.num_programs(1) * each, inside, 0.0)
     step, state, slab = at % (2 * STEPS), at // (2 * STEPS) % N, at // (2 * STEPS * N)
     t = (slab * STEPS + step % STEPS).to(tl.int64)
@@ -681,6 +772,30 @@ def _finish(
     if dC is not None:
         to = dC + b * Cb + g * Cg + state * Cn + t * Cl
         tl.store(to, sum.to(dC.dtype.element_ty), inside & (step >= STEPS))
+
+
+@_kernel
+def _fold(
+    totals, dA, dD, dbias, dB, dC, d, n, over, N: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum `totals` over sequences and chunks, in their order, into the gradients of one channel a program."""
+    WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
+    channel, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for i in range(over):
+        sum += tl.load(totals + (i * d + channel) * WIDTH + at, at < WIDTH, 0.0)
+    if dD is not None:
+        tl.store(dD + channel + at, sum.to(dD.dtype.element_ty), at == 0)
+    if dbias is not None:
+        tl.store(dbias + channel + at - 1, sum.to(dbias.dtype.element_ty), at == 1)
+    tl.store(dA + channel * n + at - 2, sum, (at >= 2) & (at < 2 + n))
+    if STEADY_B:
+        where = at - (2 + N)
+        tl.store(dB + channel * n + where, sum.to(dB.dtype.element_ty), (where >= 0) & (where < n))
+    if STEADY_C:
+        where = at - (WIDTH - N)
+        tl.store(dC + channel * n + where, sum.to(dC.dtype.element_ty), (where >= 0) & (where < n))
 
 
 @_kernel
@@ -799,6 +914,14 @@ class _Layout:
             )  # fmt: skip
         return outs[0], outs[1]
 
+    @property
+    def kept_strides(self) -> tuple[int, int, int]:
+        """Of the saved states over slabs, states and channels: what the forward kernel writes lies together."""
+        if self.plan.times:
+            places = self.b * self.slabs if self.bounds is None else self.slabs + self.sequences
+            return 1, places, self.padded * places
+        return self.padded * self.d, self.d, 1
+
     def kept(self, saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The parts of `saved`: states, and the output before the gate."""
         if not saved.numel():
@@ -839,7 +962,7 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
     tiles = layout.tiles(plan.lanes, plan.each)
     grid = (layout.g * tiles, layout.sequences)
     head = (layout.D, z, layout.bias, inputs.initial_state, layout.bounds, y, last_state, states, ungated)
-    strides = (*u.stride(), *delta.stride(), *_strides(z), *y.stride())
+    strides = (*u.stride(), *delta.stride(), *_strides(z), *y.stride(), *layout.kept_strides)
     sizes = (layout.d, layout.l, layout.n, layout.d // layout.g, tiles, layout.slabs)
     options = {"LANES": plan.lanes, "CHANNELS": 32 // plan.lanes, "EACH": plan.each, "N": layout.padded}
     if plan.times:
@@ -849,18 +972,19 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
         _forward_times[grid](
             u, delta, A, B, C, *head, *strides, *next(rows), *next(rows), *sizes, **layout.flags, **options,
             WHOLE=layout.l % (16 * plan.lanes) == 0, ALIGN=layout.align(u, delta, z, y, *(t for t in (B, C) if t.dim() == 4)),
-            V=vector, num_warps=1, **EXTRA.get('f', {}),
+            V=vector, AHEAD=AHEAD, num_warps=1, **EXTRA.get('f', {}),
         )  # fmt: skip
         return
     B, C = layout.arranged()
     _forward_states[grid](
         u, delta, A, B, C, *head, *strides, *sizes, **layout.flags, **options,
-        WHOLE=layout.l % SLAB == 0, ALIGN=layout.align(u, delta, z, y), AHEAD=AHEAD, num_warps=1, **EXTRA.get('f', {}),
+        WHOLE=layout.l % SLAB == 0, ALIGN=layout.align(u, delta, z, y), AHEAD=AHEAD, PINS=PINS, num_warps=1, **EXTRA.get('f', {}),
     )  # fmt: skip
 
 
 AHEAD = 4  # slabs
 EXTRA: dict = {}
+PINS = 8
 
 
 def _backward_pass(
@@ -900,30 +1024,31 @@ def _backward_pass(
             *delta.stride(), *_strides(z), *grad_y.stride(), *sizes,
             **{name: value for name, value in options.items() if name != "STEADY_B"},
         )  # fmt: skip
-    over = layout.sequences * parts
-    dA, dD, dbias = room(over, layout.d, layout.n), room(over, layout.d), room(over, layout.d)
-    dB = room(over, layout.d, layout.n) if steady_B else None
-    dC = room(over, layout.d, layout.n) if steady_C else None
+    over, width = layout.sequences * parts, 2 + layout.padded * (1 + steady_B + steady_C)
+    totals = room(over * layout.d * width)
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
     sums = room(tiles * each_row)
     y_like = torch.empty_like(u, device="meta")
     _backward[grid](
         u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
-        grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, dA, sums, dD, dbias,
-        dB, dC, grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
-        *y_like.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z), *sizes,
-        AHEAD=AHEAD, **options, **EXTRA.get('b', {}),
+        grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
+        grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
+        *y_like.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
+        *layout.kept_strides, *sizes,
+        AHEAD=AHEAD, PINS=PINS, **options, **EXTRA.get('b', {}),
     )  # fmt: skip
     if each_row:
-        block, none = 256, (0, 0, 0, 0)
+        block, none = 128, (0, 0, 0, 0)
         _finish[(-(-layout.slabs * layout.padded * 2 * SLAB // block), layout.b * layout.g)](
             sums, None if steady_B else grads.B, None if steady_C else grads.C,
             *(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
-            layout.l, layout.n, layout.g, tiles, layout.slabs, N=layout.padded, BLOCK=block, num_warps=2,
+            layout.l, layout.n, layout.g, tiles, layout.slabs, N=layout.padded, BLOCK=block, num_warps=1,
         )  # fmt: skip
-    for grad, each_sum in ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB), (grads.C, dC)):
-        if grad is not None and each_sum is not None:
-            grad.copy_(each_sum.sum(0))
+    _fold[(layout.d,)](
+        totals, grads.A, grads.D, grads.delta_bias, grads.B if steady_B else None, grads.C if steady_C else None,
+        layout.d, layout.n, over, N=layout.padded, STEADY_B=steady_B, STEADY_C=steady_C,
+        BLOCK=triton.next_power_of_2(width), num_warps=1,
+    )  # fmt: skip
 
 
 def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
