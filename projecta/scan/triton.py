@@ -47,6 +47,17 @@ def _load(at, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _by_lane(lane, a, b, c, d):
+    """a for lane 0, b for 1, c for 2, d for the rest: one fetch asks for four arrays."""
+    return tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
+
+
+@triton.jit
+def _bytes(pointer, stride):
+    return stride * (pointer.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
 def _read(at, inside, WHOLE: tl.constexpr, V: tl.constexpr):
     """Load (32, V) and take it apart, in float32."""
     return apart(_load(at, inside, WHOLE).to(tl.float32), V)
@@ -107,15 +118,21 @@ def _forward_states(
     groups = tl.num_programs(0) // tiles
     weights = ((row * groups + group) * slabs) * (N * STEPS) + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
     h, rates, constant_B, constant_C = (), (), (), ()
-    skips, biases, channels, at_u, at_s, at_z, at_y = (), (), (), (), (), (), ()
+    skips, biases, channels, at_u, at_s, at_z, at_y, asked = (), (), (), (), (), (), (), ()
+    pace_z = _bytes(u, ul) if z is None else _bytes(z, zl)
+    pace = _by_lane(lane, _bytes(delta, sl), _bytes(u, ul), pace_z, pace_z).to(tl.int64)
     for c in tl.static_range(EACH):
         within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
         channel = (group * per_group + within).to(tl.int64)
         channels = channels + (channel,)
         at_u, at_s = at_u + (u + row * ub + channel[:, None] * ud,), at_s + (delta + row * sb + channel[:, None] * sd,)
         at_y = at_y + (row * yb + channel[:, None] * yd,)
+        ask_s, ask_u = (delta + row * sb + channel * sd).to(tl.int64), (u + row * ub + channel * ud).to(tl.int64)
+        ask_z = ask_u
         if z is not None:
             at_z = at_z + (z + row * zb + channel[:, None] * zd,)
+            ask_z = (z + row * zb + channel * zd).to(tl.int64)
+        asked = asked + (_by_lane(lane, ask_s, ask_u, ask_z, ask_z),)
         biases = biases + (zero if bias is None else tl.load(bias + channel),)
         skips = skips + (zero if D is None else tl.load(D + channel),)
         for j in tl.static_range(K):
@@ -132,21 +149,24 @@ def _forward_states(
                 constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
     ahead, at = (), weights + tl.minimum(first, slabs - 1) * (N * STEPS)
     next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+    M: tl.constexpr = 2 if z is None else 3  # arrays
+    later = ()
     for c in tl.static_range(EACH):
         t2 = tl.minimum(first, slabs - 1) * STEPS + step2  # of an empty sequence too
         ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
+        if z is not None:
+            ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+        t2 = tl.minimum(first + 1, slabs - 1) * STEPS + step2
+        later = later + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
+        if z is not None:
+            later = later + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
     for slab in range(first, final):
         t0 = slab * STEPS
         inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
-        now, gates, ahead = ahead, (), ()
-        for c in tl.static_range(EACH):
-            t2 = tl.minimum(slab + 1, final - 1) * STEPS + step2
-            ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
-            if z is not None:
-                gates = gates + (_load(at_z[c] + (t0 + step2) * zl, inside2, WHOLE),)
+        now = ahead
         steps, inputs, own_y = (), (), ()
         for c in tl.static_range(EACH):
-            s, v = apart(now[2 * c].to(tl.float32), V), apart(now[2 * c + 1].to(tl.float32), V)
+            s, v = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
             own_s, own_x = (), ()
             for i in tl.static_range(V):
                 raw, value = s[i] + biases[c], v[i]
@@ -160,11 +180,7 @@ def _forward_states(
             steps = steps + spread(own_s, column * LANES, V, STEPS)
             inputs = inputs + spread(own_x, column * LANES, V, STEPS)
             if AHEAD > 0:
-                later = tl.minimum(t0 + AHEAD * STEPS + lane * V, l - 1)
-                fetch(tl.reshape(at_s[c], (WARP,)) + later * sl)
-                fetch(tl.reshape(at_u[c], (WARP,)) + later * ul)
-                if z is not None:
-                    fetch(tl.reshape(at_z[c], (WARP,)) + later * zl)
+                fetch(asked[c] + tl.minimum(t0 + AHEAD * STEPS, l - 1).to(tl.int64) * pace)
         outputs = repeat(zero, EACH * STEPS)
         then = ()
         for j in tl.static_range(K):
@@ -191,7 +207,14 @@ def _forward_states(
                     sums = sums + (outputs[c * STEPS + i] + state * Cs[i],)
                 then = then + (state,)
             outputs = sums
-        h = ()
+        # Two slabs early: a wait for B or C would also wait for these.
+        ahead, later, h = later, (), ()
+        for c in tl.static_range(EACH):
+            t2 = tl.minimum(slab + 2, final - 1) * STEPS + step2
+            later = later + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
+            if z is not None:
+                later = later + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+        pinned = pin(slab)
         for c in tl.static_range(EACH):
             for j in tl.static_range(K):
                 h = h + (then[j * EACH + c],)
@@ -201,9 +224,9 @@ def _forward_states(
             partial = summed(partial, index, 1, LANES, STEPS)
             raws, gated = (), ()
             if z is not None:
-                gate = apart(gates[c].to(tl.float32), V)
+                gate = apart(now[M * c + 2].to(tl.float32), V)
             for i in tl.static_range(V):
-                value = partial[i] + own_y[c * V + i]
+                value = partial[i] + own_y[c * V + i] + pinned
                 raws = raws + (value,)
                 if z is not None:
                     value = value * gate[i] * sigmoid(gate[i])
@@ -229,6 +252,15 @@ def _row(at, l, t0, stride, WHOLE: tl.constexpr, T: tl.constexpr, V: tl.constexp
 
 
 @triton.jit
+def _quarters(at, LANES: tl.constexpr, STEADY: tl.constexpr):
+    """16 steps of B or C for each lane, by loads of four."""
+    if STEADY:
+        return ()
+    else:
+        return (tl.load(at), tl.load(at + 4 * LANES), tl.load(at + 8 * LANES), tl.load(at + 12 * LANES))
+
+
+@triton.jit
 def _tiles(loads, T: tl.constexpr, V: tl.constexpr):
     tiles = ()
     for i in tl.static_range(T // V):
@@ -239,11 +271,11 @@ def _tiles(loads, T: tl.constexpr, V: tl.constexpr):
 @_kernel
 def _forward_times(
     u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, kl, kn, kd, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, kl, kn, kd,
     d, l, n, per_group, tiles, slabs,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr, V: tl.constexpr,
-    N: tl.constexpr, AHEAD: tl.constexpr,
+    N: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, sequence), as in `_forward_states`; lane i scans steps 16 i ... of a block, for one state.
 
@@ -257,8 +289,7 @@ def _forward_times(
     group = tile // tiles
     ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
     zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
-    Bb, Bg, Bn = Bb // ALIGN * ALIGN, Bg // ALIGN * ALIGN, Bn // ALIGN * ALIGN
-    Cb, Cg, Cn = Cb // ALIGN * ALIGN, Cg // ALIGN * ALIGN, Cn // ALIGN * ALIGN
+    l = l // ALIGN * ALIGN
     index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
     lane, column = index % LANES, index // LANES
     leader = index - lane
@@ -267,7 +298,10 @@ def _forward_times(
         row = sequence * 0
         t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
         place = sequence
-    at_B, at_C = B + row * Bb + group.to(tl.int64) * Bg, C + row * Cb + group.to(tl.int64) * Cg
+    size: tl.constexpr = LANES * T
+    blocks = tl.cdiv(l, size)
+    weights = (row * (tl.num_programs(0) // tiles) + group) * n * blocks * size
+    weights = weights + (lane * 4)[:, None] + tl.arange(0, 4)[None, :]
     rates, carries, constant_B, constant_C = (), (), (), ()
     skips, biases, channels, at_u, at_s, at_z, at_y = (), (), (), (), (), (), ()
     for c in tl.static_range(EACH):
@@ -313,24 +347,17 @@ def _forward_times(
                     fetch(tl.reshape(at_z[c], (WARP,)) + tl.minimum(t0, l - 1) * zl)
                 fetch(tl.reshape(at_s[c], (WARP,)) + tl.minimum(t0 + LANES * T, l - 1) * sl)
                 fetch(tl.reshape(at_u[c], (WARP,)) + tl.minimum(t0 + LANES * T, l - 1) * ul)
-        same = index[:, None] * 0
-        if not STEADY_B:
-            next_B = _row(at_B + same, l, t0, Bl, WHOLE, T, V)
-        if not STEADY_C:
-            next_C = _row(at_C + same, l, t0, Cl, WHOLE, T, V)
-        for state in range(n):
-            later = tl.minimum(state + 1, n - 1)
-            if not STEADY_B:
-                Bs = next_B
-                next_B = _row(at_B + later * Bn + same, l, t0, Bl, WHOLE, T, V)
-            if not STEADY_C:
-                Cs = next_C
-                next_C = _row(at_C + later * Cn + same, l, t0, Cl, WHOLE, T, V)
+        at = weights + block * size
+        next_B, next_C = _quarters(B + at, LANES, STEADY_B), _quarters(C + at, LANES, STEADY_C)
+        for state in tl.range(0, n, loop_unroll_factor=UNROLL):
+            now_B, now_C = next_B, next_C
+            at = weights + (tl.minimum(state + 1, n - 1) * blocks + block) * size
+            next_B, next_C = _quarters(B + at, LANES, STEADY_B), _quarters(C + at, LANES, STEADY_C)
             pinned = pin(state)
             if not STEADY_B:
-                Bs = _tiles(Bs, T, V)
+                Bs = _tiles(now_B, T, 4)
             if not STEADY_C:
-                Cs = _tiles(Cs, T, V)
+                Cs = _tiles(now_C, T, 4)
             sums, then = (), ()
             for c in tl.static_range(EACH):
                 rate = tl.gather(rates[c], leader + state, 0) + pinned
@@ -478,6 +505,16 @@ def _carry(
             tl.store(carried + (at * N + j * LANES + lane) * d + channels[c], p[c * K + j])
 
 
+@triton.jit
+def _five(at_s, sl, at_u, ul, at_g, gl, at_z, zl, ungated, at_y, yl, t2, l, c: tl.constexpr, WHOLE: tl.constexpr):
+    """A slab of what the backward pass reads for a channel: delta, u, grad_y; z and the ungated output if gated."""
+    loads = (_load(at_s + t2 * sl, t2 < l, WHOLE), _load(at_u + t2 * ul, t2 < l, WHOLE))
+    loads = loads + (_load(at_g + t2 * gl, t2 < l, WHOLE),)
+    if ungated is not None:
+        loads = loads + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE), _load(ungated + at_y + t2 * yl, t2 < l, WHOLE))
+    return loads
+
+
 @_kernel
 def _backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans,
@@ -523,7 +560,12 @@ def _backward(
     to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + column * R)[:, None] + tl.arange(0, R)[None, :]
     p, rates, constant_B, constant_C, total_A, total_B, total_C = (), (), (), (), (), (), ()
     skips, biases, channels, reals, totals_D, totals_bias = (), (), (), (), (), ()
-    at_u, at_s, at_z, at_g, at_y, to_u, to_s, to_z = (), (), (), (), (), (), (), ()
+    at_u, at_s, at_z, at_g, at_y, to_u, to_s, to_z, asked = (), (), (), (), (), (), (), (), ()
+    pace_z = _bytes(grad_y, gl) if z is None else _bytes(z, zl)
+    pace = _by_lane(lane, _bytes(delta, sl), _bytes(u, ul), _bytes(grad_y, gl), pace_z).to(tl.int64)
+    spot = index % N  # a sector of saved states for each lane
+    first_channel = group * per_group + tl.minimum((tile % tiles) * (CHANNELS * EACH) + index // N % EACH * CHANNELS, per_group - 1)
+    asked_states = saved + spot.to(tl.int64) * kn + first_channel.to(tl.int64) * kd
     for c in tl.static_range(EACH):
         within = (tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column
         real = (within < per_group) 
@@ -532,8 +574,13 @@ def _backward(
         at_u, at_s = at_u + (u + row * ub + channel[:, None] * ud,), at_s + (delta + row * sb + channel[:, None] * sd,)
         at_g, at_y = at_g + (grad_y + row * gb + channel[:, None] * gd,), at_y + (row * yb + channel[:, None] * yd,)
         to_u, to_s = to_u + (du + row * dub + channel[:, None] * dud,), to_s + (ddelta + row * dsb + channel[:, None] * dsd,)
+        ask_s, ask_u = (delta + row * sb + channel * sd).to(tl.int64), (u + row * ub + channel * ud).to(tl.int64)
+        ask_g = (grad_y + row * gb + channel * gd).to(tl.int64)
+        ask_z = ask_g
         if z is not None:
             at_z, to_z = at_z + (z + row * zb + channel[:, None] * zd,), to_z + (dz + row * dzb + channel[:, None] * dzd,)
+            ask_z = (z + row * zb + channel * zd).to(tl.int64)
+        asked = asked + (_by_lane(lane, ask_s, ask_u, ask_g, ask_z),)
         biases = biases + (zero if bias is None else tl.load(bias + channel),)
         skips = skips + (zero if D is None else tl.load(D + channel),)
         totals_D, totals_bias = totals_D + (zero,), totals_bias + (zero,)
@@ -559,30 +606,22 @@ def _backward(
             p = then
     ahead, at = (), weights + tl.maximum(final - 1, 0) * (N * STEPS)
     next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+    later, starts = (), ()
+    M: tl.constexpr = 3 if z is None else 5  # arrays
     for c in tl.static_range(EACH):
-        t2 = tl.maximum(final - 1, 0) * STEPS + step2
-        ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
-        ahead = ahead + (_load(at_g[c] + t2 * gl, t2 < l, WHOLE),)
-        if z is not None:
-            ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
-            ahead = ahead + (_load(ungated + at_y[c] + t2 * yl, t2 < l, WHOLE),)
+        ahead = ahead + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(final - 1, 0) * STEPS + step2, l, c, WHOLE)
+        later = later + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(final - 2, 0) * STEPS + step2, l, c, WHOLE)
+        for j in tl.static_range(K):
+            at_state = (place + tl.maximum(final - 1 - origin, 0)) * kl + (j * LANES + lane) * kn + channels[c] * kd
+            starts = starts + (tl.load(saved + at_state),)
     for slab in range(final - 1, first - 1, -1):
         t0 = slab * STEPS
         inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
-        now, ahead, starts = ahead, (), ()
-        for c in tl.static_range(EACH):
-            t2 = tl.maximum(slab - 1, first) * STEPS + step2
-            ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
-            ahead = ahead + (_load(at_g[c] + t2 * gl, t2 < l, WHOLE),)
-            if z is not None:
-                ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
-                ahead = ahead + (_load(ungated + at_y[c] + t2 * yl, t2 < l, WHOLE),)
-            for j in tl.static_range(K):
-                from_ = (place + slab - origin) * kl + (j * LANES + lane) * kn + channels[c] * kd
-                starts = starts + (tl.load(saved + from_),)
+        if AHEAD > 0:
+            fetch(asked_states + (place + tl.maximum(slab - AHEAD, first) - origin) * kl)
+        now = ahead
         own_u, own_step, own_slope, own_skip, own_gate = (), (), (), (), ()
         steps, inputs, grads, new_D = (), (), (), ()
-        M: tl.constexpr = 3 if z is None else 5
         for c in tl.static_range(EACH):
             s, v = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
             g = apart(now[M * c + 2].to(tl.float32), V)
@@ -616,13 +655,10 @@ def _backward(
                 sum_D += own_g[i] * own_u[c * V + i]
             new_D = new_D + (sum_D,)
             if AHEAD > 0:
-                sooner = tl.maximum(t0 - AHEAD * STEPS + lane * V, 0)
-                fetch(tl.reshape(at_s[c], (WARP,)) + sooner * sl)
-                fetch(tl.reshape(at_u[c], (WARP,)) + sooner * ul)
-                fetch(tl.reshape(at_g[c], (WARP,)) + sooner * gl)
+                sooner = tl.maximum(slab - AHEAD, first).to(tl.int64)
+                fetch(asked[c] + sooner * STEPS * pace)
                 if z is not None:
-                    fetch(tl.reshape(at_z[c], (WARP,)) + sooner * zl)
-                    fetch(tl.reshape(ungated + at_y[c], (WARP,)) + sooner * yl)
+                    fetch(tl.reshape(ungated + at_y[c], (WARP,)) + sooner * STEPS * yl)
         totals_D = new_D
         sums_B, sums_A = repeat(zero, EACH * STEPS), repeat(zero, EACH * STEPS)
         then_p, then_A, then_B, then_C = (), (), (), ()
@@ -685,6 +721,13 @@ def _backward(
                     t2 = t0 + ((column * R)[:, None] + tl.arange(0, R)[None, :]) % STEPS
                     tl.store(to, together(kept, R), (t2 >= t_start) & (t2 < t_end))
         p, total_A, total_B, total_C, new_bias = (), (), (), (), ()
+        ahead, later, starts = later, (), ()
+        for c in tl.static_range(EACH):
+            later = later + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(slab - 2, first) * STEPS + step2, l, c, WHOLE)
+            for j in tl.static_range(K):
+                at_state = (place + tl.maximum(slab - 1, first) - origin) * kl + (j * LANES + lane) * kn + channels[c] * kd
+                starts = starts + (tl.load(saved + at_state),)
+        pinned = pin(slab)
         for c in tl.static_range(EACH):
             for j in tl.static_range(K):
                 p, total_A = p + (then_p[j * EACH + c],), total_A + (then_A[j * EACH + c],)
@@ -696,7 +739,7 @@ def _backward(
             outs_u, outs_s, sum_bias = (), (), totals_bias[c]
             outs_z = ()
             for i in tl.static_range(V):
-                change = (of_A[i] * LN_2 + own_u[c * V + i] * of_B[i]) * own_slope[c * V + i]
+                change = pinned + (of_A[i] * LN_2 + own_u[c * V + i] * of_B[i]) * own_slope[c * V + i]
                 outs_u, outs_s = outs_u + (own_skip[c * V + i] + own_step[c * V + i] * of_B[i],), outs_s + (change,)
                 sum_bias += change
                 if z is not None:
@@ -730,14 +773,26 @@ def _backward(
 
 @_kernel
 def _arrange(
-    B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs, N: tl.constexpr, BLOCK: tl.constexpr
-):
-    """B and C, (b, g, n, l) of any strides, as float32 (b, g, slab, N, 8); zero beyond n and l."""
+    B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs,
+    N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """B and C, (b, g, n, l) of any strides, in float32, zero beyond n and l.
+
+    As (b, g, slab, N, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4), so that each quarter of
+    the lanes' 16 steps is one stretch of memory.
+    """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     row, state = tl.program_id(1), tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
     b, g = (row // groups).to(tl.int64), row % groups
-    to = (row.to(tl.int64) * slabs + t // STEPS) * (N * STEPS) + state * STEPS + t % STEPS
-    inside, here = (t < l) & (state < n), (t < slabs * STEPS) & (state < N)
+    if LANES == 0:
+        to = (row.to(tl.int64) * slabs + t // STEPS) * (N * STEPS) + state * STEPS + t % STEPS
+        here = (t < slabs * STEPS) & (state < N)
+    else:
+        size: tl.constexpr = 16 * LANES
+        to = (row.to(tl.int64) * n + state) * (slabs * size) + t // size * size
+        to = to + t % 16 // 4 * (LANES * 4) + t // 16 % LANES * 4 + t % 4
+        here = (t < slabs * size) & (state < n)
+    inside = (t < l) & (state < n)
     if B is not None:
         x = tl.load(B + b * Bb + g * Bg + state * Bn + t.to(tl.int64) * Bl, inside, 0.0)
         tl.store(to_B + to, x.to(tl.float32), here)
@@ -894,23 +949,21 @@ class _Layout:
         strides = [s for t in tensors if t is not None for s in t.stride()[:-1]]
         return 8 if self.l % 8 == 0 and all(s % 8 == 0 for s in strides) else 1
 
-    def arranged(self) -> tuple[Tensor | None, Tensor | None]:
-        """B and C as the kernels of states take them."""
+    def arranged(self, lanes: int = 0) -> tuple[Tensor, Tensor]:
+        """B and C as `_arrange` lays them; constant ones in float32."""
         B, C = self.inputs.B, self.inputs.C
-        outs = []
-        for t in (B, C):
-            if t.dim() == 2:
-                outs.append(_wide(t))
-            else:
-                outs.append(B.new_empty(self.b * self.g * self.slabs * self.padded * SLAB, dtype=torch.float32))
-        block = 128
-        grid = (-(-self.slabs * SLAB // block), self.b * self.g, -(-self.padded // 16))
-        if min(grid) and not B.dim() == C.dim() == 2:
-            steady_B, steady_C = B.dim() == 2, C.dim() == 2
-            _arrange[grid](
-                None if steady_B else B, None if steady_C else C, *outs,
-                *((0, 0, 0, 0) if steady_B else B.stride()), *((0, 0, 0, 0) if steady_C else C.stride()),
-                self.l, self.n, self.g, self.slabs, N=self.padded, BLOCK=block,
+        if lanes:
+            slabs, rows, steps = -(-self.l // (16 * lanes)), self.n, 16 * lanes
+        else:
+            slabs, rows, steps = self.slabs, self.padded, SLAB
+        size = self.b * self.g * slabs * rows * steps
+        outs = [t.float().contiguous() if t.dim() == 2 else t.new_empty(size, dtype=torch.float32) for t in (B, C)]
+        if B.dim() == 4 or C.dim() == 4:
+            none, block = (0, 0, 0, 0), 128
+            _arrange[(-(-slabs * steps // block), self.b * self.g, -(-rows // 16))](
+                B if B.dim() == 4 else None, C if C.dim() == 4 else None, *outs,
+                *(B.stride() if B.dim() == 4 else none), *(C.stride() if C.dim() == 4 else none),
+                self.l, self.n, self.g, slabs, N=self.padded, LANES=lanes, BLOCK=block,
             )  # fmt: skip
         return outs[0], outs[1]
 
@@ -966,13 +1019,12 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
     sizes = (layout.d, layout.l, layout.n, layout.d // layout.g, tiles, layout.slabs)
     options = {"LANES": plan.lanes, "CHANNELS": 32 // plan.lanes, "EACH": plan.each, "N": layout.padded}
     if plan.times:
-        B, C = (_wide(t) if t.dim() == 2 else t for t in (B, C))
-        vector = 16 // max(t.element_size() for t in (u, delta, B, C, *(() if z is None else (z,))))
-        rows = (t.stride() if t.dim() == 4 else (0, 0, 0, 0) for t in (B, C))
+        B, C = layout.arranged(plan.lanes)
+        vector = 16 // max(t.element_size() for t in (u, delta, u if z is None else z))
         _forward_times[grid](
-            u, delta, A, B, C, *head, *strides, *next(rows), *next(rows), *sizes, **layout.flags, **options,
-            WHOLE=layout.l % (16 * plan.lanes) == 0, ALIGN=layout.align(u, delta, z, y, *(t for t in (B, C) if t.dim() == 4)),
-            V=vector, AHEAD=AHEAD, num_warps=1, **EXTRA.get('f', {}),
+            u, delta, A, B, C, *head, *strides, *sizes, **layout.flags, **options,
+            WHOLE=layout.l % (16 * plan.lanes) == 0, ALIGN=layout.align(u, delta, z, y), V=vector, AHEAD=AHEAD, UNROLL=UNROLL,
+            num_warps=1, **EXTRA.get("f", {}),
         )  # fmt: skip
         return
     B, C = layout.arranged()
@@ -985,6 +1037,7 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
 AHEAD = 4  # slabs
 EXTRA: dict = {}
 PINS = 8
+UNROLL = 2
 
 
 def _backward_pass(
