@@ -47,6 +47,39 @@ def _load(at, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _slab(at, t1, stride, l, WHOLE: tl.constexpr, PACK: tl.constexpr, V: tl.constexpr):
+    """V steps of each lane from its t1 on; packed, two 16-bit numbers in one integer.
+
+    The compiler unpacks a pair where it is loaded, and so waits there; an integer it carries to its use.
+    """
+    if PACK:
+        return tl.load((tl.reshape(at, (WARP,)) + t1 * stride).to(tl.pointer_type(tl.int32)))
+    else:
+        t2 = t1[:, None] + tl.arange(0, V)[None, :]
+        return _load(at + t2 * stride, t2 < l, WHOLE)
+
+
+@triton.jit
+def _steps(loaded, like, PACK: tl.constexpr, V: tl.constexpr):
+    """What `_slab` loaded as V tiles in float32; `like` is a pointer to its type."""
+    if PACK:
+        low = loaded.to(tl.int16).to(like.dtype.element_ty, bitcast=True)
+        high = (loaded >> 16).to(tl.int16).to(like.dtype.element_ty, bitcast=True)
+        return (low.to(tl.float32), high.to(tl.float32))
+    else:
+        return apart(loaded.to(tl.float32), V)
+
+
+@triton.jit
+def _three(at_s, sl, at_u, ul, at_z, zl, t1, l, c: tl.constexpr, WHOLE: tl.constexpr, PACK: tl.constexpr, V: tl.constexpr):
+    """A slab of what the forward pass reads for a channel: delta, u; z if gated."""
+    loads = (_slab(at_s, t1, sl, l, WHOLE, PACK, V), _slab(at_u, t1, ul, l, WHOLE, PACK, V))
+    if len(at_z) > 0:
+        loads = loads + (_slab(at_z[c], t1, zl, l, WHOLE, PACK, V),)
+    return loads
+
+
+@triton.jit
 def _by_lane(lane, a, b, c, d):
     """a for lane 0, b for 1, c for 2, d for the rest: one fetch asks for four arrays."""
     return tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
@@ -96,7 +129,7 @@ def _forward_states(
     d, l, n, per_group, tiles, slabs,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
-    AHEAD: tl.constexpr, PINS: tl.constexpr,
+    AHEAD: tl.constexpr, PINS: tl.constexpr, PACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, sequence): EACH times CHANNELS channels of a group. Lane i holds states i, LANES + i, ..."""
     V: tl.constexpr = STEPS // LANES
@@ -147,26 +180,25 @@ def _forward_states(
                 constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
             if STEADY_C:
                 constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
-    ahead, at = (), weights + tl.minimum(first, slabs - 1) * (N * STEPS)
-    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+    ahead = ()
+    queue_B, queue_C = (), ()
+    for j in tl.static_range(DEPTH):
+        at = weights + (tl.minimum(first + j // K, slabs - 1) * N + j % K * LANES) * STEPS
+        queue_B, queue_C = queue_B + (_weights(B + at, STEADY_B),), queue_C + (_weights(C + at, STEADY_C),)
     M: tl.constexpr = 2 if z is None else 3  # arrays
     later = ()
     for c in tl.static_range(EACH):
-        t2 = tl.minimum(first, slabs - 1) * STEPS + step2  # of an empty sequence too
-        ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
-        if z is not None:
-            ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
-        t2 = tl.minimum(first + 1, slabs - 1) * STEPS + step2
-        later = later + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
-        if z is not None:
-            later = later + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+        t1 = tl.minimum(first, slabs - 1) * STEPS + lane * V  # within bounds for an empty sequence, too
+        ahead = ahead + _three(at_s[c], sl, at_u[c], ul, at_z, zl, t1, l, c, WHOLE, PACK, V)
+        t1 = tl.minimum(first + 1, slabs - 1) * STEPS + lane * V
+        later = later + _three(at_s[c], sl, at_u[c], ul, at_z, zl, t1, l, c, WHOLE, PACK, V)
     for slab in range(first, final):
         t0 = slab * STEPS
         inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
         now = ahead
         steps, inputs, own_y = (), (), ()
         for c in tl.static_range(EACH):
-            s, v = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
+            s, v = _steps(now[M * c], delta, PACK, V), _steps(now[M * c + 1], u, PACK, V)
             own_s, own_x = (), ()
             for i in tl.static_range(V):
                 raw, value = s[i] + biases[c], v[i]
@@ -184,12 +216,10 @@ def _forward_states(
         outputs = repeat(zero, EACH * STEPS)
         then = ()
         for j in tl.static_range(K):
-            now_B, now_C = next_B, next_C
-            if j + 1 < K:
-                at = weights + (slab * N + (j + 1) * LANES) * STEPS
-            else:
-                at = weights + tl.minimum(slab + 1, final - 1) * (N * STEPS)
-            next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+            now_B, now_C = queue_B[0], queue_C[0]
+            at = weights + (tl.minimum(slab + (j + DEPTH) // K, final - 1) * N + (j + DEPTH) % K * LANES) * STEPS
+            queue_B = queue_B[1:] + (_weights(B + at, STEADY_B),)
+            queue_C = queue_C[1:] + (_weights(C + at, STEADY_C),)
             if j < PINS:
                 pinned = pin(slab + j)
             sums = ()
@@ -210,10 +240,8 @@ def _forward_states(
         # Two slabs early: a wait for B or C would also wait for these.
         ahead, later, h = later, (), ()
         for c in tl.static_range(EACH):
-            t2 = tl.minimum(slab + 2, final - 1) * STEPS + step2
-            later = later + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_u[c] + t2 * ul, t2 < l, WHOLE))
-            if z is not None:
-                later = later + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
+            t1 = tl.minimum(slab + 2, final - 1) * STEPS + lane * V
+            later = later + _three(at_s[c], sl, at_u[c], ul, at_z, zl, t1, l, c, WHOLE, PACK, V)
         pinned = pin(slab)
         for c in tl.static_range(EACH):
             for j in tl.static_range(K):
@@ -224,7 +252,7 @@ def _forward_states(
             partial = summed(partial, index, 1, LANES, STEPS)
             raws, gated = (), ()
             if z is not None:
-                gate = apart(now[M * c + 2].to(tl.float32), V)
+                gate = _steps(now[M * c + 2], z, PACK, V)
             for i in tl.static_range(V):
                 value = partial[i] + own_y[c * V + i] + pinned
                 raws = raws + (value,)
@@ -506,12 +534,15 @@ def _carry(
 
 
 @triton.jit
-def _five(at_s, sl, at_u, ul, at_g, gl, at_z, zl, ungated, at_y, yl, t2, l, c: tl.constexpr, WHOLE: tl.constexpr):
+def _five(
+    at_s, sl, at_u, ul, at_g, gl, at_z, zl, ungated, at_y, yl, t1, l, c: tl.constexpr,
+    WHOLE: tl.constexpr, PACK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
     """A slab of what the backward pass reads for a channel: delta, u, grad_y; z and the ungated output if gated."""
-    loads = (_load(at_s + t2 * sl, t2 < l, WHOLE), _load(at_u + t2 * ul, t2 < l, WHOLE))
-    loads = loads + (_load(at_g + t2 * gl, t2 < l, WHOLE),)
+    loads = (_slab(at_s, t1, sl, l, WHOLE, PACK, V), _slab(at_u, t1, ul, l, WHOLE, PACK, V))
+    loads = loads + (_slab(at_g, t1, gl, l, WHOLE, PACK, V),)
     if ungated is not None:
-        loads = loads + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE), _load(ungated + at_y + t2 * yl, t2 < l, WHOLE))
+        loads = loads + (_slab(at_z[c], t1, zl, l, WHOLE, PACK, V), _slab(ungated + at_y, t1, yl, l, WHOLE, PACK, V))
     return loads
 
 
@@ -523,7 +554,7 @@ def _backward(
     d, l, n, per_group, tiles, slabs, chunk,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
-    AHEAD: tl.constexpr, PINS: tl.constexpr,
+    AHEAD: tl.constexpr, PINS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, sequence, chunk), laid out as in `_forward_states`.
 
@@ -609,8 +640,8 @@ def _backward(
     later, starts = (), ()
     M: tl.constexpr = 3 if z is None else 5  # arrays
     for c in tl.static_range(EACH):
-        ahead = ahead + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(final - 1, 0) * STEPS + step2, l, c, WHOLE)
-        later = later + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(final - 2, 0) * STEPS + step2, l, c, WHOLE)
+        ahead = ahead + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(final - 1, 0) * STEPS + lane * V, l, c, WHOLE, PACK, V)
+        later = later + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(final - 2, 0) * STEPS + lane * V, l, c, WHOLE, PACK, V)
         for j in tl.static_range(K):
             at_state = (place + tl.maximum(final - 1 - origin, 0)) * kl + (j * LANES + lane) * kn + channels[c] * kd
             starts = starts + (tl.load(saved + at_state),)
@@ -623,10 +654,10 @@ def _backward(
         own_u, own_step, own_slope, own_skip, own_gate = (), (), (), (), ()
         steps, inputs, grads, new_D = (), (), (), ()
         for c in tl.static_range(EACH):
-            s, v = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
-            g = apart(now[M * c + 2].to(tl.float32), V)
+            s, v = _steps(now[M * c], delta, PACK, V), _steps(now[M * c + 1], u, PACK, V)
+            g = _steps(now[M * c + 2], grad_y, PACK, V)
             if z is not None:
-                gates, ys = apart(now[M * c + 3].to(tl.float32), V), apart(now[M * c + 4].to(tl.float32), V)
+                gates, ys = _steps(now[M * c + 3], z, PACK, V), _steps(now[M * c + 4], ungated, PACK, V)
             own_s, own_x, own_g = (), (), ()
             for i in tl.static_range(V):
                 raw, value, grad = s[i] + biases[c], v[i], g[i]
@@ -723,7 +754,7 @@ def _backward(
         p, total_A, total_B, total_C, new_bias = (), (), (), (), ()
         ahead, later, starts = later, (), ()
         for c in tl.static_range(EACH):
-            later = later + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(slab - 2, first) * STEPS + step2, l, c, WHOLE)
+            later = later + _five(at_s[c], sl, at_u[c], ul, at_g[c], gl, at_z, zl, ungated, at_y[c], yl, tl.maximum(slab - 2, first) * STEPS + lane * V, l, c, WHOLE, PACK, V)
             for j in tl.static_range(K):
                 at_state = (place + tl.maximum(slab - 1, first) - origin) * kl + (j * LANES + lane) * kn + channels[c] * kd
                 starts = starts + (tl.load(saved + at_state),)
@@ -949,6 +980,13 @@ class _Layout:
         strides = [s for t in tensors if t is not None for s in t.stride()[:-1]]
         return 8 if self.l % 8 == 0 and all(s % 8 == 0 for s in strides) else 1
 
+    def packs(self, lanes: int, *tensors: Tensor | None) -> bool:
+        """Whether a lane's two steps are one integer in all of them."""
+        return lanes == 4 and self.l % 8 == 0 and all(
+            t.element_size() == 2 and t.stride(-1) == 1 and all(s % 2 == 0 for s in t.stride()[:-1])
+            and t.data_ptr() % 4 == 0 for t in tensors if t is not None
+        )  # fmt: skip
+
     def arranged(self, lanes: int = 0) -> tuple[Tensor, Tensor]:
         """B and C as `_arrange` lays them; constant ones in float32."""
         B, C = self.inputs.B, self.inputs.C
@@ -1030,7 +1068,8 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
     B, C = layout.arranged()
     _forward_states[grid](
         u, delta, A, B, C, *head, *strides, *sizes, **layout.flags, **options,
-        WHOLE=layout.l % SLAB == 0, ALIGN=layout.align(u, delta, z, y), AHEAD=AHEAD, PINS=PINS, num_warps=1, **EXTRA.get('f', {}),
+        WHOLE=layout.l % SLAB == 0, ALIGN=layout.align(u, delta, z, y), AHEAD=AHEAD, PINS=PINS, DEPTH=DEPTH,
+        PACK=layout.packs(plan.lanes, u, delta, z, y), num_warps=1, **EXTRA.get('f', {}),
     )  # fmt: skip
 
 
@@ -1038,6 +1077,7 @@ AHEAD = 4  # slabs
 EXTRA: dict = {}
 PINS = 8
 UNROLL = 2
+DEPTH = 2
 
 
 def _backward_pass(
@@ -1088,7 +1128,7 @@ def _backward_pass(
         grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
         *y_like.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
         *layout.kept_strides, *sizes,
-        AHEAD=AHEAD, PINS=PINS, **options, **EXTRA.get('b', {}),
+        AHEAD=AHEAD, PINS=PINS, PACK=layout.packs(lanes, u, delta, z, grad_y, ungated, y_like), **options, **EXTRA.get('b', {}),
     )  # fmt: skip
     if each_row:
         block, none = 128, (0, 0, 0, 0)
