@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 
-
 def constant(x):
     """A global that a kernel may use; the interpreter wants the bare number."""
     return x if os.environ.get("TRITON_INTERPRET") == "1" else tl.constexpr(x)
@@ -137,16 +136,12 @@ def scanned(decay, state, index, lane, L: tl.constexpr, REACH: tl.constexpr = 1)
         before = tl.where(lane >= REACH, index - REACH, index)
         joined = tl.where(lane >= REACH, decay * tl.gather(state, before, 0) + state, state)
         return scanned(
-            tl.where(lane >= REACH, decay * tl.gather(decay, before, 0), decay), joined, index, lane, L, 2 * REACH
-        )
-
-
-@triton.jit
-def fetch(pointer):
-    """Ask for the memory at these addresses, to lie in the L2 cache when it is read."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer.to(tl.int64)], tl.int32, False, 1
+            tl.where(lane >= REACH, decay * tl.gather(decay, before, 0), decay),
+            joined,
+            index,
+            lane,
+            L,
+            2 * REACH,
         )
 
 
