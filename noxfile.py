@@ -10,6 +10,8 @@ PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The versions that asv measures with, so that tests and benchmarks see the same libraries.
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
+# Its interpreter and compiler need no GPU.
+TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 
 def install_project(session: nox.Session) -> None:
@@ -29,7 +31,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def tests(session: nox.Session) -> None:
     """Everything that must hold: pytest with doctests, every benchmark once."""
-    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"])
+    session.install(*PINNED, TRITON, *EXTRAS["bench"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", *session.posargs)
 

@@ -13,6 +13,7 @@ take the arguments checked and in canonical form: A in the dtype of the state (f
 their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
 """
 
+import os
 from importlib import import_module
 from types import ModuleType
 
@@ -23,7 +24,8 @@ from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dt
 
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
 AUTO = {"cpu": "cpu"}  # what "auto" takes by device type; else "vectorised"
-_ONLY = {"cpu": "cpu"}  # backends that are made for one device type
+# Backends that are made for one device type. Triton's interpreter runs on the CPU.
+_ONLY = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"}
 
 
 class BackendUnavailable(RuntimeError):

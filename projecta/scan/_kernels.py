@@ -1,7 +1,7 @@
 """The kernels of the `triton` backend.
 
 A program is one warp. In the kernels of states (`forward_states`, `backward`, `carry`) its lanes are LANES
-groups of states times CHANNELS channels, EACH of them again for each lane; time is a loop over slabs of 8 steps.
+groups of states times CHANNELS channels, EACH of them again for each lane; time is a loop over slabs of 8.
 Step sizes and inputs are worked out by the lane that owns the step, and spread; sums over states and channels
 are scattered back. In `forward_times` lanes lie along time.
 
@@ -143,7 +143,7 @@ def forward_states(
     ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
     PACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, sequence): EACH times CHANNELS channels of a group. Lane i holds states i, LANES + i, ..."""
+    """Program (tile, sequence): EACH times CHANNELS channels of a group. Lane i has states i, LANES + i..."""
     V: tl.constexpr = STEPS // LANES
     K: tl.constexpr = N // LANES
     EXACT: tl.constexpr = WHOLE and bounds is None
@@ -317,7 +317,7 @@ def forward_times(
     ALIGN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr, V: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, sequence), as in `forward_states`; lane i scans steps 16 i ... of a block, for one state.
+    """Program (tile, sequence), as in `forward_states`; lane i scans steps 16 i... of a block, for one state.
 
     A lane's own 16 steps give its end state from zero; the lanes' ends are scanned, which gives each its true
     start; and the steps are taken again, with the exponentials kept. Lane i also carries state i to the next
@@ -560,7 +560,7 @@ def _five(
     at_s, sl, at_u, ul, at_g, gl, at_z, zl, ungated, at_y, yl, t1, l, c: tl.constexpr,
     WHOLE: tl.constexpr, PACK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """A slab of what the backward pass reads for a channel: delta, u, grad_y; z and the ungated output if gated."""
+    """A slab of what backward reads for a channel: delta, u, grad_y; z and the ungated output if gated."""
     loads = (_slab(at_s, t1, sl, l, WHOLE, PACK, V), _slab(at_u, t1, ul, l, WHOLE, PACK, V))
     loads = loads + (_slab(at_g, t1, gl, l, WHOLE, PACK, V),)
     if ungated is not None:
@@ -575,7 +575,8 @@ def _five(
 def backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans,
     du, ddelta, dz, sums, totals, grad_start,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl, kl, kn, kd,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl,
+    kl, kn, kd,
     d, l, n, per_group, tiles, slabs, chunk,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
     ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
@@ -583,9 +584,9 @@ def backward(
 ):  # fmt: skip
     """Program (tile, sequence, chunk), laid out as in `forward_states`.
 
-    Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC if steady):
-    `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB and dC: `sums` (tile
-    of the group, row, group, slab, N, 16).
+    Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC
+    if steady): `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB
+    and dC, `sums`: (tile of the group, row, group, slab, N, 16).
     """
     V: tl.constexpr = STEPS // LANES
     K: tl.constexpr = N // LANES
@@ -716,7 +717,7 @@ def backward(
             at_state = (
                 (place + tl.maximum(final - 1 - origin, 0)) * kl + (j * LANES + lane) * kn + channels[c] * kd
             )
-            starts = starts + (tl.load(saved + at_state),)
+            starts = starts + (tl.load(saved + at_state, j * LANES + lane < n, 0.0),)  # no state: not saved
     for slab in range(final - 1, first - 1, -1):
         t0 = slab * STEPS
         inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
@@ -847,7 +848,9 @@ def backward(
                     + (j * LANES + lane) * kn
                     + channels[c] * kd
                 )
-                starts = starts + (tl.load(saved + at_state),)
+                starts = starts + (
+                    tl.load(saved + at_state, j * LANES + lane < n, 0.0),
+                )  # no state: not saved
         pinned = pin(slab)
         for c in tl.static_range(EACH):
             for j in tl.static_range(K):
@@ -902,8 +905,8 @@ def arrange(
 ):  # fmt: skip
     """B and C, (b, g, n, l) of any strides, in float32, zero beyond n and l.
 
-    As (b, g, slab, N, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4), so that each quarter of
-    the lanes' 16 steps is one stretch of memory.
+    As (b, g, slab, N, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4), so that each
+    quarter of the lanes' 16 steps is one stretch of memory.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     row, state = tl.program_id(1), tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
@@ -972,8 +975,8 @@ def finish(
 
 @_kernel
 def fold(
-    totals, dA, dD, dbias, dB, dC, d, n, over, N: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    totals, dA, dD, dbias, dB, dC, d, n, over,
+    N: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum `totals` over sequences and chunks, in their order, into the gradients of one channel a program."""
     WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
@@ -996,7 +999,7 @@ def fold(
 
 @_kernel
 def step(
-    state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_group,
+    state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
     CHANNELS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -1004,7 +1007,7 @@ def step(
     row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     state_n = tl.arange(0, N)[None, :]
-    real, group = channel < d, (channel // per_group)[:, None]
+    real = channel < d
     here = real[:, None] & (state_n < n)
     u = tl.load(x + row * xb + channel * xd, real, 0.0).to(tl.float32)
     delta = tl.load(dt + row * sb + channel * sd, real, 0.0).to(tl.float32)
@@ -1013,8 +1016,8 @@ def step(
     if SOFTPLUS:
         delta = softplus(delta)
     held = channel[:, None] * n + state_n
-    at_B = held if STEADY_B else row * Bb + group * Bg + state_n * Bn
-    at_C = held if STEADY_C else row * Cb + group * Cg + state_n * Cn
+    at_B = held if STEADY_B else row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
+    at_C = held if STEADY_C else row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
     weight = tl.load(B + at_B, here, 0.0).to(tl.float32)
     decay = exp2(delta[:, None] * (tl.load(A + held, here, 0.0) * LOG2_E))
     h = tl.load(state + row * d * n + held, here, 0.0)

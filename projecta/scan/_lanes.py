@@ -1,4 +1,4 @@
-"""What the Triton kernels are written in: lanes of a warp, values that a lane keeps in registers, quick maths.
+"""What the Triton kernels are written in: lanes of a warp, values a lane keeps in registers, quick maths.
 
 A tile is one warp: (32,), one element a lane. A tuple of V tiles holds V steps (or states) of each lane in
 registers; `apart` and `together` turn a (32, V) block of memory into one and back, which only renames
@@ -96,7 +96,7 @@ def repeat(x, V: tl.constexpr):
 
 @triton.jit
 def spread(own, leader, V: tl.constexpr, T: tl.constexpr):
-    """Give every lane all T steps that its group of T / V lanes owns, V each; `leader` is the group's first lane."""
+    """Give every lane all T steps that its group of T / V lanes owns, V each; `leader` is the first."""
     tiles = ()
     for i in tl.static_range(T):
         tiles = tiles + (tl.gather(own[i % V], leader + i // V, 0),)

@@ -1,10 +1,10 @@
 """The scan on a GPU, in Triton: no compiler to install, the same source from a T4 to an H200.
 
-Where b d fills the machine, time is a loop and a warp's lanes are states and channels. Where it does not, lanes
-lie along time in forward: each scans 16 steps, a scan over the lanes joins them, and the loop runs over the
-states; every exponential is computed once. Backward goes back in slabs of 8 steps, each from the state that
-forward saved, and sums dB and dC over a warp's channels, then over warps, in fixed order; long sequences of few
-channels are cut into chunks, whose gradients of the state a first pass works out. `plan` is the table.
+Where b d fills the machine, time is a loop and a warp's lanes are states and channels. Where it does not,
+lanes lie along time in forward: each scans 16 steps, a scan over the lanes joins them, and the loop runs over
+the states; every exponential is computed once. Backward goes back in slabs of 8 steps, each from the state
+that forward saved, and sums dB and dC over a warp's channels, then over warps, in fixed order; long sequences
+of few channels are cut into chunks, whose gradients of the state a first pass works out. `plan` is the table.
 
 B and C reach the kernels in float32, laid out as they read them. Nothing waits for the device.
 """
@@ -17,7 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from projecta.scan import _kernels
+from projecta._checks import fail
+from projecta.scan import _kernels, reference
 from projecta.scan._kernels import SLAB
 from projecta.scan._operator import Inputs, define
 
@@ -112,7 +113,7 @@ class _Layout:
 
     @property
     def kept_strides(self) -> tuple[int, int, int]:
-        """Of the saved states over slabs, states and channels: what the forward kernel writes lies together."""
+        """Of the saved states over slabs, states, channels: what the forward kernel writes lies together."""
         if self.plan.times:
             places = self.b * self.slabs if self.bounds is None else self.slabs + self.sequences
             return 1, places, self.padded * places
@@ -199,8 +200,8 @@ def _backward_pass(
     grid = (layout.g * tiles, layout.sequences, parts)
     options = layout.flags | {
         "LANES": lanes, "CHANNELS": 32 // lanes, "EACH": each, "N": layout.padded,
-        "WHOLE": layout.l % SLAB == 0, "ALIGN": layout.align(u, delta, z, grad_y, grads.u, grads.delta, grads.z),
-        "num_warps": 1,
+        "WHOLE": layout.l % SLAB == 0, "num_warps": 1,
+        "ALIGN": layout.align(u, delta, z, grad_y, grads.u, grads.delta, grads.z),
     }  # fmt: skip
 
     def room(*shape: int) -> Tensor:
@@ -226,7 +227,8 @@ def _backward_pass(
         grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
         *y_like.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
         *layout.kept_strides, *sizes,
-        PACK=layout.packs(lanes, u, delta, z, grad_y, ungated, y_like), maxnreg=plan.back_registers, **options,
+        PACK=layout.packs(lanes, u, delta, z, grad_y, ungated, y_like), maxnreg=plan.back_registers,
+        **options,
     )  # fmt: skip
     if each_row:
         block, none = 128, (0, 0, 0, 0)
@@ -236,7 +238,8 @@ def _backward_pass(
             layout.l, layout.n, layout.g, tiles, layout.slabs, N=layout.padded, BLOCK=block, num_warps=1,
         )  # fmt: skip
     _kernels.fold[(layout.d,)](
-        totals, grads.A, grads.D, grads.delta_bias, grads.B if steady_B else None, grads.C if steady_C else None,
+        totals, grads.A, grads.D, grads.delta_bias,
+        grads.B if steady_B else None, grads.C if steady_C else None,
         layout.d, layout.n, over, N=layout.padded, STEADY_B=steady_B, STEADY_C=steady_C,
         BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
@@ -250,22 +253,41 @@ def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
     return (slabs * _padded(n) * d + ungated,)
 
 
-selective_scan = define("scan_triton", _forward_pass, _backward_pass, _saved_shape)
+_scan = define("scan_triton", _forward_pass, _backward_pass, _saved_shape)
+
+
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+    """As `reference.selective_scan`, in float32 with real A."""
+    _check_real("selective_scan", A)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
+
+
+def _check_real(function: str, A: Tensor) -> None:
+    if A.dtype != torch.float32:  # float64 if u is
+        fail(
+            function, "A", "be real, and u not float64, for backend 'triton'", A.dtype,
+            "Take backend='vectorised'.", TypeError,
+        )  # fmt: skip
 
 
 def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    """As `reference.selective_state_update`."""
+    """As `reference.selective_state_update`, in float32 with real A. Not differentiable."""
+    _check_real("selective_state_update", A)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (state, x, dt, A, B, C, D, z)
+    ):
+        return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b, d = x.shape
     n = A.shape[1]
-    per_group = d // (B.shape[1] if B.dim() == 3 else C.shape[1] if C.dim() == 3 else 1)
+    per_B, per_C = (d // t.shape[1] if t.dim() == 3 else d for t in (B, C))
     channels = 16
     if y.numel():
         _kernels.step[(-(-d // channels), b)](
             state, x, dt, A, B, C, _wide(D), z, _wide(dt_bias), y,
             *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()),
             *(B.stride() if B.dim() == 3 else (0, 0, 0)), *(C.stride() if C.dim() == 3 else (0, 0, 0)),
-            d, n, per_group, SOFTPLUS=dt_softplus, STEADY_B=B.dim() == 2, STEADY_C=C.dim() == 2,
+            d, n, per_B, per_C, SOFTPLUS=dt_softplus, STEADY_B=B.dim() == 2, STEADY_C=C.dim() == 2,
             CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
         )  # fmt: skip
     return y

@@ -1,0 +1,225 @@
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled for GPUs that are not here."""
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cases import make_scan, run_with_gradients, widen
+
+if importlib.util.find_spec("triton") is None:  # not imported here: the interpreter is chosen before that
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+TOLERANCE = {
+    torch.float32: 1e-5,
+    HALF: 2e-3,
+    BRAIN: 1.6e-2,
+}  # the interpreter cuts bfloat16 off, it does not round
+MODES = {"states": (0, 1e9, 0), "two channels a lane": (0, 0, 0), "times, chunks": (1e9, 1e9, 1e9)}
+CASES = {
+    **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
+    "whole slabs": {"l": 48, "d": 16, "n": 16, "b": 1},
+    "three chunks": {"l": 200, "d": 3, "n": 2, "b": 1},
+    **{f"states {n}": {"n": n, "d": 3, "l": 11} for n in (1, 16, 17, 64)},
+    "groups": {"g": 2, "d": 20, "l": 11},
+    "constant B": {"constant": "B", "l": 11},
+    "constant C": {"constant": "C", "l": 11},
+    "constant B, grouped C": {"constant": "B", "g": 2, "l": 11},
+    "constant B and C": {"constant": "BC", "l": 11},
+    "packed": {"b": 1, "l": 40, "packed": [0, 5, 16, 17, 17, 40]},
+    "packed, whole slabs": {"b": 1, "l": 40, "packed": [0, 16, 40], "dtype": HALF},
+    "no options": {"without": ("D", "z", "delta_bias", "initial_state"), "l": 11},
+    "no z": {"without": ("z",), "l": 11},
+    "float16": {"dtype": HALF, "l": 48, "n": 5},
+    "float16, odd": {"dtype": HALF, "l": 11},
+    "bfloat16": {"dtype": BRAIN, "l": 48, "n": 5},
+}
+ARCHITECTURES = (75, 80, 90, 100)
+
+
+def _with_interpreter():
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Processes in which Triton was told to interpret before it was imported."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _with_interpreter) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def errors(interpreter):
+    """What `_errors` finds, for every case and mode, two at a time."""
+    return {(case, mode): interpreter.submit(_errors, case, mode) for case in CASES for mode in MODES}
+
+
+def _errors(case, mode):
+    """The error of each output and gradient, relative to its largest value."""
+    from projecta import selective_scan
+    from projecta.scan import triton as backend
+
+    backend.FEW, backend.MANY, backend.FULL = MODES[mode]
+    torch.manual_seed(0)
+    arguments = make_scan(**CASES[case])
+    wide = {name: widen(t) for name, t in arguments.items()}
+    truth = run_with_gradients(selective_scan, wide, backend="reference")
+    got = run_with_gradients(selective_scan, arguments, backend="triton")
+    again = run_with_gradients(selective_scan, arguments, backend="triton")
+    for name, value in got.items():
+        assert torch.equal(value, again[name]), name
+    return {
+        name: float((widen(got[name]) - t).abs().max() / t.abs().max().clamp_min(1e-30))
+        for name, t in truth.items()
+        if t.numel()
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_agree_with_the_reference(errors, case, mode):
+    found = errors[case, mode].result(timeout=600)
+    tolerance = TOLERANCE[CASES[case].get("dtype", torch.float32)]
+    assert {name: error for name, error in found.items() if not error <= tolerance} == {}
+
+
+def _check_others():
+    """Strides, the step, NaN between packed sequences, refusals."""
+    from projecta import selective_scan, selective_state_update
+
+    a = make_scan(b=2, d=8, l=19, n=3)
+    y = selective_scan(**a, backend="triton")
+    views = {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 3 else t for n, t in a.items()}
+    torch.testing.assert_close(selective_scan(**views, backend="triton"), y, rtol=1e-6, atol=1e-6)
+
+    for extra in (
+        {},
+        {"z": torch.randn(2, 8), "D": torch.randn(8), "dt_bias": torch.randn(8), "dt_softplus": True},
+    ):
+        state, x, dt = torch.randn(2, 8, 3), torch.randn(2, 8), torch.rand(2, 8)
+        B, C, other = torch.randn(2, 2, 3), torch.randn(2, 3), state.clone()
+        one = selective_state_update(state, x, dt, a["A"], B, C, **extra, backend="triton")
+        two = selective_state_update(other, x, dt, a["A"], B, C, **extra, backend="reference")
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
+
+    packed = make_scan(b=1, l=40, packed=[0, 13, 40])
+    for name in ("u", "delta", "B", "C", "z"):
+        packed[name][..., :13] = float("nan")
+    out = run_with_gradients(selective_scan, packed, backend="triton")
+    for name in ("y", "du", "ddelta", "dz"):
+        assert torch.isfinite(out[name][..., 13:]).all(), name
+
+    with pytest.raises(TypeError, match="A must be real, and u not float64, for backend 'triton'"):
+        selective_scan(**make_scan(complex_A=True), backend="triton")
+    with pytest.raises(TypeError, match="Take backend='vectorised'"):
+        selective_scan(**make_scan(dtype=torch.float64), backend="triton")
+
+
+def test_strides_steps_and_refusals(interpreter):
+    interpreter.submit(_check_others).result(timeout=300)
+
+
+def _compile(kernel, element, architecture, constants):
+    """Compile for a GPU that is not here: (PTX, shared bytes, registers, bytes spilled)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from projecta.scan import _kernels
+
+    function = getattr(_kernels, kernel)
+    names = [p.name for p in function.params]
+    own = {"u", "delta", "z", "y", "ungated", "grad_y", "du", "ddelta", "dz", "x", "dt"}
+    wide = {
+        "A",
+        "D",
+        "bias",
+        "last",
+        "saved",
+        "start",
+        "grad_last",
+        "sums",
+        "totals",
+        "carried",
+        "spans",
+        "state",
+    }
+    wide |= {"B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start"}
+
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        if name in own or (name in {"B", "C", "dB", "dC"} and kernel in ("arrange", "finish", "step")):
+            return "*" + element
+        return "*fp32" if name in wide else "i32"
+
+    signature = {name: kind(name) for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    fixed = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(function, signature, constexprs=fixed, attrs=aligned)
+    built = compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": 4 if kernel == "arrange" else 1},
+    )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    cubin = Path(os.environ["PROJECTA_CUBINS"]) / f"{kernel}-{element}-{architecture}.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return built.asm["ptx"], built.metadata.shared, registers, stack
+
+
+_SCAN = {
+    "bounds": None, "SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "WHOLE": True, "ALIGN": 8, "N": 16,
+    "EACH": 1, "ul": 1, "sl": 1, "zl": 1, "yl": 1,
+}  # fmt: skip
+_STATES = _SCAN | {"LANES": 4, "CHANNELS": 8}
+KERNELS = {
+    "forward_states": _STATES | {"start": None, "PACK": True},
+    "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "V": 8},
+    "backward": _STATES | {"PACK": True, "gl": 1, "dul": 1, "dsl": 1, "dzl": 1, "carried": None, "spans": None,
+                           "grad_start": None},
+    "carry": {k: v for k, v in _STATES.items() if k not in ("bounds", "STEADY_B", "ul", "yl")} | {"gl": 1},
+    "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "Bl": 1, "Cl": 1},
+    "finish": {"N": 16, "BLOCK": 128, "Bl": 1, "Cl": 1},
+    "step": {"SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "CHANNELS": 16, "N": 16},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    os.environ["PROJECTA_CUBINS"] = str(tmp_path_factory.mktemp("cubins"))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+    del os.environ["PROJECTA_CUBINS"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_compiles_from_the_t4_on(compiler, kernel):
+    """No tensor cores and no arithmetic in bfloat16 for sm_75, no shared memory to speak of, few spills."""
+    jobs = {
+        (element, architecture): compiler.submit(_compile, kernel, element, architecture, KERNELS[kernel])
+        for element in ("fp16", "bf16")
+        for architecture in ARCHITECTURES
+        if element == "bf16" or architecture == 75
+    }
+    for (element, architecture), job in jobs.items():
+        ptx, shared, registers, stack = job.result(timeout=600)
+        name = f"{kernel} {element} sm_{architecture}"
+        assert shared < 64 * 1024, name
+        assert registers <= 255, name
+        assert stack <= 64, f"{name}: {stack} bytes"
+        assert not re.search(r"\b(mma|wmma|wgmma|tcgen05)\b", ptx), name
+        if architecture == 75:
+            assert not re.search(r"\b(add|sub|mul|fma|neg|max|min)\.\S*bf16", ptx), name
