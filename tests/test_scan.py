@@ -491,7 +491,11 @@ def test_memory_stays_below_two_states_per_step():
 
 
 def test_available_backends_name_themselves():
-    assert available_backends() == {"reference": "", "vectorised": "", "cpu": ""}
+    reasons = available_backends()
+    assert list(reasons) == ["reference", "vectorised", "cpu", "triton"]
+    assert all(reasons[name] == "" for name in ("reference", "vectorised", "cpu"))
+    if not torch.cuda.is_available():
+        assert reasons["triton"] in ("there is no CUDA device", "triton cannot be imported (No module named 'triton')")
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
@@ -533,7 +537,7 @@ ERRORS = {  # what is changed: the exception, its message
         {"cu_seqlens": torch.tensor([0, 33], dtype=torch.int32)}, ValueError, "u must have b = 1 with cu_seqlens; got 2.",
     ),
     "backend": (
-        {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised', 'cpu'; got 'cuda'.",
+        {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised', 'cpu', 'triton'; got 'cuda'.",
     ),
 }  # fmt: skip
 

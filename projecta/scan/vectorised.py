@@ -272,8 +272,9 @@ def _backward(
             whole.copy_(total.view(whole.shape))
 
 
-def _saved_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, sequences: int) -> tuple[int, ...]:
+def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
     """The state before each segment."""
+    u, A = inputs.u, inputs.A
     b, d, l = u.shape
     return len(_segments(l, max(1, b * d * A.shape[1]))), b, *A.shape
 
