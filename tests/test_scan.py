@@ -495,7 +495,10 @@ def test_available_backends_name_themselves():
     assert list(reasons) == ["reference", "vectorised", "cpu", "triton"]
     assert all(reasons[name] == "" for name in ("reference", "vectorised", "cpu"))
     if not torch.cuda.is_available():
-        assert reasons["triton"] in ("there is no CUDA device", "triton cannot be imported (No module named 'triton')")
+        assert reasons["triton"] in (
+            "there is no CUDA device",
+            "triton cannot be imported (No module named 'triton')",
+        )
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
