@@ -96,10 +96,13 @@ def _check_others():
     """Strides, the step, NaN between packed sequences, refusals."""
     from projecta import selective_scan, selective_state_update
 
+    torch.manual_seed(0)
     a = make_scan(b=2, d=8, l=19, n=3)
-    y = selective_scan(**a, backend="triton")
+    y = selective_scan(**a, delta_softplus=True, backend="triton")  # steps below 0 would overflow
     views = {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 3 else t for n, t in a.items()}
-    torch.testing.assert_close(selective_scan(**views, backend="triton"), y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        selective_scan(**views, delta_softplus=True, backend="triton"), y, rtol=1e-6, atol=1e-6
+    )
 
     for extra in (
         {},
@@ -111,6 +114,21 @@ def _check_others():
         two = selective_state_update(other, x, dt, a["A"], B, C, **extra, backend="reference")
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
+
+    wide = torch.randn(2, 3, 8).transpose(1, 2)  # as no kernel would lay it
+    other, A = wide.contiguous(), a["A"].T.contiguous().T
+    one = selective_state_update(wide, x, dt, A, B, C, backend="triton")
+    torch.testing.assert_close(
+        one, selective_state_update(other, x, dt, A, B, C, backend="reference"), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(wide, other, rtol=1e-5, atol=1e-5)
+
+    steady = make_scan(constant="BC", l=11)
+    truth = run_with_gradients(selective_scan, steady, backend="reference")
+    steady |= {name: steady[name].T.contiguous().T for name in "BC"}
+    got = run_with_gradients(selective_scan, steady, backend="triton")
+    for name in ("dB", "dC"):
+        torch.testing.assert_close(got[name], truth[name], rtol=1e-4, atol=1e-4)
 
     packed = make_scan(b=1, l=40, packed=[0, 13, 40])
     for name in ("u", "delta", "B", "C", "z"):
@@ -193,7 +211,7 @@ KERNELS = {
     "carry": {k: v for k, v in _STATES.items() if k not in ("bounds", "STEADY_B", "ul", "yl")} | {"gl": 1},
     "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "Bl": 1, "Cl": 1},
     "finish": {"N": 16, "BLOCK": 128, "Bl": 1, "Cl": 1},
-    "step": {"SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "CHANNELS": 16, "N": 16},
+    "step": {"SOFTPLUS": True, "CHANNELS": 16, "N": 16},
 }  # fmt: skip
 
 

@@ -103,12 +103,6 @@ def _three(
 
 
 @triton.jit
-def _read(at, inside, WHOLE: tl.constexpr, V: tl.constexpr):
-    """Load (32, V) and take it apart, in float32."""
-    return apart(_load(at, inside, WHOLE).to(tl.float32), V)
-
-
-@triton.jit
 def _write(at, tiles, inside, WHOLE: tl.constexpr, V: tl.constexpr):
     if WHOLE:
         tl.store(at, together(tiles, V).to(at.dtype.element_ty))
@@ -1000,10 +994,9 @@ def fold(
 @_kernel
 def step(
     state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
-    CHANNELS: tl.constexpr, N: tl.constexpr,
+    SOFTPLUS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of channels, row): advance the state (b, d, n) in place by one step."""
+    """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n)."""
     row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     state_n = tl.arange(0, N)[None, :]
@@ -1016,8 +1009,8 @@ def step(
     if SOFTPLUS:
         delta = softplus(delta)
     held = channel[:, None] * n + state_n
-    at_B = held if STEADY_B else row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
-    at_C = held if STEADY_C else row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
+    at_B = row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
+    at_C = row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
     weight = tl.load(B + at_B, here, 0.0).to(tl.float32)
     decay = exp2(delta[:, None] * (tl.load(A + held, here, 0.0) * LOG2_E))
     h = tl.load(state + row * d * n + held, here, 0.0)

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 def plan(b: int, d: int, l: int, n: int, groups: int, packed: bool, processors: int) -> Plan:
     """The table of kernels, by the warps that a shape gives to each of the GPU's processors (H100: 132)."""
-    lanes = 4 if n <= 32 else 8  # of states
+    lanes = _lanes(n)
     warps = b * groups * -(-(d // groups) * lanes // 32) / processors
     if packed:
         return Plan(False, lanes, 1, 168, lanes, 1, 168, 1)
@@ -92,7 +92,7 @@ class _Layout:
         )  # fmt: skip
 
     def arranged(self, lanes: int = 0) -> tuple[Tensor, Tensor]:
-        """B and C as `_arrange` lays them; constant ones in float32."""
+        """B and C as `arrange` lays them; constant ones in float32."""
         B, C = self.inputs.B, self.inputs.C
         if lanes:
             slabs, rows, steps = -(-self.l // (16 * lanes)), self.n, 16 * lanes
@@ -130,9 +130,13 @@ class _Layout:
         return saved[: saved.numel() - size], saved[saved.numel() - size :].view(u.dtype)
 
 
+def _lanes(n: int) -> int:
+    """Lanes that share a channel's states."""
+    return 4 if n <= 32 else 8
+
+
 def _padded(n: int) -> int:
-    lanes = 4 if n <= 32 else 8
-    return -(-n // lanes) * lanes
+    return -(-n // _lanes(n)) * _lanes(n)
 
 
 def _wide(t: Tensor | None) -> Tensor | None:
@@ -220,14 +224,13 @@ def _backward_pass(
     totals = room(over * layout.d * width)
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
     sums = room(tiles * each_row)
-    y_like = torch.empty_like(u, device="meta")
     _kernels.backward[grid](
         u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
         grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
         grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
-        *y_like.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
-        *layout.kept_strides, *sizes,
-        PACK=layout.packs(lanes, u, delta, z, grad_y, ungated, y_like), maxnreg=plan.back_registers,
+        *grads.u.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
+        *layout.kept_strides, *sizes,  # y lies as u's gradient
+        PACK=layout.packs(lanes, u, delta, z, grad_y, ungated, grads.u), maxnreg=plan.back_registers,
         **options,
     )  # fmt: skip
     if each_row:
@@ -237,12 +240,18 @@ def _backward_pass(
             *(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
             layout.l, layout.n, layout.g, tiles, layout.slabs, N=layout.padded, BLOCK=block, num_warps=1,
         )  # fmt: skip
+    dB, dC = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t.dim() == 2 else None
+        for t in (grads.B, grads.C)
+    )
     _kernels.fold[(layout.d,)](
-        totals, grads.A, grads.D, grads.delta_bias,
-        grads.B if steady_B else None, grads.C if steady_C else None,
+        totals, grads.A, grads.D, grads.delta_bias, dB, dC,
         layout.d, layout.n, over, N=layout.padded, STEADY_B=steady_B, STEADY_C=steady_C,
         BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
+    for grad, folded in ((grads.B, dB), (grads.C, dC)):
+        if folded is not None:
+            grad.copy_(folded)
 
 
 def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
@@ -274,22 +283,22 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     """As `reference.selective_state_update`, in float32 with real A. Not differentiable."""
     _check_real("selective_state_update", A)
     if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (state, x, dt, A, B, C, D, z)
+        t is not None and t.requires_grad for t in (state, x, dt, A, B, C, D, z, dt_bias)
     ):
         return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b, d = x.shape
     n = A.shape[1]
-    per_B, per_C = (d // t.shape[1] if t.dim() == 3 else d for t in (B, C))
-    channels = 16
+    channels, own = 16, state.contiguous()
     if y.numel():
         _kernels.step[(-(-d // channels), b)](
-            state, x, dt, A, B, C, _wide(D), z, _wide(dt_bias), y,
-            *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()),
-            *(B.stride() if B.dim() == 3 else (0, 0, 0)), *(C.stride() if C.dim() == 3 else (0, 0, 0)),
-            d, n, per_B, per_C, SOFTPLUS=dt_softplus, STEADY_B=B.dim() == 2, STEADY_C=C.dim() == 2,
+            own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y,
+            *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
+            d, n, d // B.shape[1], d // C.shape[1], SOFTPLUS=dt_softplus,
             CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
         )  # fmt: skip
+    if own is not state:
+        state.copy_(own)
     return y
 
 
