@@ -1,12 +1,16 @@
 """The kernels of the `triton` backend.
 
-A program is one warp. In the kernels of states (`forward_states`, `backward`, `carry`) its lanes are LANES
-groups of states times CHANNELS channels, EACH of them again for each lane; time is a loop over slabs of 8.
-Step sizes and inputs are worked out by the lane that owns the step, and spread; sums over states and channels
-are scattered back. In `forward_times` lanes lie along time.
+A program is one warp, in `backward` a few. In the kernels of states (`forward_states`, `backward`, `carry`) a
+warp's lanes are LANES groups of states times CHANNELS channels; time is a loop over blocks of UNROLL slabs of
+8. Step sizes and inputs are worked out by the lane that owns the step, and spread; sums over states and
+channels are scattered back. In `forward_times` lanes lie along time.
 
-What keeps them fast is where loads stand: the arrays of a slab are loaded two slabs early, B and C one row of
-states early, and `pin` holds them there. All arithmetic is float32; offsets are 64-bit.
+What bounds them are the words that a warp loads and shuffles, and waiting: a block's arrays are loaded a
+block early, up to 16 bytes a lane, B and C a row of states early. All arithmetic is float32; offsets are
+64-bit.
+
+The flags: WIDE says that arrays can be read in words (time contiguous, aligned, in eights); WHOLE that there
+is nothing to mask (whole blocks and tiles of channels, one sequence a row).
 """
 
 import inspect
@@ -18,25 +22,34 @@ from projecta.scan._lanes import (
     LN_2,
     LOG2_E,
     WARP,
-    apart,
+    collected,
     constant,
     exp2,
+    lay,
+    numbers,
+    one,
     pin,
+    prefetch,
+    put,
+    put_one,
     repeat,
     scanned,
+    shared_room,
+    shuffled,
     sigmoid,
     softplus,
     spread,
     summed,
-    together,
     total,
+    word,
+    words,
 )  # fmt: skip
 
-# Sizes and strides that compile to the same code whatever they are; `ALIGN` says what matters of them.
+# Sizes and strides that compile to the same code whatever they are.
 SIZES = [
-    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over",
+    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
     *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C") for axis in "bd"),
-    "Bg", "Bn", "Cg", "Cn", "kl", "kn", "kd",
+    "Bg", "Bn", "Cg", "Cn",
 ]  # fmt: skip
 SLAB = 8  # steps that a kernel of states takes at a time, and between saved states
 STEPS = constant(SLAB)
@@ -49,520 +62,461 @@ def _kernel(function):
 
 
 @triton.jit
-def _load(at, inside, WHOLE: tl.constexpr):
-    if WHOLE:
-        return tl.load(at)
-    else:
-        return tl.load(at, inside, 0.0)
+def _place(count, processors):
+    """Which of `count` programs this is: those of one processor are neighbours, and share B and C."""
+    i = tl.program_id(0)
+    return i % processors * tl.cdiv(count, processors) + i // processors
 
 
 @triton.jit
-def _slab(at, t1, stride, l, WHOLE: tl.constexpr, PACK: tl.constexpr, V: tl.constexpr):
-    """V steps of each lane from its t1 on; packed, two 16-bit numbers in one integer.
-
-    The compiler unpacks a pair where it is loaded, and so waits there; an integer it carries to its use.
-    """
-    if PACK:
-        return tl.load((tl.reshape(at, (WARP,)) + t1 * stride).to(tl.pointer_type(tl.int32)))
+def _load(
+    at, t1, stride, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, FREE: tl.constexpr = True
+):  # fmt: skip
+    """V steps of each lane from its t1 on: words, or wherever they lie, one by one."""
+    BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
+    P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
+    found = ()
+    if WIDE:
+        for i in tl.static_range(V // P):
+            t = t1 + i * P
+            if not WHOLE:
+                t = tl.minimum(t, l - P)
+            found = found + words(at + t, P * BITS // 32, FREE)
     else:
-        t2 = t1[:, None] + tl.arange(0, V)[None, :]
-        return _load(at + t2 * stride, t2 < l, WHOLE)
+        for i in tl.static_range(V):
+            found = found + (one(at + (t1 + i).to(tl.int64) * stride, t1 + i < l),)
+    return found
 
 
 @triton.jit
-def _steps(loaded, like, PACK: tl.constexpr, V: tl.constexpr):
-    """What `_slab` loaded as V tiles in float32; `like` is a pointer to its type."""
-    if PACK:
-        low = loaded.to(tl.int16).to(like.dtype.element_ty, bitcast=True)
-        high = (loaded >> 16).to(tl.int16).to(like.dtype.element_ty, bitcast=True)
-        return (low.to(tl.float32), high.to(tl.float32))
-    else:
-        return apart(loaded.to(tl.float32), V)
+def _floats(loaded, like, WIDE: tl.constexpr):
+    """What `_load` found, as tiles in float32; `like` is a pointer to its type."""
+    tiles = ()
+    for i in tl.static_range(len(loaded)):
+        tiles = tiles + (numbers(loaded[i], like.dtype.element_ty) if WIDE else (loaded[i],))
+    return tiles
 
 
 @triton.jit
-def _three(
-    at_s,
-    sl,
-    at_u,
-    ul,
-    at_z,
-    zl,
-    t1,
-    l,
-    c: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PACK: tl.constexpr,
-    V: tl.constexpr,
-):
-    """A slab of what the forward pass reads for a channel: delta, u; z if gated."""
-    loads = (_slab(at_s, t1, sl, l, WHOLE, PACK, V), _slab(at_u, t1, ul, l, WHOLE, PACK, V))
-    if len(at_z) > 0:
-        loads = loads + (_slab(at_z[c], t1, zl, l, WHOLE, PACK, V),)
-    return loads
-
-
-@triton.jit
-def _write(at, tiles, inside, WHOLE: tl.constexpr, V: tl.constexpr):
-    if WHOLE:
-        tl.store(at, together(tiles, V).to(at.dtype.element_ty))
+def _store(
+    at, t1, stride, tiles, t_start, t_end, real, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """V steps of each real lane from its t1 on, those within t_start..t_end."""
+    element: tl.constexpr = at.dtype.element_ty
+    BITS: tl.constexpr = element.primitive_bitwidth
+    P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
+    if WIDE:
+        for i in tl.static_range(V // P):
+            row, inside = (), real
+            for k in tl.static_range(P * BITS // 32):
+                row = row + (word(tiles, i * P * BITS // 32 + k, element),)
+            if not WHOLE:
+                inside = inside & (t1 + i * P < t_end)
+            put(at + (t1 + i * P), row, inside, P * BITS // 32)
     else:
-        tl.store(at, together(tiles, V).to(at.dtype.element_ty), inside)
+        for i in tl.static_range(V):
+            inside = real & (t1 + i >= t_start) & (t1 + i < t_end)
+            put_one(at + (t1 + i).to(tl.int64) * stride, tiles[i], inside)
 
 
 @triton.jit
 def _weights(at, STEADY: tl.constexpr):
-    """A slab of B or C: two loads of four, which a lane takes at once."""
+    """A slab of B or C for the lane's row."""
     if STEADY:
         return ()
     else:
-        return (tl.load(at), tl.load(at + 4))
+        return words(at, 4, True) + words(at + 4, 4, True)
 
 
 @triton.jit
-def _eight(loads, constant, j: tl.constexpr, STEADY: tl.constexpr):
+def _eight(loaded, constant, STEADY: tl.constexpr):
     """The slab as 8 tiles."""
     if STEADY:
-        return repeat(constant[j], STEPS)
+        return repeat(constant, STEPS)
     else:
-        return apart(loads[0], 4) + apart(loads[1], 4)
+        tiles = ()
+        for i in tl.static_range(STEPS):
+            tiles = tiles + numbers(loaded[i], tl.float32)
+        return tiles
+
+
+@triton.jit
+def _own(
+    loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Of the steps that a lane owns: delta, then delta u."""
+    s, v = _floats(loaded_s, delta, WIDE), _floats(loaded_u, u, WIDE)
+    steps, inputs = (), ()
+    for i in tl.static_range(len(s)):
+        step, value = s[i] + bias, v[i]
+        if SOFTPLUS:
+            step = softplus(step)
+        if not WHOLE:
+            inside = (t1 + i >= t_start) & (t1 + i < t_end)
+            step, value = tl.where(inside, step, 0.0), tl.where(inside, value, 0.0)
+        steps, inputs = steps + (step,), inputs + (step * value,)
+    return steps + inputs
+
+
+@triton.jit
+def _outputs(sums, skip, loaded_u, loaded_z, u, z, WIDE: tl.constexpr):
+    """Of the steps that a lane owns: y before the gate, then after it."""
+    v = _floats(loaded_u, u, WIDE)
+    raws, gated = (), ()
+    if len(loaded_z) > 0:
+        gate = _floats(loaded_z, z, WIDE)
+    for i in tl.static_range(len(v)):
+        value = sums[i] + skip * v[i]
+        raws = raws + (value,)
+        if len(loaded_z) > 0:
+            value = value * gate[i] * sigmoid(gate[i])
+        gated = gated + (value,)
+    return raws + gated
 
 
 @_kernel
 def forward_states(
-    u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, kl, kn, kd,
-    d, l, n, per_group, tiles, slabs,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
-    ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
-    PACK: tl.constexpr,
+    u, delta, A, B, C, D, z, bias, start, bounds, carried, spans, y, last, saved, ungated,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl,
+    d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, sequence): EACH times CHANNELS channels of a group. Lane i has states i, LANES + i..."""
-    V: tl.constexpr = STEPS // LANES
+    """A program: CHANNELS channels of a sequence and a chunk of time. Lane i has states i, LANES + i...
+
+    Without y it only works out, for each chunk, the state that it leaves from zero, and its sum of delta.
+    """
+    ENDS: tl.constexpr = y is None
+    V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
-    EXACT: tl.constexpr = WHOLE and bounds is None
-    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chosen = _place(count, processors)
+    if chosen >= count:
+        return
+    tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
+    sequence = (chosen // (groups * tiles) // parts).to(tl.int64)
     group = tile // tiles
-    ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
-    zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
     index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
-    lane, column = index % LANES, index // LANES
-    step2 = (lane * V)[:, None] + tl.arange(0, V)[None, :]
+    lane, column, every = index % LANES, index // LANES, index >= 0
+    leader = column * LANES
     row, t_start, t_end, place = sequence, 0, l, sequence * slabs
     if bounds is not None:
         row = sequence * 0
         t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
         place = sequence + t_start // STEPS
-    first, final = t_start // STEPS, tl.cdiv(t_end, STEPS)
-    groups = tl.num_programs(0) // tiles
-    weights = (
-        ((row * groups + group) * slabs) * (N * STEPS) + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
-    )
+    origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
+    first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
+    weights = ((row * groups + group) * slabs) * (N * STEPS) + lane * STEPS
+    within = tl.minimum((tile % tiles) * CHANNELS + column, per_group - 1)
+    channel = (group * per_group + within).to(tl.int64)
+    at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
+    at_y, at_z, span = row * yb + channel * yd, None, zero
+    if z is not None:
+        at_z = z + row * zb + channel * zd
+    own_bias = zero if bias is None else tl.load(bias + channel)
+    skip = zero if D is None else tl.load(D + channel)
     h, rates, constant_B, constant_C = (), (), (), ()
-    skips, biases, channels, at_u, at_s, at_z, at_y = (), (), (), (), (), (), ()
-    for c in tl.static_range(EACH):
-        within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
-        channel = (group * per_group + within).to(tl.int64)
-        channels = channels + (channel,)
-        at_u, at_s = (
-            at_u + (u + row * ub + channel[:, None] * ud,),
-            at_s + (delta + row * sb + channel[:, None] * sd,),
-        )
-        at_y = at_y + (row * yb + channel[:, None] * yd,)
-        if z is not None:
-            at_z = at_z + (z + row * zb + channel[:, None] * zd,)
-        biases = biases + (zero if bias is None else tl.load(bias + channel),)
-        skips = skips + (zero if D is None else tl.load(D + channel),)
-        for j in tl.static_range(K):
-            row_n = j * LANES + lane
-            here = row_n < n
-            rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
-            if start is None:
-                h = h + (zero,)
-            else:
-                h = h + (tl.load(start + (sequence * d + channel) * n + row_n, here, 0.0),)
-            if STEADY_B:
-                constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
-            if STEADY_C:
-                constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
-    ahead = ()
-    at = weights + tl.minimum(first, slabs - 1) * (N * STEPS)
-    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
-    M: tl.constexpr = 2 if z is None else 3  # arrays
-    later = ()
-    for c in tl.static_range(EACH):
-        t1 = tl.minimum(first, slabs - 1) * STEPS + lane * V  # within bounds for an empty sequence, too
-        ahead = ahead + _three(at_s[c], sl, at_u[c], ul, at_z, zl, t1, l, c, WHOLE, PACK, V)
-        t1 = tl.minimum(first + 1, slabs - 1) * STEPS + lane * V
-        later = later + _three(at_s[c], sl, at_u[c], ul, at_z, zl, t1, l, c, WHOLE, PACK, V)
-    for slab in range(first, final):
-        t0 = slab * STEPS
-        inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
-        now = ahead
-        steps, inputs, own_y = (), (), ()
-        for c in tl.static_range(EACH):
-            s, v = _steps(now[M * c], delta, PACK, V), _steps(now[M * c + 1], u, PACK, V)
-            own_s, own_x = (), ()
-            for i in tl.static_range(V):
-                raw, value = s[i] + biases[c], v[i]
-                if SOFTPLUS:
-                    raw = softplus(raw)
-                if not EXACT:
-                    t = t0 + lane * V + i
-                    raw = tl.where((t >= t_start) & (t < t_end), raw, 0.0)
-                    value = tl.where((t >= t_start) & (t < t_end), value, 0.0)
-                own_s, own_x, own_y = own_s + (raw,), own_x + (raw * value,), own_y + (skips[c] * value,)
-            steps = steps + spread(own_s, column * LANES, V, STEPS)
-            inputs = inputs + spread(own_x, column * LANES, V, STEPS)
-        outputs = repeat(zero, EACH * STEPS)
-        then = ()
-        for j in tl.static_range(K):
-            now_B, now_C = next_B, next_C
-            if j + 1 < K:
-                at = weights + (slab * N + (j + 1) * LANES) * STEPS
-            else:
-                at = weights + tl.minimum(slab + 1, final - 1) * (N * STEPS)
-            next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
-            if j == 0:
-                pinned = pin(slab)
-            sums = ()
-            for c in tl.static_range(EACH):
-                state, rate = h[c * K + j], rates[c * K + j] + pinned
-                Bs, Cs = (
-                    _eight(now_B, constant_B, c * K + j, STEADY_B),
-                    _eight(now_C, constant_C, c * K + j, STEADY_C),
-                )
-                if saved is not None:
-                    to = (place + slab - first) * kl + (j * LANES + lane) * kn + channels[c] * kd
-                    tl.store(saved + to, state)
-                for i in tl.static_range(STEPS):
-                    gain = inputs[c * STEPS + i] * Bs[i]
-                    if bounds is not None:  # another sequence's B may be NaN
-                        gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
-                    state = exp2(steps[c * STEPS + i] * rate) * state + gain
-                    sums = sums + (outputs[c * STEPS + i] + state * Cs[i],)
-                then = then + (state,)
-            outputs = sums
-        # Two slabs early: a wait for B or C would also wait for these.
-        ahead, later, h = later, (), ()
-        for c in tl.static_range(EACH):
-            t1 = tl.minimum(slab + 2, final - 1) * STEPS + lane * V
-            later = later + _three(at_s[c], sl, at_u[c], ul, at_z, zl, t1, l, c, WHOLE, PACK, V)
-        pinned = pin(slab)
-        for c in tl.static_range(EACH):
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        here = row_n < n
+        rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
+        if start is None or ENDS:
+            h = h + (zero,)
+        else:
+            h = h + (tl.load(start + (sequence * d + channel) * n + row_n, here, 0.0),)
+        if STEADY_B:
+            constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
+        if STEADY_C and not ENDS:
+            constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
+    if carried is not None and not ENDS:
+        for before in range(0, part):
+            at = sequence * parts + before
+            passed, then = tl.load(spans + at * d + channel), ()
             for j in tl.static_range(K):
-                h = h + (then[j * EACH + c],)
-            partial = ()
-            for i in tl.static_range(STEPS):
-                partial = partial + (outputs[c * STEPS + i],)
-            partial = summed(partial, index, 1, LANES, STEPS)
-            raws, gated = (), ()
-            if z is not None:
-                gate = _steps(now[M * c + 2], z, PACK, V)
-            for i in tl.static_range(V):
-                value = partial[i] + own_y[c * V + i] + pinned
-                raws = raws + (value,)
-                if z is not None:
-                    value = value * gate[i] * sigmoid(gate[i])
-                gated = gated + (value,)
-            to = at_y[c] + (t0 + step2) * yl
+                gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel)
+                then = then + (exp2(rates[j] * passed) * h[j] + gained,)
+            h = then
+    at = weights + tl.minimum(first, slabs - 1) * (N * STEPS)
+    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C or ENDS)
+    t1 = tl.minimum(first, slabs - 1) * STEPS + lane * V  # within bounds for an empty sequence, too
+    loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
+    loaded_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+    t1 = first * STEPS + lane * V
+    own = _own(loaded_s, loaded_u, delta, u, own_bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE)
+    for block in range(first, final, UNROLL):
+        t1 = (block + UNROLL) * STEPS + lane * V
+        if WHOLE:
+            t1 = tl.minimum(t1, l - V)
+        next_s, next_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
+        next_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+        for i in tl.static_range(V):
+            span += own[i]
+        sums, next_own = (), ()
+        for k in tl.static_range(UNROLL):
+            slab = block + k
+            steps = spread(own, leader, k * STEPS, V, STEPS)
+            inputs = spread(own[V:], leader, k * STEPS, V, STEPS)
+            outputs, then = repeat(zero, STEPS), ()
+            for j in tl.static_range(K):
+                now_B, now_C = next_B, next_C
+                if j + 1 < K:
+                    at = weights + (tl.minimum(slab, slabs - 1) * N + (j + 1) * LANES) * STEPS
+                else:
+                    at = weights + tl.minimum(slab + 1, slabs - 1) * (N * STEPS)
+                next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C or ENDS)
+                Bs = _eight(now_B, constant_B[j] if STEADY_B else None, STEADY_B)
+                Cs = _eight(now_C, constant_C[j] if STEADY_C and not ENDS else zero, STEADY_C or ENDS)
+                if saved is not None:
+                    to = ((place + slab - origin) * N + j * LANES + lane) * d + channel
+                    put(saved + to, (h[j].to(tl.int32, bitcast=True),), every & (slab < final), 1)
+                state, new = h[j], ()
+                for i in tl.static_range(STEPS):
+                    gain = inputs[i] * Bs[i]
+                    if bounds is not None:  # another sequence's B may be NaN
+                        t = slab * STEPS + i
+                        gain = tl.where((t >= t_start) & (t < t_end), gain, 0.0)
+                    state = exp2(steps[i] * rates[j]) * state + gain
+                    new = new + (outputs[i] + state * Cs[i],)
+                outputs, then = new, then + (state,)
+                if k == UNROLL - 1 and j == K // 2:  # beside the states, which wait for their exponentials
+                    t1 = (block + UNROLL) * STEPS + lane * V
+                    next_own = _own(
+                        next_s, next_u, delta, u, own_bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE
+                    )
+            h, sums = then, sums + outputs
+        if not ENDS:
+            t1 = block * STEPS + lane * V
+            scattered = summed(sums, index, 1, LANES, UNROLL * STEPS)
+            values = _outputs(scattered, skip, loaded_u, loaded_z, u, z, WIDE)
             if ungated is not None:
-                _write(ungated + to, raws, inside2, EXACT, V)
-            _write(y + to, gated, inside2, EXACT, V)
-    for c in tl.static_range(EACH):
+                _store(ungated + at_y, t1, yl, values, t_start, t_end, every, WIDE, WHOLE, V)
+            _store(y + at_y, t1, yl, values[V:], t_start, t_end, every, WIDE, WHOLE, V)
+        own, loaded_u, loaded_z = next_own, next_u, next_z
+    if ENDS:
+        at = sequence * parts + part
+        tl.store(spans + at * d + channel, total(span, index, LANES))
+        for j in tl.static_range(K):
+            tl.store(carried + (at * N + j * LANES + lane) * d + channel, h[j])
+    else:
         for j in tl.static_range(K):
             row_n = j * LANES + lane
-            tl.store(last + (sequence * d + channels[c]) * n + row_n, h[c * K + j], row_n < n)
+            tl.store(last + (sequence * d + channel) * n + row_n, h[j], (row_n < n) & (part == parts - 1))
 
 
 @triton.jit
-def _row(at, l, t0, stride, WHOLE: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """T steps of each lane as they lie in memory, by loads of V."""
-    loads = ()
-    for i in tl.static_range(T // V):
-        step2 = t0[:, None] + i * V + tl.arange(0, V)[None, :]
-        loads = loads + (_load(at + step2 * stride, step2 < l, WHOLE),)
-    return loads
-
-
-@triton.jit
-def _quarters(at, LANES: tl.constexpr, STEADY: tl.constexpr):
-    """16 steps of B or C for each lane, by loads of four."""
-    if STEADY:
-        return ()
+def _sixteen(
+    at, t1, l, NATIVE: tl.constexpr, WHOLE: tl.constexpr, FREE: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """16 steps of B or C for each lane: as they lie in memory, or in quarters, each one stretch of memory."""
+    if NATIVE:
+        return _load(at, t1, 1, l, True, WHOLE, 2 * STEPS, FREE)
     else:
-        return (tl.load(at), tl.load(at + 4 * LANES), tl.load(at + 8 * LANES), tl.load(at + 12 * LANES))
-
-
-@triton.jit
-def _tiles(loads, T: tl.constexpr, V: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range(T // V):
-        tiles = tiles + apart(loads[i].to(tl.float32), V)
-    return tiles
+        found = ()
+        for i in tl.static_range(4):
+            found = found + words(at + i * 4 * LANES, 4, FREE)
+        return found
 
 
 @_kernel
 def forward_times(
-    u, delta, A, B, C, D, z, bias, start, bounds, y, last, saved, ungated,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, kl, kn, kd,
-    d, l, n, per_group, tiles, slabs,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
-    ALIGN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr, V: tl.constexpr,
-    N: tl.constexpr,
+    u, delta, A, B, C, D, z, bias, start, y, last,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg, Bn, Cb, Cg, Cn,
+    d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, NATIVE: tl.constexpr,
+    PIN: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, sequence), as in `forward_states`; lane i scans steps 16 i... of a block, for one state.
+    """A program: CHANNELS channels of a row; lane i scans steps 16 i... of a block, a state at a time.
 
     A lane's own 16 steps give its end state from zero; the lanes' ends are scanned, which gives each its true
     start; and the steps are taken again, with the exponentials kept. Lane i also carries state i to the next
-    block: n <= LANES.
+    block: n <= LANES. NATIVE reads B and C where they lie. For inference: it saves nothing.
     """
     T: tl.constexpr = 2 * STEPS
-    EXACT: tl.constexpr = WHOLE and bounds is None
-    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    SIZE: tl.constexpr = LANES * T
+    chosen = _place(count, processors)
+    if chosen >= count:
+        return
+    tile, row = chosen % (groups * tiles), (chosen // (groups * tiles)).to(tl.int64)
     group = tile // tiles
-    ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
-    zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
-    l = l // ALIGN * ALIGN
     index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
-    lane, column = index % LANES, index // LANES
-    leader = index - lane
-    row, t_start, t_end, place = sequence, 0, l, sequence * slabs
-    if bounds is not None:
-        row = sequence * 0
-        t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-        place = sequence
-    size: tl.constexpr = LANES * T
-    blocks = tl.cdiv(l, size)
-    weights = (row * (tl.num_programs(0) // tiles) + group) * n * blocks * size
-    weights = weights + (lane * 4)[:, None] + tl.arange(0, 4)[None, :]
-    rates, carries, constant_B, constant_C = (), (), (), ()
-    skips, biases, channels, at_u, at_s, at_z, at_y = (), (), (), (), (), (), ()
-    for c in tl.static_range(EACH):
-        within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
-        channel = (group * per_group + within).to(tl.int64)
-        channels = channels + (channel,)
-        at_u, at_s = (
-            at_u + ((u + row * ub + channel * ud)[:, None],),
-            at_s + ((delta + row * sb + channel * sd)[:, None],),
-        )
-        at_y = at_y + ((row * yb + channel * yd)[:, None],)
-        if z is not None:
-            at_z = at_z + ((z + row * zb + channel * zd)[:, None],)
-        biases = biases + (zero if bias is None else tl.load(bias + channel),)
-        skips = skips + (zero if D is None else tl.load(D + channel),)
-        held = channel * n + lane
-        rates = rates + (tl.load(A + held, lane < n, 0.0) * LOG2_E,)
-        if start is None:
-            carries = carries + (zero,)
-        else:
-            carries = carries + (tl.load(start + sequence * d * n + held, lane < n, 0.0),)
-        if STEADY_B:
-            constant_B = constant_B + (tl.load(B + held, lane < n, 0.0),)
-        if STEADY_C:
-            constant_C = constant_C + (tl.load(C + held, lane < n, 0.0),)
-    for block in range(t_start // (LANES * T), tl.cdiv(t_end, LANES * T)):
-        t0 = block * (LANES * T) + lane * T
-        steps, inputs, outputs, spans = (), (), (), ()
-        for c in tl.static_range(EACH):
-            s = _tiles(_row(at_s[c], l, t0, sl, WHOLE, T, V), T, V)
-            v = _tiles(_row(at_u[c], l, t0, ul, WHOLE, T, V), T, V)
-            span = zero
-            for i in tl.static_range(T):
-                raw, value = s[i] + biases[c], v[i]
-                if SOFTPLUS:
-                    raw = softplus(raw)
-                if not EXACT:
-                    raw = tl.where((t0 + i >= t_start) & (t0 + i < t_end), raw, 0.0)
-                    value = tl.where((t0 + i >= t_start) & (t0 + i < t_end), value, 0.0)
-                span += raw
-                steps, inputs, outputs = (
-                    steps + (raw,),
-                    inputs + (raw * value,),
-                    outputs + (skips[c] * value,),
-                )
-            spans = spans + (span,)
-        at = weights + block * size
-        next_B, next_C = _quarters(B + at, LANES, STEADY_B), _quarters(C + at, LANES, STEADY_C)
+    lane, column, every = index % LANES, index // LANES, index >= 0
+    leader = column * LANES
+    within = tl.minimum((tile % tiles) * CHANNELS + column, per_group - 1)
+    channel = (group * per_group + within).to(tl.int64)
+    at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
+    at_y, at_z = row * yb + channel * yd, None
+    if z is not None:
+        at_z = z + row * zb + channel * zd
+    own_bias = zero if bias is None else tl.load(bias + channel)
+    skip = zero if D is None else tl.load(D + channel)
+    blocks = tl.cdiv(l, SIZE)
+    if NATIVE:
+        at_B, at_C = B + (row * Bb + group * Bg), C + (row * Cb + group * Cg)
+        turn_B, turn_C, ahead = Bn, Cn, 0
+    else:
+        at_B = B + ((row * groups + group) * n * blocks * SIZE + lane * 4)
+        at_C = C + ((row * groups + group) * n * blocks * SIZE + lane * 4)
+        turn_B, turn_C, ahead = blocks * SIZE, blocks * SIZE, SIZE
+    held = channel * n + lane
+    rates, carries = tl.load(A + held, lane < n, 0.0) * LOG2_E, zero
+    if start is not None:
+        carries = tl.load(start + row * d * n + held, lane < n, 0.0)
+    if STEADY_B:
+        constant_B = tl.load(B + held, lane < n, 0.0)
+    if STEADY_C:
+        constant_C = tl.load(C + held, lane < n, 0.0)
+    for block in range(0, blocks):
+        t1 = block * SIZE + lane * T
+        next_B, next_C = (), ()
+        if not STEADY_B:
+            next_B = _sixteen(at_B + block * ahead, t1, l, NATIVE, WHOLE, not PIN, LANES)
+        if not STEADY_C:
+            next_C = _sixteen(at_C + block * ahead, t1, l, NATIVE, WHOLE, not PIN, LANES)
+        loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, T), _load(at_u, t1, ul, l, WIDE, WHOLE, T)
+        if WIDE:
+            later = tl.minimum(t1 + SIZE, l - 1)
+            prefetch(at_s + later)
+            prefetch(at_u + later)
+            if z is not None:
+                prefetch(at_z + tl.minimum(t1, l - 1))
+        own = _own(loaded_s, loaded_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
+        span, outputs = zero, repeat(zero, T)
+        for i in tl.static_range(T):
+            span += own[i]
         for state in tl.range(0, n, loop_unroll_factor=2):
             now_B, now_C = next_B, next_C
-            at = weights + (tl.minimum(state + 1, n - 1) * blocks + block) * size
-            next_B, next_C = _quarters(B + at, LANES, STEADY_B), _quarters(C + at, LANES, STEADY_C)
-            pinned = pin(state)
+            turn = tl.minimum(state + 1, n - 1).to(tl.int64)
             if not STEADY_B:
-                Bs = _tiles(now_B, T, 4)
+                next_B = _sixteen(
+                    at_B + (turn * turn_B + block * ahead), t1, l, NATIVE, WHOLE, not PIN, LANES
+                )
             if not STEADY_C:
-                Cs = _tiles(now_C, T, 4)
-            sums, then = (), ()
-            for c in tl.static_range(EACH):
-                rate = tl.gather(rates[c], leader + state, 0) + pinned
-                carry = tl.gather(carries[c], leader + state, 0)
-                if STEADY_B:
-                    Bs = repeat(tl.gather(constant_B[c], leader + state, 0), T)
-                if STEADY_C:
-                    Cs = repeat(tl.gather(constant_C[c], leader + state, 0), T)
-                decays, gains, h = (), (), zero
-                for i in tl.static_range(T):
-                    decays = decays + (exp2(steps[c * T + i] * rate),)
-                    gain = inputs[c * T + i] * Bs[i]
-                    if bounds is not None:  # another sequence's B may be NaN
-                        gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
-                    gains = gains + (gain,)
-                    h = decays[i] * h + gains[i]
-                decay = exp2(spans[c] * rate)
-                ends = scanned(decay, tl.where(lane == 0, decay * carry + h, h), index, lane, LANES)
-                h = tl.where(lane == 0, carry, tl.gather(ends, tl.where(lane == 0, index, index - 1), 0))
-                then = then + (tl.where(lane == state, tl.gather(ends, leader + (LANES - 1), 0), carries[c]),)
-                for i in tl.static_range(T):
-                    if saved is not None:
-                        if i % STEPS == 0:
-                            to = (place + (t0 + i) // STEPS) * kl + state * kn + channels[c] * kd
-                            tl.store(saved + to, h, (t0 + i + STEPS > t_start) & (t0 + i < t_end))
-                    h = decays[i] * h + gains[i]
-                    sums = sums + (outputs[c * T + i] + h * Cs[i],)
-            outputs, carries = sums, then
-        for c in tl.static_range(EACH):
-            gates = outputs
-            if z is not None:
-                gates = _tiles(_row(at_z[c], l, t0, zl, WHOLE, T, V), T, V)
-            for part in tl.static_range(T // V):
-                step2 = t0[:, None] + part * V + tl.arange(0, V)[None, :]
-                inside2 = (step2 >= t_start) & (step2 < t_end)
-                raws, gated = (), ()
-                for i in tl.static_range(V):
-                    value = outputs[c * T + part * V + i]
-                    raws = raws + (value,)
-                    if z is not None:
-                        value = value * gates[part * V + i] * sigmoid(gates[part * V + i])
-                    gated = gated + (value,)
-                if ungated is not None:
-                    _write(ungated + at_y[c] + step2 * yl, raws, inside2, EXACT, V)
-                _write(y + at_y[c] + step2 * yl, gated, inside2, EXACT, V)
-    for c in tl.static_range(EACH):
-        tl.store(last + (sequence * d + channels[c]) * n + lane, carries[c], lane < n)
+                next_C = _sixteen(
+                    at_C + (turn * turn_C + block * ahead), t1, l, NATIVE, WHOLE, not PIN, LANES
+                )
+            rate = shuffled(rates, leader + state)
+            if PIN:
+                rate += pin(state, index)
+            carry = shuffled(carries, leader + state)
+            Bs = repeat(shuffled(constant_B, leader + state), T) if STEADY_B else _floats(now_B, B, True)
+            Cs = repeat(shuffled(constant_C, leader + state), T) if STEADY_C else _floats(now_C, C, True)
+            decays, gains, h = (), (), zero
+            for i in tl.static_range(T):
+                decays, gains = decays + (exp2(own[i] * rate),), gains + (own[T + i] * Bs[i],)
+                h = decays[i] * h + gains[i]
+            decay = exp2(span * rate)
+            ends = scanned(decay, tl.where(lane == 0, decay * carry + h, h), index, lane, LANES)
+            h = tl.where(lane == 0, carry, shuffled(ends, tl.where(lane == 0, index, index - 1)))
+            carries = tl.where(lane == state, shuffled(ends, leader + (LANES - 1)), carries)
+            new = ()
+            for i in tl.static_range(T):
+                h = decays[i] * h + gains[i]
+                new = new + (outputs[i] + h * Cs[i],)
+            outputs = new
+        loaded_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, T)
+        values = _outputs(outputs, skip, loaded_u, loaded_z, u, z, WIDE)
+        _store(y + at_y, t1, yl, values[T:], 0, l, every, WIDE, WHOLE, T)
+    tl.store(last + row * d * n + held, carries, lane < n)
 
 
 @_kernel
 def carry(
     delta, A, C, z, bias, grad_y, carried, spans, sb, sd, sl, zb, zd, zl, gb, gd, gl,
-    d, l, n, per_group, tiles, slabs, chunk,
-    SOFTPLUS: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
-    ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
+    d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
+    SOFTPLUS: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """What each chunk of time adds to the gradient of the state at its start, and its sum of delta.
 
-    Program (tile, sequence, chunk), laid out as in `backward`.
+    A program: CHANNELS channels of a row and a chunk, laid out as in `backward`.
     """
-    V: tl.constexpr = STEPS // LANES
+    V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
-    tile, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    group, groups = tile // tiles, tl.num_programs(0) // tiles
-    sb, sd, zb, zd = sb // ALIGN * ALIGN, sd // ALIGN * ALIGN, zb // ALIGN * ALIGN, zd // ALIGN * ALIGN
-    gb, gd = gb // ALIGN * ALIGN, gd // ALIGN * ALIGN
+    chosen = _place(count, processors)
+    if chosen >= count:
+        return
+    tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
+    row = (chosen // (groups * tiles) // parts).to(tl.int64)
+    group = tile // tiles
     index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
     lane, column = index % LANES, index // LANES
-    step2 = (lane * V)[:, None] + tl.arange(0, V)[None, :]
-    weights = (
-        ((row * groups + group) * slabs) * (N * STEPS) + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
-    )
-    p, rates, constant_C, biases, channels, at_s, at_z, at_g, sums = (), (), (), (), (), (), (), (), ()
-    for c in tl.static_range(EACH):
-        within = tl.minimum((tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column, per_group - 1)
-        channel = (group * per_group + within).to(tl.int64)
-        channels = channels + (channel,)
-        at_s, at_g = (
-            at_s + (delta + row * sb + channel[:, None] * sd,),
-            at_g + (grad_y + row * gb + channel[:, None] * gd,),
-        )
-        if z is not None:
-            at_z = at_z + (z + row * zb + channel[:, None] * zd,)
-        biases, sums = biases + (zero if bias is None else tl.load(bias + channel),), sums + (zero,)
-        for j in tl.static_range(K):
-            row_n = j * LANES + lane
-            rates = rates + (tl.load(A + channel * n + row_n, row_n < n, 0.0) * LOG2_E,)
-            p = p + (zero,)
-            if STEADY_C:
-                constant_C = constant_C + (tl.load(C + channel * n + row_n, row_n < n, 0.0),)
+    leader = column * LANES
+    weights = ((row * groups + group) * slabs) * (N * STEPS) + lane * STEPS
+    within = tl.minimum((tile % tiles) * CHANNELS + column, per_group - 1)
+    channel = (group * per_group + within).to(tl.int64)
+    at_s, at_g, at_z = delta + row * sb + channel * sd, grad_y + row * gb + channel * gd, None
+    if z is not None:
+        at_z = z + row * zb + channel * zd
+    own_bias = zero if bias is None else tl.load(bias + channel)
+    p, rates, constant_C = (), (), ()
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        rates = rates + (tl.load(A + channel * n + row_n, row_n < n, 0.0) * LOG2_E,)
+        p = p + (zero,)
+        if STEADY_C:
+            constant_C = constant_C + (tl.load(C + channel * n + row_n, row_n < n, 0.0),)
     first, final = part * chunk, tl.minimum((part + 1) * chunk, slabs)
-    ahead, at = (), weights + tl.maximum(final - 1, 0) * (N * STEPS)
-    next_C = _weights(C + at, STEADY_C)
-    for c in tl.static_range(EACH):
-        t2 = tl.maximum(final - 1, 0) * STEPS + step2
-        ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_g[c] + t2 * gl, t2 < l, WHOLE))
+    blocks, span = tl.cdiv(final - first, UNROLL), zero
+    next_C = _weights(C + (weights + tl.maximum(final - 1, 0) * (N * STEPS)), STEADY_C)
+    t1 = (first + (blocks - 1) * UNROLL) * STEPS + lane * V
+    now_s, now_g = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_g, t1, gl, l, WIDE, WHOLE, V)
+    now_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+    for back in range(0, blocks):
+        block = first + (blocks - 1 - back) * UNROLL
+        s, g = _floats(now_s, delta, WIDE), _floats(now_g, grad_y, WIDE)
         if z is not None:
-            ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
-    for slab in range(final - 1, first - 1, -1):
-        t0 = slab * STEPS
-        now, ahead = ahead, ()
-        for c in tl.static_range(EACH):
-            t2 = tl.maximum(slab - 1, first) * STEPS + step2
-            ahead = ahead + (_load(at_s[c] + t2 * sl, t2 < l, WHOLE), _load(at_g[c] + t2 * gl, t2 < l, WHOLE))
+            gate = _floats(now_z, z, WIDE)
+        t1 = tl.maximum(block - UNROLL, first) * STEPS + lane * V
+        now_s, now_g = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_g, t1, gl, l, WIDE, WHOLE, V)
+        now_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+        own_s, own_g = (), ()
+        for i in tl.static_range(V):
+            step, grad = s[i] + own_bias, g[i]
+            if SOFTPLUS:
+                step = softplus(step)
             if z is not None:
-                ahead = ahead + (_load(at_z[c] + t2 * zl, t2 < l, WHOLE),)
-        steps, grads, new = (), (), ()
-        M: tl.constexpr = 2 if z is None else 3
-        for c in tl.static_range(EACH):
-            s, g = apart(now[M * c].to(tl.float32), V), apart(now[M * c + 1].to(tl.float32), V)
-            if z is not None:
-                gates = apart(now[M * c + 2].to(tl.float32), V)
-            own_s, own_g, span = (), (), sums[c]
-            for i in tl.static_range(V):
-                raw, grad = s[i] + biases[c], g[i]
-                if SOFTPLUS:
-                    raw = softplus(raw)
-                if not WHOLE:
-                    raw = tl.where(t0 + lane * V + i < l, raw, 0.0)
-                if z is not None:
-                    grad = grad * gates[i] * sigmoid(gates[i])
-                span += raw
-                own_s, own_g = own_s + (raw,), own_g + (grad,)
-            steps, grads = (
-                steps + spread(own_s, column * LANES, V, STEPS),
-                grads + spread(own_g, column * LANES, V, STEPS),
-            )
-            new = new + (span,)
-        sums = new
-        then = ()
-        for j in tl.static_range(K):
-            now_C = next_C
-            if j + 1 < K:
-                at = weights + (slab * N + (j + 1) * LANES) * STEPS
-            else:
-                at = weights + tl.maximum(slab - 1, first) * (N * STEPS)
-            next_C = _weights(C + at, STEADY_C)
-            if j == 0:
-                pinned = pin(slab)
-            for c in tl.static_range(EACH):
-                grad, rate = p[c * K + j], rates[c * K + j] + pinned
-                Cs = _eight(now_C, constant_C, c * K + j, STEADY_C)
-                for i in tl.static_range(STEPS - 1, -1, -1):
-                    grad = exp2(steps[c * STEPS + i] * rate) * (grads[c * STEPS + i] * Cs[i] + grad)
-                then = then + (grad,)
-        p = ()
-        for c in tl.static_range(EACH):
+                grad = grad * gate[i] * sigmoid(gate[i])
+            if not WHOLE:
+                inside = block * STEPS + lane * V + i < l
+                step, grad = tl.where(inside, step, 0.0), tl.where(inside, grad, 0.0)
+            span += step
+            own_s, own_g = own_s + (step,), own_g + (grad,)
+        for k in tl.static_range(UNROLL - 1, -1, -1):
+            steps = spread(own_s, leader, k * STEPS, V, STEPS)
+            grads = spread(own_g, leader, k * STEPS, V, STEPS)
+            then = ()
             for j in tl.static_range(K):
-                p = p + (then[j * EACH + c],)
-    at = row * tl.num_programs(2) + part
-    for c in tl.static_range(EACH):
-        tl.store(spans + at * d + channels[c], total(sums[c], index, LANES))
-        for j in tl.static_range(K):
-            tl.store(carried + (at * N + j * LANES + lane) * d + channels[c], p[c * K + j])
+                now_C = next_C
+                if j + 1 < K:
+                    at = weights + (tl.minimum(block + k, slabs - 1) * N + (j + 1) * LANES) * STEPS
+                else:
+                    at = weights + tl.minimum(tl.maximum(block + k - 1, first), slabs - 1) * (N * STEPS)
+                next_C = _weights(C + at, STEADY_C)
+                Cs = _eight(now_C, constant_C[j] if STEADY_C else None, STEADY_C)
+                grad = p[j]
+                for i in tl.static_range(STEPS - 1, -1, -1):
+                    grad = exp2(steps[i] * rates[j]) * (grads[i] * Cs[i] + grad)
+                then = then + (grad,)
+            p = then
+    at = row * parts + part
+    tl.store(spans + at * d + channel, total(span, index, LANES))
+    for j in tl.static_range(K):
+        tl.store(carried + (at * N + j * LANES + lane) * d + channel, p[j])
 
 
 @triton.jit
-def _five(
-    at_s, sl, at_u, ul, at_g, gl, at_z, zl, ungated, at_y, yl, t1, l, c: tl.constexpr,
-    WHOLE: tl.constexpr, PACK: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """A slab of what backward reads for a channel: delta, u, grad_y; z and the ungated output if gated."""
-    loads = (_slab(at_s, t1, sl, l, WHOLE, PACK, V), _slab(at_u, t1, ul, l, WHOLE, PACK, V))
-    loads = loads + (_slab(at_g, t1, gl, l, WHOLE, PACK, V),)
-    if ungated is not None:
-        loads = loads + (
-            _slab(at_z[c], t1, zl, l, WHOLE, PACK, V),
-            _slab(ungated + at_y, t1, yl, l, WHOLE, PACK, V),
-        )
-    return loads
+def _write_sums(to, tiles, t, t_start, t_end, inside, bounds, R: tl.constexpr):
+    """A lane's R sums for dB or dC; two packed sequences may share a slab."""
+    if bounds is None:
+        row = ()
+        for i in tl.static_range(R):
+            row = row + (tiles[i].to(tl.int32, bitcast=True),)
+        put(to, row, inside & (t == t), R)
+    else:
+        for i in tl.static_range(R):
+            put_one(to + i, tiles[i], inside & (t + i >= t_start) & (t + i < t_end))
 
 
 @_kernel
@@ -570,326 +524,212 @@ def backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans,
     du, ddelta, dz, sums, totals, grad_start,
     ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl,
-    kl, kn, kd,
-    d, l, n, per_group, tiles, slabs, chunk,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WHOLE: tl.constexpr,
-    ALIGN: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr,
-    PACK: tl.constexpr,
+    d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, sequence, chunk), laid out as in `forward_states`.
+    """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
     Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC
     if steady): `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB
     and dC, `sums`: (tile of the group, row, group, slab, N, 16).
     """
-    V: tl.constexpr = STEPS // LANES
+    V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
     WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
     R: tl.constexpr = 2 * STEPS // CHANNELS  # sums of dB and dC that a lane keeps
-    EXACT: tl.constexpr = WHOLE and bounds is None
-    tile, sequence, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    parts = tl.num_programs(2)
-    group, groups = tile // tiles, tl.num_programs(0) // tiles
-    ub, ud, sb, sd = ub // ALIGN * ALIGN, ud // ALIGN * ALIGN, sb // ALIGN * ALIGN, sd // ALIGN * ALIGN
-    zb, zd, yb, yd = zb // ALIGN * ALIGN, zd // ALIGN * ALIGN, yb // ALIGN * ALIGN, yd // ALIGN * ALIGN
-    gb, gd, dub, dud = gb // ALIGN * ALIGN, gd // ALIGN * ALIGN, dub // ALIGN * ALIGN, dud // ALIGN * ALIGN
-    dsb, dsd, dzb, dzd = (
-        dsb // ALIGN * ALIGN,
-        dsd // ALIGN * ALIGN,
-        dzb // ALIGN * ALIGN,
-        dzd // ALIGN * ALIGN,
-    )
-    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
+    chosen = _place(count, processors)
+    if chosen >= count:
+        return
+    tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
+    sequence = (chosen // (groups * tiles) // parts).to(tl.int64)
+    group = tile // tiles
+    index, zero = tl.arange(0, WARP * WARPS), tl.zeros((WARP * WARPS,), tl.float32)
     lane, column = index % LANES, index // LANES
-    step2 = (lane * V)[:, None] + tl.arange(0, V)[None, :]
-    row, t_start, t_end, place, sequences = sequence, 0, l, sequence * slabs, tl.num_programs(1)
-    rows = sequences
+    leader = column * LANES
+    row, t_start, t_end, place, rows = sequence, 0, l, sequence * slabs, count // (groups * tiles * parts)
     if bounds is not None:
         row, rows = sequence * 0, 1
         t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
         place = sequence + t_start // STEPS
     origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
     first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
-    block = ((row * groups + group) * slabs) * N
-    weights = block * STEPS + (lane * STEPS)[:, None] + tl.arange(0, 4)[None, :]
+    weights = ((row * groups + group) * slabs) * (N * STEPS) + lane * STEPS
     mine = (((tile % tiles).to(tl.int64) * rows + row) * groups + group) * slabs * N
-    to_sums = (
-        sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + column * R)[:, None] + tl.arange(0, R)[None, :]
-    )
+    to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + column % CHANNELS * R)
+    if WARPS > 1:
+        room = shared_room(index)
+    within = (tile % tiles) * (CHANNELS * WARPS) + column
+    real = within < per_group
+    channel = (group * per_group + tl.minimum(within, per_group - 1)).to(tl.int64)
+    at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
+    at_g, at_y = grad_y + row * gb + channel * gd, row * yb + channel * yd
+    to_u, to_s = du + row * dub + channel * dud, ddelta + row * dsb + channel * dsd
+    at_z, to_z = None, None
+    if z is not None:
+        at_z, to_z = z + row * zb + channel * zd, dz + row * dzb + channel * dzd
+    own_bias = zero if bias is None else tl.load(bias + channel)
+    skip = zero if D is None else tl.load(D + channel)
+    total_D, total_bias = zero, zero
     p, rates, constant_B, constant_C, total_A, total_B, total_C = (), (), (), (), (), (), ()
-    skips, biases, channels, reals, totals_D, totals_bias = (), (), (), (), (), ()
-    at_u, at_s, at_z, at_g, at_y, to_u, to_s, to_z = (), (), (), (), (), (), (), ()
-    for c in tl.static_range(EACH):
-        within = (tile % tiles) * (CHANNELS * EACH) + c * CHANNELS + column
-        real = within < per_group
-        channel = (group * per_group + tl.minimum(within, per_group - 1)).to(tl.int64)
-        channels, reals = channels + (channel,), reals + (real,)
-        at_u, at_s = (
-            at_u + (u + row * ub + channel[:, None] * ud,),
-            at_s + (delta + row * sb + channel[:, None] * sd,),
-        )
-        at_g, at_y = (
-            at_g + (grad_y + row * gb + channel[:, None] * gd,),
-            at_y + (row * yb + channel[:, None] * yd,),
-        )
-        to_u, to_s = (
-            to_u + (du + row * dub + channel[:, None] * dud,),
-            to_s + (ddelta + row * dsb + channel[:, None] * dsd,),
-        )
-        if z is not None:
-            at_z, to_z = (
-                at_z + (z + row * zb + channel[:, None] * zd,),
-                to_z + (dz + row * dzb + channel[:, None] * dzd,),
-            )
-        biases = biases + (zero if bias is None else tl.load(bias + channel),)
-        skips = skips + (zero if D is None else tl.load(D + channel),)
-        totals_D, totals_bias = totals_D + (zero,), totals_bias + (zero,)
-        for j in tl.static_range(K):
-            row_n = j * LANES + lane
-            here = row_n < n
-            rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
-            p = p + (tl.load(grad_last + (sequence * d + channel) * n + row_n, here & real, 0.0),)
-            total_A, total_B, total_C = total_A + (zero,), total_B + (zero,), total_C + (zero,)
-            if STEADY_B:
-                constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
-            if STEADY_C:
-                constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        here = row_n < n
+        rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
+        p = p + (tl.load(grad_last + (sequence * d + channel) * n + row_n, here & real, 0.0),)
+        total_A, total_B, total_C = total_A + (zero,), total_B + (zero,), total_C + (zero,)
+        if STEADY_B:
+            constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
+        if STEADY_C:
+            constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
     if carried is not None:
         for back in range(1, parts - part):
             at = sequence * parts + parts - back
-            then = ()
-            for c in tl.static_range(EACH):
-                span = tl.load(spans + at * d + channels[c])
-                for j in tl.static_range(K):
-                    gained = tl.load(carried + (at * N + j * LANES + lane) * d + channels[c], reals[c], 0.0)
-                    then = then + (exp2(rates[c * K + j] * span) * p[c * K + j] + gained,)
+            span, then = tl.load(spans + at * d + channel), ()
+            for j in tl.static_range(K):
+                gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel, real, 0.0)
+                then = then + (exp2(rates[j] * span) * p[j] + gained,)
             p = then
-    ahead, at = (), weights + tl.maximum(final - 1, 0) * (N * STEPS)
+    blocks = tl.cdiv(final - first, UNROLL)
+    at = weights + tl.maximum(final - 1, 0) * (N * STEPS)
+    t1 = tl.maximum(first + (blocks - 1) * UNROLL, 0) * STEPS + lane * V
     next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
-    later, starts = (), ()
-    M: tl.constexpr = 3 if z is None else 5  # arrays
-    for c in tl.static_range(EACH):
-        ahead = ahead + _five(
-            at_s[c],
-            sl,
-            at_u[c],
-            ul,
-            at_g[c],
-            gl,
-            at_z,
-            zl,
-            ungated,
-            at_y[c],
-            yl,
-            tl.maximum(final - 1, 0) * STEPS + lane * V,
-            l,
-            c,
-            WHOLE,
-            PACK,
-            V,
-        )
-        later = later + _five(
-            at_s[c],
-            sl,
-            at_u[c],
-            ul,
-            at_g[c],
-            gl,
-            at_z,
-            zl,
-            ungated,
-            at_y[c],
-            yl,
-            tl.maximum(final - 2, 0) * STEPS + lane * V,
-            l,
-            c,
-            WHOLE,
-            PACK,
-            V,
-        )
-        for j in tl.static_range(K):
-            at_state = (
-                (place + tl.maximum(final - 1 - origin, 0)) * kl + (j * LANES + lane) * kn + channels[c] * kd
-            )
-            starts = starts + (tl.load(saved + at_state, j * LANES + lane < n, 0.0),)  # no state: not saved
-    for slab in range(final - 1, first - 1, -1):
-        t0 = slab * STEPS
-        inside2 = (t0 + step2 >= t_start) & (t0 + step2 < t_end)
-        now = ahead
-        own_u, own_step, own_slope, own_skip, own_gate = (), (), (), (), ()
-        steps, inputs, grads, new_D = (), (), (), ()
-        for c in tl.static_range(EACH):
-            s, v = _steps(now[M * c], delta, PACK, V), _steps(now[M * c + 1], u, PACK, V)
-            g = _steps(now[M * c + 2], grad_y, PACK, V)
+    now_s, now_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
+    now_g, now_z, now_y = _load(at_g, t1, gl, l, WIDE, WHOLE, V), (), ()
+    if z is not None:
+        now_z = _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+        now_y = _load(ungated + at_y, t1, yl, l, WIDE, WHOLE, V)
+    starts = ()
+    for j in tl.static_range(K):
+        at_state = ((place + tl.maximum(final - 1 - origin, 0)) * N + j * LANES + lane) * d + channel
+        starts = starts + (tl.load(saved + at_state, j * LANES + lane < n, 0.0),)  # no state: not saved
+    for back in range(0, blocks):
+        block = first + (blocks - 1 - back) * UNROLL
+        s, v, g = _floats(now_s, delta, WIDE), _floats(now_u, u, WIDE), _floats(now_g, grad_y, WIDE)
+        if z is not None:
+            gate, ys = _floats(now_z, z, WIDE), _floats(now_y, ungated, WIDE)
+        t1 = tl.maximum(block - UNROLL, first) * STEPS + lane * V
+        now_s, now_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
+        now_g, now_z, now_y = _load(at_g, t1, gl, l, WIDE, WHOLE, V), (), ()
+        if z is not None:
+            now_z = _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+            now_y = _load(ungated + at_y, t1, yl, l, WIDE, WHOLE, V)
+        t1 = block * STEPS + lane * V
+        own_s, own_x, own_g, own_u, own_slope, own_gate = (), (), (), (), (), ()
+        for i in tl.static_range(V):
+            step, value, grad = s[i] + own_bias, v[i], g[i]
+            slope = zero + 1.0
+            if SOFTPLUS:
+                slope = sigmoid(step)
+                step = softplus(step)
             if z is not None:
-                gates, ys = _steps(now[M * c + 3], z, PACK, V), _steps(now[M * c + 4], ungated, PACK, V)
-            own_s, own_x, own_g = (), (), ()
-            for i in tl.static_range(V):
-                raw, value, grad = s[i] + biases[c], v[i], g[i]
-                slope = zero + 1.0
-                if SOFTPLUS:
-                    slope = sigmoid(raw)
-                    raw = softplus(raw)
-                valid = reals[c]
-                if not EXACT:
-                    t = t0 + lane * V + i
-                    valid = valid & (t >= t_start) & (t < t_end)
-                    raw, slope = tl.where(valid, raw, 0.0), tl.where(valid, slope, 0.0)
-                value, grad = tl.where(valid, value, 0.0), tl.where(valid, grad, 0.0)
-                if z is not None:
-                    open = sigmoid(gates[i])
-                    own_gate = own_gate + (grad * ys[i] * open * (1.0 + gates[i] * (1.0 - open)),)
-                    grad = tl.where(valid, grad * gates[i] * open, 0.0)
-                own_s, own_x, own_g = own_s + (raw,), own_x + (raw * value,), own_g + (grad,)
-                own_u, own_step, own_slope = own_u + (value,), own_step + (raw,), own_slope + (slope,)
-                own_skip = own_skip + (skips[c] * grad,)
-            steps = steps + spread(own_s, column * LANES, V, STEPS)
-            inputs = inputs + spread(own_x, column * LANES, V, STEPS)
-            grads = grads + spread(own_g, column * LANES, V, STEPS)
-            sum_D = totals_D[c]
-            for i in tl.static_range(V):
-                sum_D += own_g[i] * own_u[c * V + i]
-            new_D = new_D + (sum_D,)
-        totals_D = new_D
-        sums_B, sums_A = repeat(zero, EACH * STEPS), repeat(zero, EACH * STEPS)
-        then_p, then_A, then_B, then_C = (), (), (), ()
-        for j in tl.static_range(K):
-            now_B, now_C = next_B, next_C
-            if j + 1 < K:
-                at = weights + (slab * N + (j + 1) * LANES) * STEPS
-            else:
-                at = weights + tl.maximum(slab - 1, first) * (N * STEPS)
-            next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
-            if j == 0:
-                pinned = pin(slab)
-            summed_B, summed_A = (), ()
-            over_B, over_C = repeat(zero, STEPS), repeat(zero, STEPS)
-            for c in tl.static_range(EACH):
-                rate, state = rates[c * K + j] + pinned, starts[c * K + j]
-                Bs, Cs = (
-                    _eight(now_B, constant_B, c * K + j, STEADY_B),
-                    _eight(now_C, constant_C, c * K + j, STEADY_C),
-                )
+                open = sigmoid(gate[i])
+                own_gate = own_gate + (grad * ys[i] * open * (1.0 + gate[i] * (1.0 - open)),)
+                grad = grad * gate[i] * open
+            if not WHOLE:
+                inside = real & (t1 + i >= t_start) & (t1 + i < t_end)
+                step, slope = tl.where(inside, step, 0.0), tl.where(inside, slope, 0.0)
+                value, grad = tl.where(inside, value, 0.0), tl.where(inside, grad, 0.0)
+            total_D += grad * value
+            own_s, own_x, own_g = own_s + (step,), own_x + (step * value,), own_g + (grad,)
+            own_u, own_slope = own_u + (value,), own_slope + (slope,)
+        all_B, all_A = (), ()
+        for k in tl.static_range(UNROLL - 1, -1, -1):
+            slab = block + k
+            steps = spread(own_s, leader, k * STEPS, V, STEPS)
+            inputs = spread(own_x, leader, k * STEPS, V, STEPS)
+            grads = spread(own_g, leader, k * STEPS, V, STEPS)
+            sums_B, sums_A = repeat(zero, STEPS), repeat(zero, STEPS)
+            then, new_A, new_B, new_C, kept = (), (), (), (), ()
+            for j in tl.static_range(K):
+                now_B, now_C = next_B, next_C
+                if j + 1 < K:
+                    at = weights + (tl.minimum(slab, slabs - 1) * N + (j + 1) * LANES) * STEPS
+                else:
+                    at = weights + tl.minimum(tl.maximum(slab - 1, first), slabs - 1) * (N * STEPS)
+                next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+                rate, state = rates[j], starts[j]
+                Bs = _eight(now_B, constant_B[j] if STEADY_B else None, STEADY_B)
+                Cs = _eight(now_C, constant_C[j] if STEADY_C else None, STEADY_C)
                 states, decays = (state,), ()
                 for i in tl.static_range(STEPS):
-                    decay, gain = exp2(steps[c * STEPS + i] * rate), inputs[c * STEPS + i] * Bs[i]
+                    decay, gain = exp2(steps[i] * rate), inputs[i] * Bs[i]
                     if bounds is not None:
-                        gain = tl.where((t0 + i >= t_start) & (t0 + i < t_end), gain, 0.0)
+                        inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
+                        gain = tl.where(inside, gain, 0.0)
                     state = decay * state + gain
                     states, decays = states + (state,), decays + (decay,)
-                grad = p[c * K + j]
-                of_A, of_B, of_C = total_A[c * K + j], total_B[c * K + j], total_C[c * K + j]
-                news_B, news_A, overs_B, overs_C = (), (), (), ()
+                grad, of_A, of_B, of_C = p[j], total_A[j], total_B[j], total_C[j]
+                news_B, news_A, over_B, over_C = (), (), (), ()
                 for i in tl.static_range(STEPS - 1, -1, -1):
-                    sent = grads[c * STEPS + i] * Cs[i]
+                    sent = grads[i] * Cs[i]
                     if bounds is not None:
-                        sent = tl.where((t0 + i >= t_start) & (t0 + i < t_end), sent, 0.0)
+                        inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
+                        sent = tl.where(inside, sent, 0.0)
                     grad = sent + grad
-                    news_B = (sums_B[c * STEPS + i] + grad * Bs[i],) + news_B
+                    news_B = (sums_B[i] + grad * Bs[i],) + news_B
                     if STEADY_B:
-                        of_B += grad * inputs[c * STEPS + i]
-                    else:
-                        overs_B = (over_B[i] + grad * inputs[c * STEPS + i],) + overs_B
+                        of_B += grad * inputs[i]
+                    over_B, over_C = (grad * inputs[i],) + over_B, (grads[i] * states[i + 1],) + over_C
                     if STEADY_C:
-                        of_C += grads[c * STEPS + i] * states[i + 1]
-                    else:
-                        overs_C = (over_C[i] + grads[c * STEPS + i] * states[i + 1],) + overs_C
+                        of_C += grads[i] * states[i + 1]
                     grad = decays[i] * grad
                     change = grad * states[i]
-                    news_A = (sums_A[c * STEPS + i] + rate * change,) + news_A
-                    of_A += steps[c * STEPS + i] * change
-                summed_B, summed_A = summed_B + news_B, summed_A + news_A
-                if not STEADY_B:
-                    over_B = overs_B
-                if not STEADY_C:
-                    over_C = overs_C
-                then_p, then_A = then_p + (grad,), then_A + (of_A,)
-                then_B, then_C = then_B + (of_B,), then_C + (of_C,)
-            sums_B, sums_A = summed_B, summed_A
-            if not STEADY_B or not STEADY_C:
-                kept = summed(over_B + over_C, index, LANES, CHANNELS, 2 * STEPS)
-                to = to_sums + (slab * N + j * LANES) * (2 * STEPS)
-                if bounds is None:
-                    tl.store(to, together(kept, R))
-                else:
-                    t2 = t0 + ((column * R)[:, None] + tl.arange(0, R)[None, :]) % STEPS
-                    tl.store(to, together(kept, R), (t2 >= t_start) & (t2 < t_end))
-        p, total_A, total_B, total_C, new_bias = (), (), (), (), ()
-        ahead, later, starts = later, (), ()
-        for c in tl.static_range(EACH):
-            later = later + _five(
-                at_s[c],
-                sl,
-                at_u[c],
-                ul,
-                at_g[c],
-                gl,
-                at_z,
-                zl,
-                ungated,
-                at_y[c],
-                yl,
-                tl.maximum(slab - 2, first) * STEPS + lane * V,
-                l,
-                c,
-                WHOLE,
-                PACK,
-                V,
-            )
+                    news_A = (sums_A[i] + rate * change,) + news_A
+                    of_A += steps[i] * change
+                sums_B, sums_A = news_B, news_A
+                then, new_A = then + (grad,), new_A + (of_A,)
+                new_B, new_C = new_B + (of_B,), new_C + (of_C,)
+                if not STEADY_B or not STEADY_C:
+                    row_j = summed(over_B + over_C, index, LANES, CHANNELS, 2 * STEPS)
+                    if WARPS == 1:
+                        to = to_sums + (slab * N + j * LANES) * (2 * STEPS)
+                        t = slab * STEPS + R * column % STEPS
+                        _write_sums(to, row_j, t, t_start, t_end, slab < final, bounds, R)
+                    else:
+                        lay(row_j, room, index, slab % 2, j, K, R)
+                        kept = kept + row_j
+            if WARPS > 1 and (not STEADY_B or not STEADY_C):
+                kept = collected(kept, room, index, slab % 2, K, R, WARPS)
+                for j in tl.static_range((K + WARPS - 1) // WARPS):
+                    own_j = j * WARPS + index // WARP
+                    to = to_sums + (slab * N + own_j * LANES) * (2 * STEPS)
+                    t = slab * STEPS + R * column % STEPS
+                    inside = (own_j < K) & (slab < final)
+                    _write_sums(to, kept[j * R : (j + 1) * R], t, t_start, t_end, inside, bounds, R)
+            p, total_A, total_B, total_C, starts = then, new_A, new_B, new_C, ()
+            all_B, all_A = sums_B + all_B, sums_A + all_A
+            before = (place + tl.minimum(tl.maximum(slab - 1, first), final - 1) - origin) * N
             for j in tl.static_range(K):
-                at_state = (
-                    (place + tl.maximum(slab - 1, first) - origin) * kl
-                    + (j * LANES + lane) * kn
-                    + channels[c] * kd
-                )
-                starts = starts + (
-                    tl.load(saved + at_state, j * LANES + lane < n, 0.0),
-                )  # no state: not saved
-        pinned = pin(slab)
-        for c in tl.static_range(EACH):
-            for j in tl.static_range(K):
-                p, total_A = p + (then_p[j * EACH + c],), total_A + (then_A[j * EACH + c],)
-                total_B, total_C = total_B + (then_B[j * EACH + c],), total_C + (then_C[j * EACH + c],)
-            of_B, of_A = (), ()
-            for i in tl.static_range(STEPS):
-                of_B, of_A = of_B + (sums_B[c * STEPS + i],), of_A + (sums_A[c * STEPS + i],)
-            of_B, of_A = summed(of_B, index, 1, LANES, STEPS), summed(of_A, index, 1, LANES, STEPS)
-            outs_u, outs_s, sum_bias = (), (), totals_bias[c]
-            outs_z = ()
-            for i in tl.static_range(V):
-                change = pinned + (of_A[i] * LN_2 + own_u[c * V + i] * of_B[i]) * own_slope[c * V + i]
-                outs_u, outs_s = (
-                    outs_u + (own_skip[c * V + i] + own_step[c * V + i] * of_B[i],),
-                    outs_s + (change,),
-                )
-                sum_bias += change
-                if z is not None:
-                    outs_z = outs_z + (own_gate[c * V + i],)
-            new_bias = new_bias + (sum_bias,)
-            inside = reals[c][:, None] & (step2 >= 0)
-            if not EXACT:
-                inside = inside & inside2
-            _write(to_u[c] + (t0 + step2) * dul, outs_u, inside, False, V)
-            _write(to_s[c] + (t0 + step2) * dsl, outs_s, inside, False, V)
-            if z is not None:
-                _write(to_z[c] + (t0 + step2) * dzl, outs_z, inside, False, V)
-        totals_bias = new_bias
-    for c in tl.static_range(EACH):
-        to = totals + ((sequence * parts + part) * d + channels[c]) * WIDTH
-        only = reals[c] & (lane == 0)
-        tl.store(to, total(totals_D[c], index, LANES), only)
-        tl.store(to + 1, total(totals_bias[c], index, LANES), only)
-        for j in tl.static_range(K):
-            row_n = j * LANES + lane
-            own = reals[c] & (row_n < n)
-            tl.store(to + 2 + row_n, total_A[c * K + j], own)
-            if STEADY_B:
-                tl.store(to + 2 + N + row_n, total_B[c * K + j], own)
-            if STEADY_C:
-                tl.store(to + WIDTH - N + row_n, total_C[c * K + j], own)
-            if grad_start is not None:
-                if part == 0:
-                    tl.store(grad_start + (sequence * d + channels[c]) * n + row_n, p[c * K + j], own)
+                at_state = (before + j * LANES + lane) * d + channel
+                starts = starts + (tl.load(saved + at_state, j * LANES + lane < n, 0.0),)
+        of_B = summed(all_B, index, 1, LANES, UNROLL * STEPS)
+        of_A = summed(all_A, index, 1, LANES, UNROLL * STEPS)
+        outs_u, outs_s = (), ()
+        for i in tl.static_range(V):
+            change = (of_A[i] * LN_2 + own_u[i] * of_B[i]) * own_slope[i]
+            outs_u, outs_s = outs_u + (skip * own_g[i] + own_s[i] * of_B[i],), outs_s + (change,)
+            total_bias += change
+        _store(to_u, t1, dul, outs_u, t_start, t_end, real, WIDE, WHOLE, V)
+        _store(to_s, t1, dsl, outs_s, t_start, t_end, real, WIDE, WHOLE, V)
+        if z is not None:
+            _store(to_z, t1, dzl, own_gate, t_start, t_end, real, WIDE, WHOLE, V)
+    to = totals + ((sequence * parts + part) * d + channel) * WIDTH
+    only = real & (lane == 0)
+    tl.store(to, total(total_D, index, LANES), only)
+    tl.store(to + 1, total(total_bias, index, LANES), only)
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        own = real & (row_n < n)
+        tl.store(to + 2 + row_n, total_A[j], own)
+        if STEADY_B:
+            tl.store(to + 2 + N + row_n, total_B[j], own)
+        if STEADY_C:
+            tl.store(to + WIDTH - N + row_n, total_C[j], own)
+        if grad_start is not None:
+            if part == 0:
+                tl.store(grad_start + (sequence * d + channel) * n + row_n, p[j], own)
 
 
 @_kernel

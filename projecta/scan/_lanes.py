@@ -1,8 +1,7 @@
 """What the Triton kernels are written in: lanes of a warp, values a lane keeps in registers, quick maths.
 
 A tile is one warp: (32,), one element a lane. A tuple of V tiles holds V steps (or states) of each lane in
-registers; `apart` and `together` turn a (32, V) block of memory into one and back, which only renames
-registers.
+registers. Memory is read and written in 32-bit words, which hold one float32 or two 16-bit numbers.
 """
 
 import os
@@ -60,29 +59,220 @@ def softplus(x):
 
 
 @triton.jit
-def apart(x, V: tl.constexpr):
-    """(32, V) as V tiles."""
-    if V == 1:
-        return (tl.reshape(x, (WARP,)),)
+def words(at, W: tl.constexpr, FREE: tl.constexpr):
+    """W adjacent 32-bit words of each lane from a pointer on: W tiles, by one load of up to 16 bytes.
+
+    In assembly: the compiler's search for layouts takes seconds for as many loads as these kernels have, and
+    it unpacks 16-bit numbers, and so waits, where they are loaded. FREE loads may be moved past stores and
+    barriers (`nc`: nothing writes here while the kernel runs); others stay where a `pin` holds them.
+    """
+    CACHE: tl.constexpr = ".nc.L2::128B" if FREE else ".L2::128B"
+    if INTERPRETED:
+        found = ()
+        for i in tl.static_range(W):
+            found = found + (tl.load(at.to(tl.pointer_type(tl.int32)) + i),)
+        return found
+    elif W == 1:
+        return (
+            tl.inline_asm_elementwise(
+                "ld.global" + CACHE + ".b32 $0, [$1];", "=r,l", [at.to(tl.int64)], tl.int32, FREE, 1
+            ),
+        )
+    elif W == 2:
+        return tl.inline_asm_elementwise(
+            "ld.global" + CACHE + ".v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
+            (tl.int32, tl.int32), FREE, 1,
+        )  # fmt: skip
     else:
-        even, odd = tl.split(tl.reshape(x, (WARP, V // 2, 2)))
-        evens, odds = apart(even, V // 2), apart(odd, V // 2)
-        tiles = ()
-        for i in tl.static_range(V // 2):
-            tiles = tiles + (evens[i], odds[i])
-        return tiles
+        return tl.inline_asm_elementwise(
+            "ld.global" + CACHE + ".v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
+            (tl.int32, tl.int32, tl.int32, tl.int32), FREE, 1,
+        )  # fmt: skip
 
 
 @triton.jit
-def together(tiles, V: tl.constexpr):
-    """V tiles as (32, V)."""
-    if V == 1:
-        return tl.reshape(tiles[0], (WARP, 1))
+def pin(x, index):
+    """0.0, once all loads so far that are not free have been issued.
+
+    A barrier (of one warp: a few cycles) keeps ptxas from moving loads for the next round down to where that
+    round begins, as it otherwise does; x, and a use of the result, keep the barrier itself in its place.
+    """
+    if INTERPRETED:
+        return 0.0
     else:
-        evens, odds = (), ()
-        for i in tl.static_range(V // 2):
-            evens, odds = evens + (tiles[2 * i],), odds + (tiles[2 * i + 1],)
-        return tl.reshape(tl.join(together(evens, V // 2), together(odds, V // 2)), (WARP, V))
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $1, 0xffffffff; bar.red.popc.u32 t, $2, 32, p;"
+            " shr.u32 $0, t, 20; }",
+            "=r,r,r", [x, index // WARP + 1], tl.int32, False, 1,
+        ).to(tl.float32)  # fmt: skip
+
+
+@triton.jit
+def put(at, tiles, inside, W: tl.constexpr):
+    """Write W words of each lane that is inside, by one store."""
+    if INTERPRETED:
+        for i in tl.static_range(W):
+            tl.store(at.to(tl.pointer_type(tl.int32)) + i, tiles[i], inside)
+    elif W == 1:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.global.b32 [$2], $3; mov.b32 $0, 0; }",
+            "=r,r,l,r", [inside.to(tl.int32), at.to(tl.int64), tiles[0]], tl.int32, False, 1,
+        )  # fmt: skip
+    elif W == 2:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.global.v2.b32 [$2], {$3, $4}; mov.b32 $0, 0; }",
+            "=r,r,l,r,r", [inside.to(tl.int32), at.to(tl.int64), tiles[0], tiles[1]], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.global.v4.b32 [$2], {$3, $4, $5, $6};"
+            " mov.b32 $0, 0; }",
+            "=r,r,l,r,r,r,r", [inside.to(tl.int32), at.to(tl.int64), tiles[0], tiles[1], tiles[2], tiles[3]],
+            tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def one(at, inside):
+    """A number of each lane that is inside, else 0, in float32: for arrays that cannot be read in words."""
+    element: tl.constexpr = at.dtype.element_ty
+    if INTERPRETED:
+        return tl.load(at, inside, 0.0).to(tl.float32)
+    elif element.primitive_bitwidth == 32:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+            "=&r,l,r", [at.to(tl.int64), inside.to(tl.int32)], tl.int32, True, 1,
+        ).to(tl.float32, bitcast=True)  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.nc.b16 $0, [$1]; }",
+            "=&h,l,r", [at.to(tl.int64), inside.to(tl.int32)], tl.int16, True, 1,
+        ).to(element, bitcast=True).to(tl.float32)  # fmt: skip
+
+
+@triton.jit
+def put_one(at, value, inside):
+    """Write a number of each lane that is inside."""
+    element: tl.constexpr = at.dtype.element_ty
+    if INTERPRETED:
+        tl.store(at, value.to(element), inside)
+    elif element.primitive_bitwidth == 32:
+        put(at, (value.to(tl.int32, bitcast=True),), inside, 1)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.global.b16 [$2], $3; mov.b32 $0, 0; }", "=r,r,l,h",
+            [inside.to(tl.int32), at.to(tl.int64), value.to(element).to(tl.int16, bitcast=True)],
+            tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def numbers(word, element: tl.constexpr):
+    """The float32 that a word is, or the two 16-bit numbers that it holds."""
+    if element.primitive_bitwidth == 32:
+        return (word.to(tl.float32, bitcast=True),)
+    elif element == tl.bfloat16:  # the upper half of a float32
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
+        return low.to(element, bitcast=True).to(tl.float32), high.to(element, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def word(tiles, i: tl.constexpr, element: tl.constexpr):
+    """The i-th word of a row of numbers."""
+    if element.primitive_bitwidth == 32:
+        return tiles[i].to(tl.int32, bitcast=True)
+    elif element == tl.float16 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; cvt.rn.f16.f32 a, $1; cvt.rn.f16.f32 b, $2; mov.b32 $0, {a, b}; }", "=r,f,f",
+            [tiles[2 * i], tiles[2 * i + 1]], tl.int32, True, 1,
+        )  # fmt: skip
+    else:
+        low = tiles[2 * i].to(element).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (tiles[2 * i + 1].to(element).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def prefetch(at):
+    """Bring a line to the L2 cache."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def shuffled(x, source):
+    """x of the lane `source`, which is one of the same warp."""
+    if INTERPRETED:
+        return tl.gather(x, source, 0)
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, source], tl.float32, True, 1
+        )
+
+
+@triton.jit
+def shared_room(index):
+    """The address of 16 KiB of shared memory."""
+    if INTERPRETED:
+        return index
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b8 room[16384]; mov.u32 $0, room; }", "=r,r", [index], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def lay(tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
+    """Leave R tiles, row j of K, in one half of `room`; `collected` finds them."""
+    if not INTERPRETED:
+        at = room + half * 8192 + ((index // WARP * K + j) * WARP + index % WARP) * (R * 4)
+        if R == 2:
+            tl.inline_asm_elementwise(
+                "st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,r,f,f", [at, tiles[0], tiles[1]],
+                tl.int32, False, 1,
+            )  # fmt: skip
+        else:
+            for i in tl.static_range(R):
+                tl.inline_asm_elementwise(
+                    "st.shared.f32 [$1], $2; mov.b32 $0, 0;",
+                    "=r,r,f",
+                    [at + i * 4, tiles[i]],
+                    tl.int32,
+                    False,
+                    1,
+                )
+
+
+@triton.jit
+def collected(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
+    """The sum of K rows of R tiles over the program's warps: warp w keeps rows w, WARPS + w... of them.
+
+    The halves of `room` alternate, so that one barrier is enough. The interpreter sums the tiles themselves.
+    """
+    warp, place = index // WARP, index % WARP
+    found = ()
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r,r", [index], tl.int32, False, 1)
+    for j in tl.static_range((K + WARPS - 1) // WARPS):
+        row = tl.minimum(j * WARPS + warp, K - 1)
+        for i in tl.static_range(R):
+            sum = tl.zeros((WARP * WARPS,), tl.float32)
+            for w in tl.static_range(WARPS):
+                if INTERPRETED:
+                    for k in tl.static_range(WARPS):
+                        if j * WARPS + k < K:
+                            other = tl.gather(tiles[(j * WARPS + k) * R + i], w * WARP + place, 0)
+                            sum += tl.where(warp == k, other, 0.0)
+                else:
+                    at = room + half * 8192 + ((w * K + row) * WARP + place) * (R * 4) + i * 4
+                    sum += tl.inline_asm_elementwise(
+                        "ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, False, 1
+                    )
+            found = found + (sum,)
+    return found
 
 
 @triton.jit
@@ -95,27 +285,28 @@ def repeat(x, V: tl.constexpr):
 
 
 @triton.jit
-def spread(own, leader, V: tl.constexpr, T: tl.constexpr):
-    """Give every lane all T steps that its group of T / V lanes owns, V each; `leader` is the first."""
+def spread(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr):
+    """Give every lane T steps, FIRST and on, of those that its group owns, V a lane, from its first lane."""
     tiles = ()
-    for i in tl.static_range(T):
-        tiles = tiles + (tl.gather(own[i % V], leader + i // V, 0),)
+    for i in tl.static_range(FIRST, FIRST + T):
+        tiles = tiles + (shuffled(own[i % V], leader + i // V),)
     return tiles
 
 
 @triton.jit
-def summed(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, V: tl.constexpr):
-    """Sum V tiles over groups of L lanes, UNIT lanes apart; the i-th of a group keeps sums i V / L and on."""
+def summed(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.constexpr):
+    """Sum T tiles over groups of L lanes, UNIT lanes apart; the i-th of a group keeps sums i T / L and on."""
     if L == 1:
         return tiles
     else:
-        upper = (index & (UNIT * L // 2)) != 0
+        V: tl.constexpr = T // L
+        upper = (index & UNIT) != 0
         half = ()
-        for i in tl.static_range(V // 2):
-            keep = tl.where(upper, tiles[V // 2 + i], tiles[i])
-            send = tl.where(upper, tiles[i], tiles[V // 2 + i])
-            half = half + (keep + tl.gather(send, index ^ (UNIT * L // 2), 0),)
-        return summed(half, index, UNIT, L // 2, V // 2)
+        for i in tl.static_range(T // 2):
+            one, other = tiles[i // V * 2 * V + i % V], tiles[i // V * 2 * V + i % V + V]
+            keep, send = tl.where(upper, other, one), tl.where(upper, one, other)
+            half = half + (keep + shuffled(send, index ^ UNIT),)
+        return summed(half, index, 2 * UNIT, L // 2, T // 2)
 
 
 @triton.jit
@@ -124,7 +315,7 @@ def total(x, index, L: tl.constexpr):
     if L == 1:
         return x
     else:
-        return total(x + tl.gather(x, index ^ (L // 2), 0), index, L // 2)
+        return total(x + shuffled(x, index ^ (L // 2)), index, L // 2)
 
 
 @triton.jit
@@ -134,29 +325,12 @@ def scanned(decay, state, index, lane, L: tl.constexpr, REACH: tl.constexpr = 1)
         return state
     else:
         before = tl.where(lane >= REACH, index - REACH, index)
-        joined = tl.where(lane >= REACH, decay * tl.gather(state, before, 0) + state, state)
+        joined = tl.where(lane >= REACH, decay * shuffled(state, before) + state, state)
         return scanned(
-            tl.where(lane >= REACH, decay * tl.gather(decay, before, 0), decay),
+            tl.where(lane >= REACH, decay * shuffled(decay, before), decay),
             joined,
             index,
             lane,
             L,
             2 * REACH,
         )
-
-
-@triton.jit
-def pin(x):
-    """0.0, once all loads so far have been issued.
-
-    A barrier (of one warp: a few cycles) keeps ptxas from moving loads for the next round down to where that
-    round begins, as it otherwise does; x, and a use of the result, keep the barrier itself in its place.
-    """
-    if INTERPRETED:
-        return 0.0
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $1, 0xffffffff; bar.red.popc.u32 t, 0, p;"
-            " shr.u32 $0, t, 20; }",
-            "=r,r", [x], tl.int32, False, 1,
-        ).to(tl.float32)  # fmt: skip

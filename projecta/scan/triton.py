@@ -1,12 +1,14 @@
 """The scan on a GPU, in Triton: no compiler to install, the same source from a T4 to an H200.
 
 Where b d fills the machine, time is a loop and a warp's lanes are states and channels. Where it does not,
-lanes lie along time in forward: each scans 16 steps, a scan over the lanes joins them, and the loop runs over
-the states; every exponential is computed once. Backward goes back in slabs of 8 steps, each from the state
-that forward saved, and sums dB and dC over a warp's channels, then over warps, in fixed order; long sequences
-of few channels are cut into chunks, whose gradients of the state a first pass works out. `plan` is the table.
+there are two ways. Without gradients lanes lie along time: each scans 16 steps, a scan over the lanes joins
+them, and the loop runs over the states; every exponential is computed once. With gradients time is cut into
+chunks: a first pass works out the state that each chunk leaves from zero, the second starts from true ones.
 
-B and C reach the kernels in float32, laid out as they read them. Nothing waits for the device.
+Backward goes back in slabs of 8 steps, each from the state that forward saved, chunk by chunk in the same
+way, and sums dB and dC over a program's channels, then over programs, in fixed order. `plan` is the table.
+
+B and C reach most kernels in float32, laid out as they read them. Nothing waits for the device.
 """
 
 import functools
@@ -24,34 +26,26 @@ from projecta.scan._operator import Inputs, define
 
 
 class Plan(NamedTuple):
-    """Which kernels take a call, and how a warp's lanes are used."""
+    """How a call is cut into warps."""
 
-    times: bool  # forward: lanes lie along time, not along states
-    lanes: int  # forward: lanes of states, or of time
-    each: int  # forward: channels of a lane
-    registers: int | None  # forward: at most
-    back_lanes: int
-    back_each: int
-    back_registers: int | None
-    parts: int  # backward: chunks of time
+    times: bool  # forward without gradients: lanes lie along time, not along states
+    parts: int  # otherwise: chunks of time,
+    chunk: int  # of so many slabs
 
 
 def plan(b: int, d: int, l: int, n: int, groups: int, packed: bool, processors: int) -> Plan:
-    """The table of kernels, by the warps that a shape gives to each of the GPU's processors (H100: 132)."""
-    lanes = _lanes(n)
-    warps = b * groups * -(-(d // groups) * lanes // 32) / processors
-    if packed:
-        return Plan(False, lanes, 1, 168, lanes, 1, 168, 1)
-    if warps >= MANY and n <= 32:
-        return Plan(False, lanes, 2, 168, lanes, 2, None, 1)
-    if warps >= FEW:
-        return Plan(False, lanes, 1, 168, lanes, 1, 168, 1)
-    parts = max(1, min(-(-FULL // max(warps, 1e-3)), 16, -(-l // SLAB) // 8))
-    times = n <= 32
-    return Plan(times, 32 if times else lanes, 1, 168, lanes, 1, None, int(parts))
+    """The table, by the warps that b, d and n give to each of the GPU's processors (H100: 132)."""
+    warps = b * groups * -(-(d // groups) * _lanes(n) // 32) / processors
+    slabs = -(-l // SLAB)
+    if packed or warps >= FEW or slabs < 16:
+        return Plan(n <= 32 and warps < FEW and not packed, 1, slabs)
+    chunk = max(8, -(-slabs // (PARTS * 4)) * 4)
+    return Plan(n <= 32, -(-slabs // chunk), chunk)
 
 
-FEW, MANY, FULL = 8, 24, 40  # warps per processor
+FEW, PARTS = 8, 16  # warps per processor; chunks at most
+REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
+WARPS = 4  # of a program in backward
 
 
 class _Layout:
@@ -66,8 +60,9 @@ class _Layout:
         self.bounds = inputs.cu_seqlens
         self.sequences = self.b if self.bounds is None else self.bounds.shape[0] - 1
         self.slabs = -(-self.l // SLAB)
+        self.processors = _processors(u.device)
         self.plan = plan(
-            self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, _processors(u.device)
+            self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, self.processors
         )
         self.padded = _padded(self.n)
         self.D, self.z, self.bias = _wide(inputs.D), inputs.z, _wide(inputs.delta_bias)
@@ -75,21 +70,52 @@ class _Layout:
             "SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2
         }  # fmt: skip
 
-    def tiles(self, lanes: int, each: int) -> int:
-        """Tiles of channels in a group."""
-        return -(-(self.d // self.g) * lanes // (32 * each))
-
-    def align(self, *tensors: Tensor | None) -> int:
-        """8 if every stride over rows, channels and states is a multiple of it, else 1."""
-        strides = [s for t in tensors if t is not None for s in t.stride()[:-1]]
-        return 8 if self.l % 8 == 0 and all(s % 8 == 0 for s in strides) else 1
-
-    def packs(self, lanes: int, *tensors: Tensor | None) -> bool:
-        """Whether a lane's two steps are one integer in all of them."""
-        return lanes == 4 and self.l % 8 == 0 and all(
-            t.element_size() == 2 and t.stride(-1) == 1 and all(s % 2 == 0 for s in t.stride()[:-1])
-            and t.data_ptr() % 4 == 0 for t in tensors if t is not None
+    def launch(self, lanes: int, block: int, warps: int, *tensors: Tensor | None, times: bool = False):
+        """Grid, sizes and options of a kernel that takes a chunk of time in blocks of so many slabs."""
+        per_group, width = self.d // self.g, 32 * warps // lanes
+        tiles = -(-per_group // width)
+        parts = 1 if times else self.plan.parts
+        count = self.sequences * parts * self.g * tiles
+        processors = min(self.processors, count)
+        sizes = (
+            self.d, self.l, self.n, per_group, tiles, self.slabs, self.plan.chunk, self.g, count, parts,
+            processors,
         )  # fmt: skip
+        few = count <= 12 * self.processors
+        steps = SLAB * block // lanes
+        wide = self.wide(*tensors) and all(steps * t.element_size() >= 4 for t in tensors if t is not None)
+        whole = self.bounds is None and self.l % (SLAB * block) == 0 and per_group % width == 0
+        options = self.flags | {
+            "LANES": lanes, "CHANNELS": 32 // lanes, "N": self.padded, "WIDE": wide, "WHOLE": whole,
+            "num_warps": warps, "maxnreg": REGISTERS if few or times or warps > 1 else MANY,
+        }  # fmt: skip
+        if times:
+            native = self.native()
+            options |= {"NATIVE": native, "PIN": not native or not few or self.l > 2048}
+        return (-(-count // processors) * processors,), sizes, options
+
+    def wide(self, *tensors: Tensor | None) -> bool:
+        """Whether all of them can be read 16 bytes at a time."""
+        return self.l % 8 == 0 and self.bounds is None and all(
+            t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
+            for t in tensors if t is not None
+        )  # fmt: skip
+
+    def unroll(self) -> int:
+        """Slabs in a block: 16 bytes of an array for each lane, if the states leave room for the code."""
+        return 1 if self.n > 32 else 8 // self.inputs.u.element_size()
+
+    def native(self) -> bool:
+        """Whether `forward_times` reads B and C best where they lie: in 16 bits, in whole words."""
+        return all(t.dim() == 2 or (t.element_size() == 2 and self.wide(t)) for t in self.inputs[3:5])
+
+    def where_they_lie(self) -> tuple[Tensor, Tensor]:
+        """B and C; constant ones in float32."""
+        B, C = self.inputs.B, self.inputs.C
+        return (
+            B.float().contiguous() if B.dim() == 2 else B,
+            C.float().contiguous() if C.dim() == 2 else C,
+        )
 
     def arranged(self, lanes: int = 0) -> tuple[Tensor, Tensor]:
         """B and C as `arrange` lays them; constant ones in float32."""
@@ -111,23 +137,24 @@ class _Layout:
             )  # fmt: skip
         return outs[0], outs[1]
 
-    @property
-    def kept_strides(self) -> tuple[int, int, int]:
-        """Of the saved states over slabs, states, channels: what the forward kernel writes lies together."""
-        if self.plan.times:
-            places = self.b * self.slabs if self.bounds is None else self.slabs + self.sequences
-            return 1, places, self.padded * places
-        return self.padded * self.d, self.d, 1
+    def carried(self, parts: int) -> tuple[Tensor | None, Tensor | None]:
+        """Room for what each chunk hands on: a state, and its sum of delta."""
+        if parts == 1:
+            return None, None
+        return self.room(self.b * parts * self.padded * self.d), self.room(self.b * parts * self.d)
+
+    def room(self, size: int) -> Tensor:
+        return self.inputs.u.new_empty(size, dtype=torch.float32)
 
     def kept(self, saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The parts of `saved`: states, and the output before the gate."""
+        """The parts of `saved`: states (slab, n, channel), and the output before the gate."""
         if not saved.numel():
             return None, None
         u = self.inputs.u
         if self.z is None:
             return saved, None
-        size = -(-u.numel() * u.element_size() // 4)
-        return saved[: saved.numel() - size], saved[saved.numel() - size :].view(u.dtype)
+        size = _words(u)
+        return saved[: saved.numel() - size], saved[saved.numel() - size :].view(u.dtype)[: u.numel()]
 
 
 def _lanes(n: int) -> int:
@@ -137,6 +164,11 @@ def _lanes(n: int) -> int:
 
 def _padded(n: int) -> int:
     return -(-n // _lanes(n)) * _lanes(n)
+
+
+def _words(u: Tensor) -> int:
+    """Room for u, counted in float32, aligned for loads of 16 bytes."""
+    return -(-u.numel() * u.element_size() // 16) * 4
 
 
 def _wide(t: Tensor | None) -> Tensor | None:
@@ -152,41 +184,50 @@ def _strides(t: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if t is None else t.stride()
 
 
+def _rows(t: Tensor) -> tuple[int, ...]:
+    """Strides of B or C (b, g, n, l) over all but time."""
+    return t.stride()[:3] if t.dim() == 4 else (0, 0, 0)
+
+
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
-    layout = _Layout(inputs, delta_softplus)
     if not y.numel():
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
-    u, delta, A, B, C = inputs[:5]
-    plan, z = layout.plan, layout.z
-    states, ungated = layout.kept(saved)
-    tiles = layout.tiles(plan.lanes, plan.each)
-    grid = (layout.g * tiles, layout.sequences)
-    head = (layout.D, z, layout.bias, inputs.initial_state, layout.bounds, y, last_state, states, ungated)
-    strides = (*u.stride(), *delta.stride(), *_strides(z), *y.stride(), *layout.kept_strides)
-    sizes = (layout.d, layout.l, layout.n, layout.d // layout.g, tiles, layout.slabs)
-    options = {"LANES": plan.lanes, "CHANNELS": 32 // plan.lanes, "EACH": plan.each, "N": layout.padded}
-    if plan.times:
-        B, C = layout.arranged(plan.lanes)
-        vector = 16 // max(t.element_size() for t in (u, delta, u if z is None else z))
+    with torch.cuda.device_of(y):
+        _launch_forward(_Layout(inputs, delta_softplus), y, last_state, saved)
+
+
+def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+    inputs = layout.inputs
+    u, delta, A = inputs[:3]
+    z, start = layout.z, inputs.initial_state
+    head = (*u.stride(), *delta.stride(), *_strides(z), *y.stride())
+    if layout.plan.times and not saved.numel():
+        grid, sizes, options = layout.launch(32, 64, 1, u, delta, z, y, times=True)
+        B, C = layout.where_they_lie() if options["NATIVE"] else layout.arranged(32)
         _kernels.forward_times[grid](
-            u, delta, A, B, C, *head, *strides, *sizes, **layout.flags, **options,
-            WHOLE=layout.l % (16 * plan.lanes) == 0, ALIGN=layout.align(u, delta, z, y), V=vector,
-            num_warps=1, maxnreg=plan.registers,
+            u, delta, A, B, C, layout.D, z, layout.bias, start, y, last_state,
+            *head, *_rows(B), *_rows(C), *sizes, **options,
         )  # fmt: skip
         return
     B, C = layout.arranged()
-    _kernels.forward_states[grid](
-        u, delta, A, B, C, *head, *strides, *sizes, **layout.flags, **options,
-        WHOLE=layout.l % SLAB == 0, ALIGN=layout.align(u, delta, z, y),
-        PACK=layout.packs(plan.lanes, u, delta, z, y), num_warps=1, maxnreg=plan.registers,
-    )  # fmt: skip
+    states, ungated = layout.kept(saved)
+    lanes, parts = _lanes(layout.n), layout.plan.parts
+    carried, spans = layout.carried(parts)
+    unroll = layout.unroll()
+    grid, sizes, options = layout.launch(lanes, unroll, 1, u, delta, z, y)
+    for ends in (True, False) if parts > 1 else (False,):
+        _kernels.forward_states[grid](
+            u, delta, A, B, C, layout.D, None if ends else z, layout.bias, start, layout.bounds, carried,
+            spans, None if ends else y, last_state, None if ends else states, None if ends else ungated,
+            *head, *sizes, UNROLL=unroll, **options,
+        )  # fmt: skip
 
 
 def _backward_pass(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
 ) -> None:
-    layout, u = _Layout(inputs, delta_softplus), inputs.u
+    u = inputs.u
     if not u.numel():
         for grad in grads:
             if grad is not None:
@@ -194,44 +235,44 @@ def _backward_pass(
         if grads.initial_state is not None:
             grads.initial_state.copy_(grad_last)
         return
-    delta, A, B, C = inputs[1:5]
-    plan, z = layout.plan, layout.z
+    with torch.cuda.device_of(u):
+        _launch_backward(_Layout(inputs, delta_softplus), grad_y, grad_last, saved, grads)
+
+
+def _launch_backward(
+    layout: _Layout, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs
+) -> None:
+    inputs = layout.inputs
+    u, delta, A, B, C = inputs[:5]
+    z, lanes, parts = layout.z, _lanes(layout.n), layout.plan.parts
     states, ungated = layout.kept(saved)
-    lanes, each, parts = plan.back_lanes, plan.back_each, plan.parts
-    tiles, chunk = layout.tiles(lanes, each), -(-layout.slabs // plan.parts)
     arranged_B, arranged_C = layout.arranged()
-    sizes = (layout.d, layout.l, layout.n, layout.d // layout.g, tiles, layout.slabs, chunk)
-    grid = (layout.g * tiles, layout.sequences, parts)
-    options = layout.flags | {
-        "LANES": lanes, "CHANNELS": 32 // lanes, "EACH": each, "N": layout.padded,
-        "WHOLE": layout.l % SLAB == 0, "num_warps": 1,
-        "ALIGN": layout.align(u, delta, z, grad_y, grads.u, grads.delta, grads.z),
-    }  # fmt: skip
-
-    def room(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
-
-    steady_B, steady_C = B.dim() == 2, C.dim() == 2
-    carried = spans = None
+    carried, spans = layout.carried(parts)
     if parts > 1:
-        carried, spans = room(layout.b * parts * layout.padded * layout.d), room(layout.b * parts * layout.d)
+        unroll = layout.unroll()
+        grid, sizes, options = layout.launch(lanes, unroll, 1, delta, z, grad_y)
+        del options["STEADY_B"]
         _kernels.carry[grid](
             delta, A, arranged_C, z, layout.bias, grad_y, carried, spans,
-            *delta.stride(), *_strides(z), *grad_y.stride(), *sizes,
-            **{name: value for name, value in options.items() if name != "STEADY_B"},
+            *delta.stride(), *_strides(z), *grad_y.stride(), *sizes, UNROLL=unroll, **options,
         )  # fmt: skip
+    steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + layout.padded * (1 + steady_B + steady_C)
-    totals = room(over * layout.d * width)
+    totals = layout.room(over * layout.d * width)
+    warps = WARPS if layout.n <= 32 else 1  # their sums go through 16 KiB of shared memory
+    grid, sizes, options = layout.launch(
+        lanes, 1, warps, u, delta, z, grad_y, ungated, grads.u, grads.delta, grads.z
+    )
+    tiles = sizes[4]
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
-    sums = room(tiles * each_row)
+    sums = layout.room(tiles * each_row)
     _kernels.backward[grid](
         u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
         grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
         grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
-        *grads.u.stride(), *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
-        *layout.kept_strides, *sizes,  # y lies as u's gradient
-        PACK=layout.packs(lanes, u, delta, z, grad_y, ungated, grads.u), maxnreg=plan.back_registers,
-        **options,
+        *grads.u.stride(),  # y lies as u's gradient
+        *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
+        *sizes, UNROLL=1, WARPS=warps, **options,
     )  # fmt: skip
     if each_row:
         block, none = 128, (0, 0, 0, 0)
@@ -258,8 +299,7 @@ def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
     u, n = inputs.u, inputs.A.shape[1]
     b, d, l = u.shape
     slabs = b * -(-l // SLAB) if inputs.cu_seqlens is None else -(-l // SLAB) + sequences
-    ungated = 0 if inputs.z is None else -(-u.numel() * u.element_size() // 4)
-    return (slabs * _padded(n) * d + ungated,)
+    return (slabs * _padded(n) * d + (0 if inputs.z is None else _words(u)),)
 
 
 _scan = define("scan_triton", _forward_pass, _backward_pass, _saved_shape)
@@ -291,12 +331,13 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     n = A.shape[1]
     channels, own = 16, state.contiguous()
     if y.numel():
-        _kernels.step[(-(-d // channels), b)](
-            own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y,
-            *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
-            d, n, d // B.shape[1], d // C.shape[1], SOFTPLUS=dt_softplus,
-            CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _kernels.step[(-(-d // channels), b)](
+                own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y,
+                *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
+                d, n, d // B.shape[1], d // C.shape[1], SOFTPLUS=dt_softplus,
+                CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
+            )  # fmt: skip
     if own is not state:
         state.copy_(own)
     return y
