@@ -54,9 +54,9 @@ def run_with_gradients(scan, arguments, **options):
         for n, t in arguments.items()
     }
     y, last = scan(**leaves, delta_softplus=True, return_last_state=True, **options)
-    draw = torch.Generator().manual_seed(1)
-    grad_y = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.dtype)
-    grad_last = torch.randn(last.shape, generator=draw, dtype=torch.float64).to(last.dtype)
+    draw = torch.Generator("cpu").manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=draw, dtype=torch.float64, device="cpu").to(y)
+    grad_last = torch.randn(last.shape, generator=draw, dtype=torch.float64, device="cpu").to(last)
     wanted = {n: t for n, t in leaves.items() if t.requires_grad}
     grads = torch.autograd.grad((y, last), list(wanted.values()), (grad_y, grad_last), materialize_grads=True)
     return {"y": y.detach(), "last": last.detach()} | {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}

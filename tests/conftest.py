@@ -31,7 +31,12 @@ def backend(request):
     reason = available_backends().get(request.param, "no such backend")
     if reason:
         (pytest.fail if request.config.getoption("backends") else pytest.skip)(f"{request.param}: {reason}")
-    return request.param
+    if request.param != "triton":
+        yield request.param
+        return
+    torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(autouse=True)

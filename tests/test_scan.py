@@ -77,6 +77,8 @@ def test_backend_agrees_with_the_reference(backend, case, segments, request):
     if segments == "short":
         request.getfixturevalue("short_segments")
     arguments = make_scan(**CASES[case])
+    if backend == "triton" and (arguments["A"].is_complex() or arguments["u"].dtype == torch.float64):
+        pytest.skip("refused: see test_triton.py")
     truth = run_with_gradients(
         selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
     )
@@ -247,8 +249,7 @@ def test_step_keeps_a_half_precision_state():
     assert y.eq(3).all()
 
 
-@pytest.mark.parametrize("name", ["scan_vectorised", "scan_cpu"])
-def test_operator_passes_opcheck(name, short_segments):
+def test_operator_passes_opcheck(backend, short_segments):
     for case in ({}, {"b": 1, "packed": [0, 3, 9]}, {"constant": "BC", "without": ("z", "initial_state")}):
         a = make_scan(**{"l": 9} | case)
         weights = [a[n] if a[n].dim() == 2 else a[n][:, None] for n in ("B", "C")]
@@ -257,7 +258,7 @@ def test_operator_passes_opcheck(name, short_segments):
             None if t is None else t.detach().requires_grad_() for t in (*tensors, a.get("initial_state"))
         ]
         torch.library.opcheck(
-            torch.ops.projecta.scan_vectorised,
+            getattr(torch.ops.projecta, f"scan_{backend}"),
             (*tensors, a.get("cu_seqlens"), True, True),
             rtol=1e-4,
             atol=1e-4,
@@ -450,7 +451,7 @@ def test_runs_without_a_folder_for_its_cache(tmp_path):
 def test_inference_mode_and_autocast(backend):
     arguments = make_scan()
     expected = selective_scan(**arguments, delta_softplus=True, backend=backend)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(arguments["u"].device.type, torch.bfloat16):
         assert torch.equal(selective_scan(**arguments, delta_softplus=True, backend=backend), expected)
         mixed = arguments | {"delta": arguments["delta"].bfloat16()}  # a Linear under autocast returns this
         got = selective_scan(**mixed, delta_softplus=True, backend=backend)

@@ -22,10 +22,12 @@ TOLERANCE = {
     HALF: 2e-3,
     BRAIN: 1.6e-2,
 }  # the interpreter cuts bfloat16 off, it does not round
-MODES = {"states": (0, 1e9, 0), "two channels a lane": (0, 0, 0), "times, chunks": (1e9, 1e9, 1e9)}
+MODES = {"states": 0, "times, chunks": 1e9}  # what fills a processor, `plan` is told
 CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
     "whole slabs": {"l": 48, "d": 16, "n": 16, "b": 1},
+    "whole blocks": {"l": 64, "d": 16, "n": 16, "b": 1},
+    "whole blocks of time": {"l": 512, "d": 4, "n": 2, "b": 1, "dtype": HALF},
     "three chunks": {"l": 200, "d": 3, "n": 2, "b": 1},
     **{f"states {n}": {"n": n, "d": 3, "l": 11} for n in (1, 16, 17, 64)},
     "groups": {"g": 2, "d": 20, "l": 11},
@@ -68,7 +70,7 @@ def _errors(case, mode):
     from projecta import selective_scan
     from projecta.scan import triton as backend
 
-    backend.FEW, backend.MANY, backend.FULL = MODES[mode]
+    backend.FEW = MODES[mode]
     torch.manual_seed(0)
     arguments = make_scan(**CASES[case])
     wide = {name: widen(t) for name, t in arguments.items()}
@@ -77,6 +79,10 @@ def _errors(case, mode):
     again = run_with_gradients(selective_scan, arguments, backend="triton")
     for name, value in got.items():
         assert torch.equal(value, again[name]), name
+    with torch.no_grad():  # takes other kernels
+        y, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
+    got |= {"y, no gradients": y, "last, no gradients": last}
+    truth |= {"y, no gradients": truth["y"], "last, no gradients": truth["last"]}
     return {
         name: float((widen(got[name]) - t).abs().max() / t.abs().max().clamp_min(1e-30))
         for name, t in truth.items()
@@ -181,6 +187,7 @@ def _compile(kernel, element, architecture, constants):
             return "*" + element
         return "*fp32" if name in wide else "i32"
 
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: kind(name) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     fixed = {(names.index(n),): value for n, value in constants.items()}
@@ -188,27 +195,26 @@ def _compile(kernel, element, architecture, constants):
     built = compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 4 if kernel == "arrange" else 1},
+        options={"num_warps": 4 if kernel == "arrange" else constants.get("WARPS", 1)},
     )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(os.environ["PROJECTA_CUBINS"]) / f"{kernel}-{element}-{architecture}.cubin"
     cubin.write_bytes(built.asm["cubin"])
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return built.asm["ptx"], built.metadata.shared, registers, stack
+    registers, stack, shared = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
+    return built.asm["ptx"], shared + built.metadata.shared, registers, stack
 
 
 _SCAN = {
-    "bounds": None, "SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "WHOLE": True, "ALIGN": 8, "N": 16,
-    "EACH": 1, "ul": 1, "sl": 1, "zl": 1, "yl": 1,
+    "bounds": None, "SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "WIDE": True, "WHOLE": True, "N": 16,
+    "LANES": 4, "CHANNELS": 8, "ul": 1, "sl": 1, "zl": 1, "yl": 1,
 }  # fmt: skip
-_STATES = _SCAN | {"LANES": 4, "CHANNELS": 8}
+_BACK = {"UNROLL": 1, "WARPS": 4, "gl": 1, "dul": 1, "dsl": 1, "dzl": 1}
 KERNELS = {
-    "forward_states": _STATES | {"start": None, "PACK": True},
-    "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "V": 8},
-    "backward": _STATES | {"PACK": True, "gl": 1, "dul": 1, "dsl": 1, "dzl": 1, "carried": None, "spans": None,
-                           "grad_start": None},
-    "carry": {k: v for k, v in _STATES.items() if k not in ("bounds", "STEADY_B", "ul", "yl")} | {"gl": 1},
+    "forward_states": _SCAN | {"start": None, "UNROLL": 4},
+    "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "NATIVE": False, "PIN": True},
+    "backward": _SCAN | _BACK | {"carried": None, "spans": None, "grad_start": None},
+    "carry": _SCAN | _BACK,
     "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "Bl": 1, "Cl": 1},
     "finish": {"N": 16, "BLOCK": 128, "Bl": 1, "Cl": 1},
     "step": {"SOFTPLUS": True, "CHANNELS": 16, "N": 16},
