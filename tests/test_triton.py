@@ -207,16 +207,16 @@ def _compile(kernel, element, architecture, constants):
 
 _SCAN = {
     "bounds": None, "SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "WIDE": True, "WHOLE": True, "N": 16,
-    "LANES": 4, "CHANNELS": 8, "ul": 1, "sl": 1, "zl": 1, "yl": 1,
+    "LANES": 4, "CHANNELS": 8,
 }  # fmt: skip
-_BACK = {"UNROLL": 1, "WARPS": 4, "gl": 1, "dul": 1, "dsl": 1, "dzl": 1}
+_BACK = {"UNROLL": 1, "WARPS": 4}
 KERNELS = {
     "forward_states": _SCAN | {"start": None, "UNROLL": 4},
     "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "NATIVE": False, "PIN": True},
     "backward": _SCAN | _BACK | {"carried": None, "spans": None, "grad_start": None},
     "carry": _SCAN | _BACK,
-    "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "Bl": 1, "Cl": 1},
-    "finish": {"N": 16, "BLOCK": 128, "Bl": 1, "Cl": 1},
+    "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
+    "finish": {"N": 16, "BLOCK": 128},
     "step": {"SOFTPLUS": True, "CHANNELS": 16, "N": 16},
 }  # fmt: skip
 

@@ -208,10 +208,11 @@ _loaded: dict[str, ModuleType] = {}
 
 def _why_not(name: str) -> str:
     """Load a backend; say why it cannot run here, or ""."""
-    try:
-        _loaded[name] = import_module(f"projecta.scan.{name}")
-    except ImportError as error:
-        return f"{error.name or 'a package'} cannot be imported ({error})"
+    if name not in _loaded:
+        try:
+            _loaded[name] = import_module(f"projecta.scan.{name}")
+        except ImportError as error:
+            return f"{error.name or 'a package'} cannot be imported ({error})"
     return _loaded[name].unavailable()
 
 

@@ -45,11 +45,11 @@ from projecta.scan._lanes import (
     words,
 )  # fmt: skip
 
-# Sizes and strides that compile to the same code whatever they are.
+# Sizes and strides: all compile to the same code whatever they are (see `_start` in triton.py).
 SIZES = [
     "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
-    *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C") for axis in "bd"),
-    "Bg", "Bn", "Cg", "Cn",
+    *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C", "x") for axis in "bdl"),
+    "Bg", "Bn", "Cg", "Cn", "per_B", "per_C",
 ]  # fmt: skip
 SLAB = 8  # steps that a kernel of states takes at a time, and between saved states
 STEPS = constant(SLAB)
@@ -735,7 +735,7 @@ def backward(
 @_kernel
 def arrange(
     B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs,
-    N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """B and C, (b, g, n, l) of any strides, in float32, zero beyond n and l.
 
@@ -754,6 +754,8 @@ def arrange(
         to = to + t % 16 // 4 * (LANES * 4) + t // 16 % LANES * 4 + t % 4
         here = (t < slabs * size) & (state < n)
     inside = (t < l) & (state < n)
+    if UNIT:
+        Bl, Cl = 1, 1
     if B is not None:
         x = tl.load(B + b * Bb + g * Bg + state * Bn + t.to(tl.int64) * Bl, inside, 0.0)
         tl.store(to_B + to, x.to(tl.float32), here)
@@ -764,25 +766,9 @@ def arrange(
 
 @_kernel
 def finish(
-    sums,
-    dB,
-    dC,
-    Bb,
-    Bg,
-    Bn,
-    Bl,
-    Cb,
-    Cg,
-    Cn,
-    Cl,
-    l,
-    n,
-    groups,
-    tiles,
-    slabs,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums, dB, dC, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, tiles, slabs,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum what the tiles of each group hold, in their order, into dB and dC (b, g, n, l)."""
     row = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

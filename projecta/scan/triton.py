@@ -48,6 +48,33 @@ REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
 WARPS = 4  # of a program in backward
 
 
+_compiled: dict[tuple, tuple] = {}
+
+
+def _start(kernel, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], sizes: tuple, **options):
+    """Launch a kernel, whose arguments are tensors, then numbers, then constants.
+
+    Triton looks at every argument of every launch for what a kernel should be compiled for, which takes as
+    long as a small scan. Ours depend on less: the constants, and the tensors' types and alignment.
+    """
+    if max(sizes) >= 2**31:  # passed in 64 bits, each for itself
+        kernel[grid](*tensors, *sizes, **options)
+        return
+    key = (
+        kernel.__name__, *options.values(),
+        *(None if t is None else (t.dtype, t.device.index, t.data_ptr() % 16 == 0) for t in tensors),
+    )  # fmt: skip
+    found = _compiled.get(key)
+    if found is None:
+        built = kernel[grid](*tensors, *sizes, **options)
+        if built is not None:  # the interpreter builds nothing
+            constants = kernel.arg_names[len(tensors) + len(sizes) :]
+            _compiled[key] = built, tuple(options[name] for name in constants)
+        return
+    built, values = found
+    built[(*grid, 1, 1)[:3]](*tensors, *sizes, *values)
+
+
 class _Layout:
     """Shapes and strides of one call, and what all its kernels take."""
 
@@ -129,11 +156,13 @@ class _Layout:
             t.float().contiguous() if t.dim() == 2 else t.new_empty(size, dtype=torch.float32) for t in (B, C)
         ]
         if B.dim() == 4 or C.dim() == 4:
-            none, block = (0, 0, 0, 0), 128
-            _kernels.arrange[(-(-slabs * steps // block), self.b * self.g, -(-rows // 16))](
-                B if B.dim() == 4 else None, C if C.dim() == 4 else None, *outs,
-                *(B.stride() if B.dim() == 4 else none), *(C.stride() if C.dim() == 4 else none),
-                self.l, self.n, self.g, slabs, N=self.padded, LANES=lanes, BLOCK=block,
+            none, block = (0, 0, 0, 1), 128
+            of_B, of_C = (t.stride() if t.dim() == 4 else none for t in (B, C))
+            _start(
+                _kernels.arrange, (-(-slabs * steps // block), self.b * self.g, -(-rows // 16)),
+                (B if B.dim() == 4 else None, C if C.dim() == 4 else None, *outs),
+                (*of_B, *of_C, self.l, self.n, self.g, slabs),
+                N=self.padded, LANES=lanes, BLOCK=block, UNIT=of_B[3] == of_C[3] == 1,
             )  # fmt: skip
         return outs[0], outs[1]
 
@@ -205,9 +234,9 @@ def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tenso
     if layout.plan.times and not saved.numel():
         grid, sizes, options = layout.launch(32, 64, 1, u, delta, z, y, times=True)
         B, C = layout.where_they_lie() if options["NATIVE"] else layout.arranged(32)
-        _kernels.forward_times[grid](
-            u, delta, A, B, C, layout.D, z, layout.bias, start, y, last_state,
-            *head, *_rows(B), *_rows(C), *sizes, **options,
+        _start(
+            _kernels.forward_times, grid, (u, delta, A, B, C, layout.D, z, layout.bias, start, y, last_state),
+            (*head, *_rows(B), *_rows(C), *sizes), **options,
         )  # fmt: skip
         return
     B, C = layout.arranged()
@@ -217,10 +246,11 @@ def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tenso
     unroll = layout.unroll()
     grid, sizes, options = layout.launch(lanes, unroll, 1, u, delta, z, y)
     for ends in (True, False) if parts > 1 else (False,):
-        _kernels.forward_states[grid](
-            u, delta, A, B, C, layout.D, None if ends else z, layout.bias, start, layout.bounds, carried,
-            spans, None if ends else y, last_state, None if ends else states, None if ends else ungated,
-            *head, *sizes, UNROLL=unroll, **options,
+        _start(
+            _kernels.forward_states, grid,
+            (u, delta, A, B, C, layout.D, None if ends else z, layout.bias, start, layout.bounds, carried,
+             spans, None if ends else y, last_state, None if ends else states, None if ends else ungated),
+            (*head, *sizes), UNROLL=unroll, **options,
         )  # fmt: skip
 
 
@@ -252,9 +282,9 @@ def _launch_backward(
         unroll = layout.unroll()
         grid, sizes, options = layout.launch(lanes, unroll, 1, delta, z, grad_y)
         del options["STEADY_B"]
-        _kernels.carry[grid](
-            delta, A, arranged_C, z, layout.bias, grad_y, carried, spans,
-            *delta.stride(), *_strides(z), *grad_y.stride(), *sizes, UNROLL=unroll, **options,
+        _start(
+            _kernels.carry, grid, (delta, A, arranged_C, z, layout.bias, grad_y, carried, spans),
+            (*delta.stride(), *_strides(z), *grad_y.stride(), *sizes), UNROLL=unroll, **options,
         )  # fmt: skip
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + layout.padded * (1 + steady_B + steady_C)
@@ -266,28 +296,32 @@ def _launch_backward(
     tiles = sizes[4]
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
     sums = layout.room(tiles * each_row)
-    _kernels.backward[grid](
-        u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
-        grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
-        grads.initial_state, *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
-        *grads.u.stride(),  # y lies as u's gradient
-        *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
-        *sizes, UNROLL=1, WARPS=warps, **options,
+    _start(
+        _kernels.backward, grid,
+        (u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
+         grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
+         grads.initial_state),
+        (*u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
+         *grads.u.stride(),  # y lies as u's gradient
+         *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z), *sizes),
+        UNROLL=1, WARPS=warps, **options,
     )  # fmt: skip
     if each_row:
         block, none = 128, (0, 0, 0, 0)
-        _kernels.finish[(-(-layout.slabs * layout.padded * 2 * SLAB // block), layout.b * layout.g)](
-            sums, None if steady_B else grads.B, None if steady_C else grads.C,
-            *(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
-            layout.l, layout.n, layout.g, tiles, layout.slabs, N=layout.padded, BLOCK=block, num_warps=1,
+        _start(
+            _kernels.finish, (-(-layout.slabs * layout.padded * 2 * SLAB // block), layout.b * layout.g),
+            (sums, None if steady_B else grads.B, None if steady_C else grads.C),
+            (*(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
+             layout.l, layout.n, layout.g, tiles, layout.slabs),
+            N=layout.padded, BLOCK=block, num_warps=1,
         )  # fmt: skip
     dB, dC = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if t.dim() == 2 else None
         for t in (grads.B, grads.C)
     )
-    _kernels.fold[(layout.d,)](
-        totals, grads.A, grads.D, grads.delta_bias, dB, dC,
-        layout.d, layout.n, over, N=layout.padded, STEADY_B=steady_B, STEADY_C=steady_C,
+    _start(
+        _kernels.fold, (layout.d,), (totals, grads.A, grads.D, grads.delta_bias, dB, dC),
+        (layout.d, layout.n, over), N=layout.padded, STEADY_B=steady_B, STEADY_C=steady_C,
         BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
     for grad, folded in ((grads.B, dB), (grads.C, dC)):
@@ -332,11 +366,12 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     channels, own = 16, state.contiguous()
     if y.numel():
         with torch.cuda.device_of(x):
-            _kernels.step[(-(-d // channels), b)](
-                own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y,
-                *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
-                d, n, d // B.shape[1], d // C.shape[1], SOFTPLUS=dt_softplus,
-                CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
+            _start(
+                _kernels.step, (-(-d // channels), b),
+                (own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y),
+                (*x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
+                 d, n, d // B.shape[1], d // C.shape[1]),
+                SOFTPLUS=dt_softplus, CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
             )  # fmt: skip
     if own is not state:
         state.copy_(own)
