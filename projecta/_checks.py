@@ -32,15 +32,10 @@ class Checker:
     def tensor(self, argument: str, value: Any, device: Any = None):
         """A torch tensor, on `device` if that is given."""
         torch = sys.modules.get("torch")  # not imported here: who passes a tensor has imported it
-        self.that(
-            torch is not None and isinstance(value, torch.Tensor),
-            argument,
-            "be a tensor",
-            type(value).__name__,
-            error=TypeError,
-        )
-        if device is not None:
-            self.that(value.device == device, argument, f"be on {device} like u", value.device)
+        if torch is None or not isinstance(value, torch.Tensor):
+            fail(self.function, argument, "be a tensor", type(value).__name__, error=TypeError)
+        if device is not None and value.device != device:
+            fail(self.function, argument, f"be on {device} like u", value.device)
 
     def shape(self, argument: str, value: Any, shape: Sequence[int], axes: str, why: str = ""):
         """`axes` names the expected `shape`, as in "(b, d, l)"; `why` says where it comes from."""
@@ -54,7 +49,8 @@ class Checker:
             self.that(False, argument, f"be {names}", _short(value.dtype), error=TypeError)
 
     def one_of(self, argument: str, value: object, allowed: Sequence[object]):
-        self.that(value in allowed, argument, "be one of " + ", ".join(map(repr, allowed)), repr(value))
+        if value not in allowed:
+            fail(self.function, argument, "be one of " + ", ".join(map(repr, allowed)), repr(value))
 
 
 def _short(dtype: Any) -> str:

@@ -229,6 +229,38 @@ def compiler(tmp_path_factory):
     del os.environ["PROJECTA_CUBINS"]
 
 
+def _check_launches():
+    """The second launch of a kernel goes straight to what the first compiled, with its constants in order."""
+    from projecta.scan import triton as backend
+
+    log = []
+
+    class Built:
+        def __getitem__(self, grid):
+            return lambda *arguments: log.append(("built", grid, arguments))
+
+    class Kernel:
+        __name__, arg_names = "kernel", ["x", "y", "n", "N", "BLOCK"]
+
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                log.append(("compiled", grid, arguments, options))
+                return Built()
+
+            return run
+
+    x, options = torch.zeros(9), {"BLOCK": 4, "N": 2, "num_warps": 1}
+    for tensor, n in ((x, 3), (x, 5), (x.half(), 3), (x[1:], 3), (x, 2**31), (x, 2**31)):
+        backend._start(Kernel(), (7,), (tensor, None), (n,), **options)
+    assert [entry[0] for entry in log] == ["compiled", "built"] + 4 * ["compiled"]
+    assert log[0][1:] == ((7,), (x, None, 3), options)
+    assert log[1][1:] == ((7, 1, 1), (x, None, 5, 2, 4))
+
+
+def test_launches_after_the_first(compiler):
+    compiler.submit(_check_launches).result(timeout=300)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_compiles_from_the_t4_on(compiler, kernel):
     """No tensor cores and no arithmetic in bfloat16 for sm_75, no shared memory to speak of, few spills."""

@@ -18,12 +18,8 @@ def canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, initial_stat
     b, d, l = u.shape
     check.tensor("A", A, u.device)
     check.dtype("A", A, WIDE)
-    check.that(
-        A.dim() == 2 and A.shape[0] == d and A.shape[1] > 0,
-        "A",
-        f"have shape (d, n) with d = {d}, n > 0",
-        tuple(A.shape),
-    )
+    if A.dim() != 2 or A.shape[0] != d or A.shape[1] == 0:
+        check.that(False, "A", f"have shape (d, n) with d = {d}, n > 0", tuple(A.shape))
     n = A.shape[1]
     for name, t in (("delta", delta), ("z", z)):
         if t is not None or name == "delta":
@@ -64,13 +60,14 @@ def _canonical_weight(check, name, B, A, b, d, n, l, u):
         return B.to(state_dtype(u, A)) if A.is_complex() else B
     interleaved = A.is_complex() and not B.is_complex()
     length = 2 * l if interleaved else l
-    axes = "2 l" if interleaved else "l"
-    shapes = f"have shape (d, n), (b, n, {axes}) = {(b, n, length)} or (b, g, n, {axes})"
     grouped = B[:, None] if B.dim() == 3 else B
-    check.that(B.dim() in (3, 4), name, shapes, tuple(B.shape))
+    if grouped.dim() != 4 or grouped.shape != (b, grouped.shape[1], n, length):
+        axes = "2 l" if interleaved else "l"
+        shapes = f"have shape (d, n), (b, n, {axes}) = {(b, n, length)} or (b, g, n, {axes})"
+        check.that(False, name, shapes, tuple(B.shape))
     g = grouped.shape[1]
-    check.that(tuple(grouped.shape) == (b, g, n, length), name, shapes, tuple(B.shape))
-    check.that(g > 0 and d % g == 0, name, f"have a number of groups that divides d = {d}", g)
+    if g == 0 or d % g:
+        check.that(False, name, f"have a number of groups that divides d = {d}", g)
     if interleaved:
         grouped = torch.view_as_complex(
             grouped.to(state_dtype(u, A).to_real()).unflatten(-1, (l, 2)).contiguous()

@@ -123,10 +123,14 @@ class _Layout:
 
     def wide(self, *tensors: Tensor | None) -> bool:
         """Whether all of them can be read 16 bytes at a time."""
-        return self.l % 8 == 0 and self.bounds is None and all(
-            t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
-            for t in tensors if t is not None
-        )  # fmt: skip
+        if self.l % 8 or self.bounds is not None:
+            return False
+        for t in tensors:
+            if t is not None:
+                *outer, along = t.stride()
+                if along != 1 or t.data_ptr() % 16 or any(s % 8 for s in outer):
+                    return False
+        return True
 
     def unroll(self) -> int:
         """Slabs in a block: 16 bytes of an array for each lane, if the states leave room for the code."""
