@@ -21,13 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta._checks import Checker
-from projecta.scan import (
-    BACKENDS,
-    BackendUnavailable,
-    available_backends,
-    selective_scan,
-    selective_state_update,
-)
+from projecta.scan import BACKENDS, require_backend, selective_scan, selective_state_update
 
 
 class State(NamedTuple):
@@ -166,11 +160,8 @@ class MambaBlock(nn.Module):
 
 def _check_backend(check: Checker, backend: str) -> None:
     check.one_of("backend", backend, ("auto", *BACKENDS))
-    reason = "" if backend == "auto" else available_backends()[backend]
-    if reason:
-        raise BackendUnavailable(
-            f"{check.function}: backend must be able to run here; got {backend!r}: {reason}."
-        )
+    if backend != "auto":
+        require_backend(check, backend)
 
 
 def _activate(layer: Any, x: Tensor) -> Tensor:

@@ -220,15 +220,20 @@ def _why_not(name: str) -> str:
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
-    check.one_of("backend", backend, ("auto", *BACKENDS))
-    device = u.device.type
-    name = AUTO.get(device, "vectorised") if backend == "auto" else backend
+def require_backend(check: Checker, name: str, device: str = "") -> None:
+    """Raise unless the backend can run here, on that type of device if one is given."""
     reason = _why_not(name)
-    if not reason and _ONLY.get(name, device) != device:
+    if not reason and device and _ONLY.get(name, device) != device:
         reason = f"it takes {_ONLY[name]} tensors, not {device}"
     if reason:
         raise BackendUnavailable(
             f"{check.function}: backend must be able to run here; got {name!r}: {reason}."
         )
+
+
+def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
+    check.one_of("backend", backend, ("auto", *BACKENDS))
+    device = u.device.type
+    name = AUTO.get(device, "vectorised") if backend == "auto" else backend
+    require_backend(check, name, device)
     return _loaded[name]
