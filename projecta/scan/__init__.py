@@ -17,13 +17,15 @@ import os
 from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from projecta._checks import Checker
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
-AUTO = {"cpu": "cpu"}  # what "auto" takes by device type; else "vectorised"
+# What "auto" takes by device type, if it can run; else, and on a GPU for float64 and complex A, "vectorised".
+AUTO = {"cpu": "cpu", "cuda": "triton"}
 # Backends that are made for one device type. Triton's interpreter runs on the CPU.
 _ONLY = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"}
 
@@ -101,7 +103,7 @@ def selective_scan(
     A, B, C, initial_state = canonical_arguments(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
-    module = _choose(check, backend, u)
+    module = _choose(check, backend, u, A.dtype)
     y, last_state = module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens
     )
@@ -191,7 +193,7 @@ def selective_state_update(
     def grouped(t):  # (b, g, n)
         return t[:, None] if t.dim() == 2 else t
 
-    module = _choose(check, backend, x)
+    module = _choose(check, backend, x, state_dtype(x, A))
     own = flat(state)
     wide = own.to(state_dtype(x, A))
     y = module.selective_state_update(
@@ -231,9 +233,13 @@ def require_backend(check: Checker, name: str, device: str = "") -> None:
         )
 
 
-def _choose(check: Checker, backend: str, u: Tensor) -> ModuleType:
+def _choose(check: Checker, backend: str, u: Tensor, state: torch.dtype) -> ModuleType:
     check.one_of("backend", backend, ("auto", *BACKENDS))
     device = u.device.type
-    name = AUTO.get(device, "vectorised") if backend == "auto" else backend
+    name = backend
+    if backend == "auto":
+        name = AUTO.get(device, "vectorised")
+        if name == "triton" and (state != torch.float32 or _why_not(name)):
+            name = "vectorised"
     require_backend(check, name, device)
     return _loaded[name]

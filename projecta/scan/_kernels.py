@@ -19,12 +19,15 @@ import triton
 import triton.language as tl
 
 from projecta.scan._lanes import (
+    INTERPRETED,
     LN_2,
     LOG2_E,
     WARP,
+    barrier,
     collected,
     constant,
     exp2,
+    fetched,
     lay,
     numbers,
     one,
@@ -34,6 +37,8 @@ from projecta.scan._lanes import (
     put_one,
     repeat,
     scanned,
+    settle,
+    settled,
     shared_room,
     shuffled,
     sigmoid,
@@ -48,6 +53,7 @@ from projecta.scan._lanes import (
 # Sizes and strides: all compile to the same code whatever they are (see `_start` in triton.py).
 SIZES = [
     "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
+    "blocks",
     *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C", "x") for axis in "bdl"),
     "Bg", "Bn", "Cg", "Cn", "per_B", "per_C",
 ]  # fmt: skip
@@ -66,6 +72,17 @@ def _place(count, processors):
     """Which of `count` programs this is: those of one processor are neighbours, and share B and C."""
     i = tl.program_id(0)
     return i % processors * tl.cdiv(count, processors) + i // processors
+
+
+@triton.jit
+def _lane(index, LANES: tl.constexpr):
+    """Of a thread: which states and which channel it has, and the first thread that has that channel.
+
+    Threads 2 i and 2 i + 1 have the same states, so that they read B and C from shared memory in one go;
+    the lanes of a channel are 2 threads apart, so that they read its steps side by side.
+    """
+    lane = index // 2 % LANES
+    return lane, index % 2 + index // (2 * LANES) * 2, index - 2 * lane
 
 
 @triton.jit
@@ -120,23 +137,19 @@ def _store(
 
 
 @triton.jit
-def _weights(at, STEADY: tl.constexpr):
-    """A slab of B or C for the lane's row."""
-    if STEADY:
-        return ()
-    else:
-        return words(at, 4, True) + words(at + 4, 4, True)
-
-
-@triton.jit
-def _eight(loaded, constant, STEADY: tl.constexpr):
-    """The slab as 8 tiles."""
+def _eight(at, row, shared, constant, STEADY: tl.constexpr):
+    """A slab's 8 steps of a row of B or C: from shared memory; interpreted, from where they came from."""
     if STEADY:
         return repeat(constant, STEPS)
     else:
+        if INTERPRETED:
+            where = at + row * STEPS
+            found = words(where, 4, True) + words(where + 4, 4, True)
+        else:
+            found = settled(shared) + settled(shared + 16)
         tiles = ()
         for i in tl.static_range(STEPS):
-            tiles = tiles + numbers(loaded[i], tl.float32)
+            tiles = tiles + numbers(found[i], tl.float32)
         return tiles
 
 
@@ -182,23 +195,27 @@ def forward_states(
     d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of a sequence and a chunk of time. Lane i has states i, LANES + i...
+    """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
     Without y it only works out, for each chunk, the state that it leaves from zero, and its sum of delta.
     """
     ENDS: tl.constexpr = y is None
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
+    OF_B: tl.constexpr = 0 if STEADY_B else N
+    STRIDE: tl.constexpr = (OF_B + (0 if STEADY_C else N)) * STEPS
+    S: tl.constexpr = (OF_B + (0 if STEADY_C or ENDS else N)) * STEPS  # numbers of a slab of B and C
+    THREADS: tl.constexpr = WARP * WARPS
     chosen = _place(count, processors)
     if chosen >= count:
         return
     tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
     sequence = (chosen // (groups * tiles) // parts).to(tl.int64)
     group = tile // tiles
-    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
-    lane, column, every = index % LANES, index // LANES, index >= 0
-    leader = column * LANES
+    index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
+    lane, column, leader = _lane(index, LANES)
     row, t_start, t_end, place = sequence, 0, l, sequence * slabs
     if bounds is not None:
         row = sequence * 0
@@ -206,9 +223,11 @@ def forward_states(
         place = sequence + t_start // STEPS
     origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
     first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
-    weights = ((row * groups + group) * slabs) * (N * STEPS) + lane * STEPS
-    within = tl.minimum((tile % tiles) * CHANNELS + column, per_group - 1)
-    channel = (group * per_group + within).to(tl.int64)
+    weights = ((row * groups + group) * slabs) * STRIDE
+    at_B, at_C, shared = B + weights, C + weights, (C if STEADY_B else B) + weights
+    own_channel = (tile % tiles) * (WARPS * CHANNELS) + column
+    real = own_channel < per_group
+    channel = (group * per_group + tl.minimum(own_channel, per_group - 1)).to(tl.int64)
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
     at_y, at_z, span = row * yb + channel * yd, None, zero
     if z is not None:
@@ -236,9 +255,13 @@ def forward_states(
                 gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel)
                 then = then + (exp2(rates[j] * passed) * h[j] + gained,)
             h = then
-    at = weights + tl.minimum(first, slabs - 1) * (N * STEPS)
-    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C or ENDS)
-    t1 = tl.minimum(first, slabs - 1) * STEPS + lane * V  # within bounds for an empty sequence, too
+    room, turn, coming = shared_room(index, 2 * UNROLL * S * 4), 0, ()
+    slab = tl.minimum(first, slabs - 1)  # within bounds for an empty sequence, too
+    if S > 0:
+        coming = fetched(shared + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS)
+        settle(coming, room, index, UNROLL * S, THREADS)
+        barrier(index)
+    t1 = slab * STEPS + lane * V
     loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
     loaded_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
     t1 = first * STEPS + lane * V
@@ -249,26 +272,30 @@ def forward_states(
             t1 = tl.minimum(t1, l - V)
         next_s, next_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
         next_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+        half, turn = room + turn * (UNROLL * S * 4), 1 - turn
+        if S > 0:
+            slab = tl.minimum(block + UNROLL, slabs - 1)
+            coming = fetched(
+                shared + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS
+            )
         for i in tl.static_range(V):
             span += own[i]
         sums, next_own = (), ()
         for k in tl.static_range(UNROLL):
             slab = block + k
-            steps = spread(own, leader, k * STEPS, V, STEPS)
-            inputs = spread(own[V:], leader, k * STEPS, V, STEPS)
+            steps = spread(own, leader, k * STEPS, V, STEPS, 2)
+            inputs = spread(own[V:], leader, k * STEPS, V, STEPS, 2)
             outputs, then = repeat(zero, STEPS), ()
             for j in tl.static_range(K):
-                now_B, now_C = next_B, next_C
-                if j + 1 < K:
-                    at = weights + (tl.minimum(slab, slabs - 1) * N + (j + 1) * LANES) * STEPS
-                else:
-                    at = weights + tl.minimum(slab + 1, slabs - 1) * (N * STEPS)
-                next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C or ENDS)
-                Bs = _eight(now_B, constant_B[j] if STEADY_B else None, STEADY_B)
-                Cs = _eight(now_C, constant_C[j] if STEADY_C and not ENDS else zero, STEADY_C or ENDS)
+                at, row_n = tl.minimum(slab, slabs - 1).to(tl.int64) * STRIDE, j * LANES + lane
+                in_room = half + (k * S + row_n * STEPS) * 4
+                Bs = _eight(at_B + at, row_n, in_room, constant_B[j] if STEADY_B else None, STEADY_B)
+                in_room += OF_B * STEPS * 4
+                steady_C = constant_C[j] if STEADY_C and not ENDS else zero
+                Cs = _eight(at_C + at, row_n, in_room, steady_C, STEADY_C or ENDS)
                 if saved is not None:
                     to = ((place + slab - origin) * N + j * LANES + lane) * d + channel
-                    put(saved + to, (h[j].to(tl.int32, bitcast=True),), every & (slab < final), 1)
+                    put(saved + to, (h[j].to(tl.int32, bitcast=True),), real & (slab < final), 1)
                 state, new = h[j], ()
                 for i in tl.static_range(STEPS):
                     gain = inputs[i] * Bs[i]
@@ -279,6 +306,7 @@ def forward_states(
                     new = new + (outputs[i] + state * Cs[i],)
                 outputs, then = new, then + (state,)
                 if k == UNROLL - 1 and j == K // 2:  # beside the states, which wait for their exponentials
+                    settle(coming, room + turn * (UNROLL * S * 4), index, UNROLL * S, THREADS)
                     t1 = (block + UNROLL) * STEPS + lane * V
                     next_own = _own(
                         next_s, next_u, delta, u, own_bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE
@@ -286,21 +314,28 @@ def forward_states(
             h, sums = then, sums + outputs
         if not ENDS:
             t1 = block * STEPS + lane * V
-            scattered = summed(sums, index, 1, LANES, UNROLL * STEPS)
+            scattered = summed(sums, index, 2, LANES, UNROLL * STEPS)
             values = _outputs(scattered, skip, loaded_u, loaded_z, u, z, WIDE)
             if ungated is not None:
-                _store(ungated + at_y, t1, yl, values, t_start, t_end, every, WIDE, WHOLE, V)
-            _store(y + at_y, t1, yl, values[V:], t_start, t_end, every, WIDE, WHOLE, V)
+                at_ungated = ungated + (row * d + channel) * l
+                _store(at_ungated, t1, 1, values, t_start, t_end, real, WIDE, WHOLE, V)
+            _store(y + at_y, t1, yl, values[V:], t_start, t_end, real, WIDE, WHOLE, V)
         own, loaded_u, loaded_z = next_own, next_u, next_z
+        if S > 0:
+            barrier(index)
     if ENDS:
         at = sequence * parts + part
-        tl.store(spans + at * d + channel, total(span, index, LANES))
+        tl.store(spans + at * d + channel, total(span, index, 2, LANES), real)
         for j in tl.static_range(K):
-            tl.store(carried + (at * N + j * LANES + lane) * d + channel, h[j])
+            tl.store(carried + (at * N + j * LANES + lane) * d + channel, h[j], real)
     else:
         for j in tl.static_range(K):
             row_n = j * LANES + lane
-            tl.store(last + (sequence * d + channel) * n + row_n, h[j], (row_n < n) & (part == parts - 1))
+            own = real & (row_n < n) & (part == parts - 1)
+            tl.store(last + (sequence * d + channel) * n + row_n, h[j], own)
+            if bounds is not None and saved is not None:  # backward does not read it, but tests compare it
+                to = ((place + final - origin) * N + row_n) * d + channel
+                put(saved + to, (h[j].to(tl.int32, bitcast=True),), real & (t_end % STEPS == 0), 1)
 
 
 @triton.jit
@@ -425,27 +460,31 @@ def forward_times(
 def carry(
     delta, A, C, z, bias, grad_y, carried, spans, sb, sd, sl, zb, zd, zl, gb, gd, gl,
     d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
-    SOFTPLUS: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """What each chunk of time adds to the gradient of the state at its start, and its sum of delta.
 
-    A program: CHANNELS channels of a row and a chunk, laid out as in `backward`.
+    A program: WARPS times CHANNELS channels of a row and a chunk.
     """
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
+    STRIDE: tl.constexpr = ((0 if STEADY_B else N) + N) * STEPS
+    S: tl.constexpr = 0 if STEADY_C else N * STEPS
+    THREADS: tl.constexpr = WARP * WARPS
     chosen = _place(count, processors)
     if chosen >= count:
         return
     tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
     row = (chosen // (groups * tiles) // parts).to(tl.int64)
     group = tile // tiles
-    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
-    lane, column = index % LANES, index // LANES
-    leader = column * LANES
-    weights = ((row * groups + group) * slabs) * (N * STEPS) + lane * STEPS
-    within = tl.minimum((tile % tiles) * CHANNELS + column, per_group - 1)
-    channel = (group * per_group + within).to(tl.int64)
+    index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
+    lane, column, leader = _lane(index, LANES)
+    at_C = C + ((row * groups + group) * slabs) * STRIDE
+    own_channel = (tile % tiles) * (WARPS * CHANNELS) + column
+    real = own_channel < per_group
+    channel = (group * per_group + tl.minimum(own_channel, per_group - 1)).to(tl.int64)
     at_s, at_g, at_z = delta + row * sb + channel * sd, grad_y + row * gb + channel * gd, None
     if z is not None:
         at_z = z + row * zb + channel * zd
@@ -459,8 +498,13 @@ def carry(
             constant_C = constant_C + (tl.load(C + channel * n + row_n, row_n < n, 0.0),)
     first, final = part * chunk, tl.minimum((part + 1) * chunk, slabs)
     blocks, span = tl.cdiv(final - first, UNROLL), zero
-    next_C = _weights(C + (weights + tl.maximum(final - 1, 0) * (N * STEPS)), STEADY_C)
-    t1 = (first + (blocks - 1) * UNROLL) * STEPS + lane * V
+    room, turn, coming = shared_room(index, 2 * UNROLL * S * 4), 0, ()
+    slab = first + (blocks - 1) * UNROLL
+    if S > 0:
+        coming = fetched(at_C + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS)
+        settle(coming, room, index, UNROLL * S, THREADS)
+        barrier(index)
+    t1 = slab * STEPS + lane * V
     now_s, now_g = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_g, t1, gl, l, WIDE, WHOLE, V)
     now_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
     for back in range(0, blocks):
@@ -471,6 +515,12 @@ def carry(
         t1 = tl.maximum(block - UNROLL, first) * STEPS + lane * V
         now_s, now_g = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_g, t1, gl, l, WIDE, WHOLE, V)
         now_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, V)
+        half, turn = room + turn * (UNROLL * S * 4), 1 - turn
+        if S > 0:
+            slab = tl.maximum(block - UNROLL, first)
+            coming = fetched(
+                at_C + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS
+            )
         own_s, own_g = (), ()
         for i in tl.static_range(V):
             step, grad = s[i] + own_bias, g[i]
@@ -484,26 +534,25 @@ def carry(
             span += step
             own_s, own_g = own_s + (step,), own_g + (grad,)
         for k in tl.static_range(UNROLL - 1, -1, -1):
-            steps = spread(own_s, leader, k * STEPS, V, STEPS)
-            grads = spread(own_g, leader, k * STEPS, V, STEPS)
+            steps = spread(own_s, leader, k * STEPS, V, STEPS, 2)
+            grads = spread(own_g, leader, k * STEPS, V, STEPS, 2)
             then = ()
             for j in tl.static_range(K):
-                now_C = next_C
-                if j + 1 < K:
-                    at = weights + (tl.minimum(block + k, slabs - 1) * N + (j + 1) * LANES) * STEPS
-                else:
-                    at = weights + tl.minimum(tl.maximum(block + k - 1, first), slabs - 1) * (N * STEPS)
-                next_C = _weights(C + at, STEADY_C)
-                Cs = _eight(now_C, constant_C[j] if STEADY_C else None, STEADY_C)
+                at, row_n = tl.minimum(block + k, slabs - 1).to(tl.int64) * STRIDE, j * LANES + lane
+                in_room = half + (k * S + row_n * STEPS) * 4
+                Cs = _eight(at_C + at, row_n, in_room, constant_C[j] if STEADY_C else None, STEADY_C)
                 grad = p[j]
                 for i in tl.static_range(STEPS - 1, -1, -1):
                     grad = exp2(steps[i] * rates[j]) * (grads[i] * Cs[i] + grad)
                 then = then + (grad,)
             p = then
+        if S > 0:
+            settle(coming, room + turn * (UNROLL * S * 4), index, UNROLL * S, THREADS)
+            barrier(index)
     at = row * parts + part
-    tl.store(spans + at * d + channel, total(span, index, LANES))
+    tl.store(spans + at * d + channel, total(span, index, 2, LANES), real)
     for j in tl.static_range(K):
-        tl.store(carried + (at * N + j * LANES + lane) * d + channel, p[j])
+        tl.store(carried + (at * N + j * LANES + lane) * d + channel, p[j], real)
 
 
 @triton.jit
@@ -513,7 +562,7 @@ def _write_sums(to, tiles, t, t_start, t_end, inside, bounds, R: tl.constexpr):
         row = ()
         for i in tl.static_range(R):
             row = row + (tiles[i].to(tl.int32, bitcast=True),)
-        put(to, row, inside & (t == t), R)
+        put(to, row, inside, R)
     else:
         for i in tl.static_range(R):
             put_one(to + i, tiles[i], inside & (t + i >= t_start) & (t + i < t_end))
@@ -523,11 +572,10 @@ def _write_sums(to, tiles, t, t_start, t_end, inside, bounds, R: tl.constexpr):
 def backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans,
     du, ddelta, dz, sums, totals, grad_start,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, yb, yd, yl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl,
+    ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, dub, dud, dul, dsb, dsd, dsl, dzb, dzd, dzl,
     d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
-    WARPS: tl.constexpr,
+    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
@@ -535,8 +583,11 @@ def backward(
     if steady): `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB
     and dC, `sums`: (tile of the group, row, group, slab, N, 16).
     """
-    V: tl.constexpr = STEPS * UNROLL // LANES
+    V: tl.constexpr = STEPS // LANES
     K: tl.constexpr = N // LANES
+    OF_B: tl.constexpr = 0 if STEADY_B else N
+    S: tl.constexpr = (OF_B + (0 if STEADY_C else N)) * STEPS  # numbers of a slab of B and C
+    THREADS: tl.constexpr = WARP * WARPS
     WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
     R: tl.constexpr = 2 * STEPS // CHANNELS  # sums of dB and dC that a lane keeps
     chosen = _place(count, processors)
@@ -545,9 +596,8 @@ def backward(
     tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
     sequence = (chosen // (groups * tiles) // parts).to(tl.int64)
     group = tile // tiles
-    index, zero = tl.arange(0, WARP * WARPS), tl.zeros((WARP * WARPS,), tl.float32)
-    lane, column = index % LANES, index // LANES
-    leader = column * LANES
+    index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
+    lane, column, leader = _lane(index, LANES)
     row, t_start, t_end, place, rows = sequence, 0, l, sequence * slabs, count // (groups * tiles * parts)
     if bounds is not None:
         row, rows = sequence * 0, 1
@@ -555,16 +605,16 @@ def backward(
         place = sequence + t_start // STEPS
     origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
     first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
-    weights = ((row * groups + group) * slabs) * (N * STEPS) + lane * STEPS
+    weights = ((row * groups + group) * slabs) * S
+    at_B, at_C, shared = B + weights, C + weights, (C if STEADY_B else B) + weights
     mine = (((tile % tiles).to(tl.int64) * rows + row) * groups + group) * slabs * N
-    to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + column % CHANNELS * R)
-    if WARPS > 1:
-        room = shared_room(index)
-    within = (tile % tiles) * (CHANNELS * WARPS) + column
-    real = within < per_group
-    channel = (group * per_group + tl.minimum(within, per_group - 1)).to(tl.int64)
+    first_sum = (index % 2 * (CHANNELS // 2) + index % WARP // (2 * LANES)) * R  # that a lane keeps
+    to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + first_sum)
+    own_channel = (tile % tiles) * (CHANNELS * WARPS) + column
+    real = own_channel < per_group
+    channel = (group * per_group + tl.minimum(own_channel, per_group - 1)).to(tl.int64)
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
-    at_g, at_y = grad_y + row * gb + channel * gd, row * yb + channel * yd
+    at_g, at_y = grad_y + row * gb + channel * gd, (row * d + channel) * l
     to_u, to_s = du + row * dub + channel * dud, ddelta + row * dsb + channel * dsd
     at_z, to_z = None, None
     if z is not None:
@@ -591,31 +641,37 @@ def backward(
                 gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel, real, 0.0)
                 then = then + (exp2(rates[j] * span) * p[j] + gained,)
             p = then
-    blocks = tl.cdiv(final - first, UNROLL)
-    at = weights + tl.maximum(final - 1, 0) * (N * STEPS)
-    t1 = tl.maximum(first + (blocks - 1) * UNROLL, 0) * STEPS + lane * V
-    next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
+    room, coming = shared_room(index, 2 * S * 4 + (2 * THREADS * K * R * 4 if WARPS > 1 and S > 0 else 0)), ()
+    slab = tl.maximum(final - 1, 0)
+    if S > 0:
+        coming = fetched(shared + slab.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
+        settle(coming, room + slab % 2 * (S * 4), index, S, THREADS)
+        barrier(index)
+    t1 = slab * STEPS + lane * V
     now_s, now_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
     now_g, now_z, now_y = _load(at_g, t1, gl, l, WIDE, WHOLE, V), (), ()
     if z is not None:
         now_z = _load(at_z, t1, zl, l, WIDE, WHOLE, V)
-        now_y = _load(ungated + at_y, t1, yl, l, WIDE, WHOLE, V)
+        now_y = _load(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
     starts = ()
     for j in tl.static_range(K):
         at_state = ((place + tl.maximum(final - 1 - origin, 0)) * N + j * LANES + lane) * d + channel
-        starts = starts + (tl.load(saved + at_state, j * LANES + lane < n, 0.0),)  # no state: not saved
-    for back in range(0, blocks):
-        block = first + (blocks - 1 - back) * UNROLL
+        starts = starts + (tl.load(saved + at_state),)
+    for back in range(0, final - first):
+        slab = final - 1 - back
+        before = tl.maximum(slab - 1, first)
         s, v, g = _floats(now_s, delta, WIDE), _floats(now_u, u, WIDE), _floats(now_g, grad_y, WIDE)
         if z is not None:
             gate, ys = _floats(now_z, z, WIDE), _floats(now_y, ungated, WIDE)
-        t1 = tl.maximum(block - UNROLL, first) * STEPS + lane * V
+        if S > 0:
+            coming = fetched(shared + before.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
+        t1 = before * STEPS + lane * V
         now_s, now_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
         now_g, now_z, now_y = _load(at_g, t1, gl, l, WIDE, WHOLE, V), (), ()
         if z is not None:
             now_z = _load(at_z, t1, zl, l, WIDE, WHOLE, V)
-            now_y = _load(ungated + at_y, t1, yl, l, WIDE, WHOLE, V)
-        t1 = block * STEPS + lane * V
+            now_y = _load(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+        t1 = slab * STEPS + lane * V
         own_s, own_x, own_g, own_u, own_slope, own_gate = (), (), (), (), (), ()
         for i in tl.static_range(V):
             step, value, grad = s[i] + own_bias, v[i], g[i]
@@ -634,78 +690,67 @@ def backward(
             total_D += grad * value
             own_s, own_x, own_g = own_s + (step,), own_x + (step * value,), own_g + (grad,)
             own_u, own_slope = own_u + (value,), own_slope + (slope,)
-        all_B, all_A = (), ()
-        for k in tl.static_range(UNROLL - 1, -1, -1):
-            slab = block + k
-            steps = spread(own_s, leader, k * STEPS, V, STEPS)
-            inputs = spread(own_x, leader, k * STEPS, V, STEPS)
-            grads = spread(own_g, leader, k * STEPS, V, STEPS)
-            sums_B, sums_A = repeat(zero, STEPS), repeat(zero, STEPS)
-            then, new_A, new_B, new_C, kept = (), (), (), (), ()
-            for j in tl.static_range(K):
-                now_B, now_C = next_B, next_C
-                if j + 1 < K:
-                    at = weights + (tl.minimum(slab, slabs - 1) * N + (j + 1) * LANES) * STEPS
-                else:
-                    at = weights + tl.minimum(tl.maximum(slab - 1, first), slabs - 1) * (N * STEPS)
-                next_B, next_C = _weights(B + at, STEADY_B), _weights(C + at, STEADY_C)
-                rate, state = rates[j], starts[j]
-                Bs = _eight(now_B, constant_B[j] if STEADY_B else None, STEADY_B)
-                Cs = _eight(now_C, constant_C[j] if STEADY_C else None, STEADY_C)
-                states, decays = (state,), ()
-                for i in tl.static_range(STEPS):
-                    decay, gain = exp2(steps[i] * rate), inputs[i] * Bs[i]
-                    if bounds is not None:
-                        inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
-                        gain = tl.where(inside, gain, 0.0)
-                    state = decay * state + gain
-                    states, decays = states + (state,), decays + (decay,)
-                grad, of_A, of_B, of_C = p[j], total_A[j], total_B[j], total_C[j]
-                news_B, news_A, over_B, over_C = (), (), (), ()
-                for i in tl.static_range(STEPS - 1, -1, -1):
-                    sent = grads[i] * Cs[i]
-                    if bounds is not None:
-                        inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
-                        sent = tl.where(inside, sent, 0.0)
-                    grad = sent + grad
-                    news_B = (sums_B[i] + grad * Bs[i],) + news_B
-                    if STEADY_B:
-                        of_B += grad * inputs[i]
-                    over_B, over_C = (grad * inputs[i],) + over_B, (grads[i] * states[i + 1],) + over_C
-                    if STEADY_C:
-                        of_C += grads[i] * states[i + 1]
-                    grad = decays[i] * grad
-                    change = grad * states[i]
-                    news_A = (sums_A[i] + rate * change,) + news_A
-                    of_A += steps[i] * change
-                sums_B, sums_A = news_B, news_A
-                then, new_A = then + (grad,), new_A + (of_A,)
-                new_B, new_C = new_B + (of_B,), new_C + (of_C,)
-                if not STEADY_B or not STEADY_C:
-                    row_j = summed(over_B + over_C, index, LANES, CHANNELS, 2 * STEPS)
-                    if WARPS == 1:
-                        to = to_sums + (slab * N + j * LANES) * (2 * STEPS)
-                        t = slab * STEPS + R * column % STEPS
-                        _write_sums(to, row_j, t, t_start, t_end, slab < final, bounds, R)
-                    else:
-                        lay(row_j, room, index, slab % 2, j, K, R)
-                        kept = kept + row_j
-            if WARPS > 1 and (not STEADY_B or not STEADY_C):
-                kept = collected(kept, room, index, slab % 2, K, R, WARPS)
-                for j in tl.static_range((K + WARPS - 1) // WARPS):
-                    own_j = j * WARPS + index // WARP
-                    to = to_sums + (slab * N + own_j * LANES) * (2 * STEPS)
-                    t = slab * STEPS + R * column % STEPS
-                    inside = (own_j < K) & (slab < final)
-                    _write_sums(to, kept[j * R : (j + 1) * R], t, t_start, t_end, inside, bounds, R)
-            p, total_A, total_B, total_C, starts = then, new_A, new_B, new_C, ()
-            all_B, all_A = sums_B + all_B, sums_A + all_A
-            before = (place + tl.minimum(tl.maximum(slab - 1, first), final - 1) - origin) * N
-            for j in tl.static_range(K):
-                at_state = (before + j * LANES + lane) * d + channel
-                starts = starts + (tl.load(saved + at_state, j * LANES + lane < n, 0.0),)
-        of_B = summed(all_B, index, 1, LANES, UNROLL * STEPS)
-        of_A = summed(all_A, index, 1, LANES, UNROLL * STEPS)
+        steps = spread(own_s, leader, 0, V, STEPS, 2)
+        inputs = spread(own_x, leader, 0, V, STEPS, 2)
+        grads = spread(own_g, leader, 0, V, STEPS, 2)
+        sums_B, sums_A = repeat(zero, STEPS), repeat(zero, STEPS)
+        then, new_A, new_B, new_C, kept = (), (), (), (), ()
+        for j in tl.static_range(K):
+            rate, state, row_n = rates[j], starts[j], j * LANES + lane
+            at, in_room = slab.to(tl.int64) * S, room + slab % 2 * (S * 4) + row_n * (STEPS * 4)
+            Bs = _eight(at_B + at, row_n, in_room, constant_B[j] if STEADY_B else None, STEADY_B)
+            in_room += OF_B * STEPS * 4
+            Cs = _eight(at_C + at, row_n, in_room, constant_C[j] if STEADY_C else None, STEADY_C)
+            states, decays = (state,), ()
+            for i in tl.static_range(STEPS):
+                decay, gain = exp2(steps[i] * rate), inputs[i] * Bs[i]
+                if bounds is not None:
+                    inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
+                    gain = tl.where(inside, gain, 0.0)
+                state = decay * state + gain
+                states, decays = states + (state,), decays + (decay,)
+            grad, of_A, of_B, of_C = p[j], total_A[j], total_B[j], total_C[j]
+            news_B, news_A, over_B, over_C = (), (), (), ()
+            for i in tl.static_range(STEPS - 1, -1, -1):
+                sent = grads[i] * Cs[i]
+                if bounds is not None:
+                    inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
+                    sent = tl.where(inside, sent, 0.0)
+                grad = sent + grad
+                news_B = (sums_B[i] + grad * Bs[i],) + news_B
+                if STEADY_B:
+                    of_B += grad * inputs[i]
+                over_B, over_C = (grad * inputs[i],) + over_B, (grads[i] * states[i + 1],) + over_C
+                if STEADY_C:
+                    of_C += grads[i] * states[i + 1]
+                grad = decays[i] * grad
+                change = grad * states[i]
+                news_A = (sums_A[i] + rate * change,) + news_A
+                of_A += steps[i] * change
+            sums_B, sums_A = news_B, news_A
+            then, new_A = then + (grad,), new_A + (of_A,)
+            new_B, new_C = new_B + (of_B,), new_C + (of_C,)
+            if S > 0:
+                row_j = summed(over_B + over_C, index, 1, 2, 2 * STEPS)
+                row_j = summed(row_j, index, 2 * LANES, CHANNELS // 2, STEPS)
+                kept = kept + row_j
+                if WARPS > 1:
+                    lay(row_j, room + 2 * S * 4, index, slab % 2, j, K, R, WARPS)
+        if S > 0:
+            settle(coming, room + (slab + 1) % 2 * (S * 4), index, S, THREADS)
+            barrier(index)
+            if WARPS > 1:
+                kept = collected(kept, room + 2 * S * 4, index, slab % 2, K, R, WARPS)
+            for j in tl.static_range((K + WARPS - 1) // WARPS):
+                own_j, t = j * WARPS + index // WARP, slab * STEPS + first_sum % STEPS
+                to = to_sums + (slab.to(tl.int64) * N + own_j * LANES) * (2 * STEPS)
+                _write_sums(to, kept[j * R : (j + 1) * R], t, t_start, t_end, own_j < K, bounds, R)
+        p, total_A, total_B, total_C, starts = then, new_A, new_B, new_C, ()
+        for j in tl.static_range(K):
+            at_state = ((place + before - origin) * N + j * LANES + lane) * d + channel
+            starts = starts + (tl.load(saved + at_state),)
+        of_B = summed(sums_B, index, 2, LANES, STEPS)
+        of_A = summed(sums_A, index, 2, LANES, STEPS)
         outs_u, outs_s = (), ()
         for i in tl.static_range(V):
             change = (of_A[i] * LN_2 + own_u[i] * of_B[i]) * own_slope[i]
@@ -717,8 +762,8 @@ def backward(
             _store(to_z, t1, dzl, own_gate, t_start, t_end, real, WIDE, WHOLE, V)
     to = totals + ((sequence * parts + part) * d + channel) * WIDTH
     only = real & (lane == 0)
-    tl.store(to, total(total_D, index, LANES), only)
-    tl.store(to + 1, total(total_bias, index, LANES), only)
+    tl.store(to, total(total_D, index, 2, LANES), only)
+    tl.store(to + 1, total(total_bias, index, 2, LANES), only)
     for j in tl.static_range(K):
         row_n = j * LANES + lane
         own = real & (row_n < n)
@@ -734,19 +779,20 @@ def backward(
 
 @_kernel
 def arrange(
-    B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs,
+    B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs, blocks,
     N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """B and C, (b, g, n, l) of any strides, in float32, zero beyond n and l.
 
-    As (b, g, slab, N, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4), so that each
-    quarter of the lanes' 16 steps is one stretch of memory.
+    As (b, g, slab, N of each that varies, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4),
+    so that each quarter of the lanes' 16 steps is one stretch of memory.
     """
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    row, state = tl.program_id(1), tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
-    b, g = (row // groups).to(tl.int64), row % groups
+    t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, state = tl.program_id(0) // blocks, tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
+    b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
     if LANES == 0:
-        to = (row.to(tl.int64) * slabs + t // STEPS) * (N * STEPS) + state * STEPS + t % STEPS
+        S: tl.constexpr = N * STEPS if B is None or C is None else 2 * N * STEPS
+        to = (row.to(tl.int64) * slabs + t // STEPS) * S + state * STEPS + t % STEPS
         here = (t < slabs * STEPS) & (state < N)
     else:
         size: tl.constexpr = 16 * LANES
@@ -757,33 +803,33 @@ def arrange(
     if UNIT:
         Bl, Cl = 1, 1
     if B is not None:
-        x = tl.load(B + b * Bb + g * Bg + state * Bn + t.to(tl.int64) * Bl, inside, 0.0)
+        x = tl.load(B + b * Bb + g * Bg + state.to(tl.int64) * Bn + t.to(tl.int64) * Bl, inside, 0.0)
         tl.store(to_B + to, x.to(tl.float32), here)
     if C is not None:
-        x = tl.load(C + b * Cb + g * Cg + state * Cn + t.to(tl.int64) * Cl, inside, 0.0)
+        x = tl.load(C + b * Cb + g * Cg + state.to(tl.int64) * Cn + t.to(tl.int64) * Cl, inside, 0.0)
         tl.store(to_C + to, x.to(tl.float32), here)
 
 
 @_kernel
 def finish(
-    sums, dB, dC, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, tiles, slabs,
+    sums, dB, dC, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, tiles, slabs, blocks,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum what the tiles of each group hold, in their order, into dB and dC (b, g, n, l)."""
-    row = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, rows = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     each = slabs.to(tl.int64) * (N * 2 * STEPS)
     inside = at < each
     where = sums + row * each + at
     sum = tl.zeros((BLOCK,), tl.float32)
     for tile in range(0, tiles // 16 * 16, 16):
         for i in tl.static_range(16):
-            sum += tl.load(where + (tile + i) * tl.num_programs(1) * each, inside, 0.0)
+            sum += tl.load(where + (tile + i) * rows * each, inside, 0.0)
     for tile in range(tiles // 16 * 16, tiles):
-        sum += tl.load(where + tile * tl.num_programs(1) * each, inside, 0.0)
+        sum += tl.load(where + tile * rows * each, inside, 0.0)
     step, state, slab = at % (2 * STEPS), at // (2 * STEPS) % N, at // (2 * STEPS * N)
     t = (slab * STEPS + step % STEPS).to(tl.int64)
-    b, g = (row // groups).to(tl.int64), row % groups
+    b, g, state = (row // groups).to(tl.int64), (row % groups).to(tl.int64), state.to(tl.int64)
     inside = inside & (t < l) & (state < n)
     if dB is not None:
         to = dB + b * Bb + g * Bg + state * Bn + t * Bl
@@ -803,7 +849,7 @@ def fold(
     channel, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     sum = tl.zeros((BLOCK,), tl.float32)
     for i in range(over):
-        sum += tl.load(totals + (i * d + channel) * WIDTH + at, at < WIDTH, 0.0)
+        sum += tl.load(totals + (i * tl.cast(d, tl.int64) + channel) * WIDTH + at, at < WIDTH, 0.0)
     if dD is not None:
         tl.store(dD + channel + at, sum.to(dD.dtype.element_ty), at == 0)
     if dbias is not None:
@@ -820,12 +866,12 @@ def fold(
 @_kernel
 def step(
     state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
-    SOFTPLUS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
+    tiles, SOFTPLUS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n)."""
-    row = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    state_n = tl.arange(0, N)[None, :]
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = (tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
+    state_n = tl.arange(0, N)[None, :].to(tl.int64)
     real = channel < d
     here = real[:, None] & (state_n < n)
     u = tl.load(x + row * xb + channel * xd, real, 0.0).to(tl.float32)

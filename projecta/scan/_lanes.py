@@ -53,9 +53,10 @@ def sigmoid(x):
 
 @triton.jit
 def softplus(x):
-    """max(x, 0) + log(1 + e) with e = exp(-|x|); the series where 1 + e would round."""
+    """max(x, 0) + log(1 + e) with e = exp(-|x|); the series where 1 + e would round: 6e-6 of the value."""
     e = exp2(tl.abs(x) * -LOG2_E)
-    return tl.maximum(x, 0.0) + tl.where(e < 2.0**-11, e - 0.5 * e * e, log2(1.0 + e) * LN_2)
+    series = e - e * e * (0.5 - e * (0.33333334 - e * 0.25))
+    return tl.maximum(x, 0.0) + tl.where(e < 2.0**-6, series, log2(1.0 + e) * LN_2)
 
 
 @triton.jit
@@ -213,49 +214,86 @@ def shuffled(x, source):
         )
 
 
+@triton.constexpr_function
+def _room(BYTES):
+    return f"{{ .shared .align 16 .b8 room[{BYTES}]; mov.u32 $0, room; }}"
+
+
 @triton.jit
-def shared_room(index):
-    """The address of 16 KiB of shared memory."""
-    if INTERPRETED:
+def shared_room(index, BYTES: tl.constexpr):
+    """The address of so much shared memory; a kernel may ask once."""
+    if INTERPRETED or BYTES == 0:
         return index
     else:
-        return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 room[16384]; mov.u32 $0, room; }", "=r,r", [index], tl.int32, False, 1
-        )
+        return tl.inline_asm_elementwise(_room(BYTES), "=r,r", [index], tl.int32, False, 1)
 
 
 @triton.jit
-def lay(tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
+def barrier(index):
+    """Wait for all warps of the program."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r,r", [index], tl.int32, False, 1)
+
+
+@triton.jit
+def fetched(at, index, count, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, THREADS: tl.constexpr):
+    """U stretches of S numbers, STRIDE apart, 16 bytes a thread at a time; of `count`, the last again."""
+    found = ()
+    if not INTERPRETED:
+        for i in tl.static_range((U * S // 4 + THREADS - 1) // THREADS):
+            v = i * THREADS + index
+            stretch = tl.minimum(v // (S // 4), count - 1)
+            found = found + words(at + (stretch * STRIDE + v % (S // 4) * 4), 4, True)
+    return found
+
+
+@triton.jit
+def settle(tiles, room, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Leave what `fetched` found in shared memory, SIZE numbers."""
+    for i in tl.static_range(len(tiles) // 4):
+        v = i * THREADS + index
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.shared.v4.b32 [$2], {$3, $4, $5, $6};"
+            " mov.b32 $0, 0; }",
+            "=r,r,r,r,r,r,r",
+            [(v < SIZE // 4).to(tl.int32), room + v * 16, tiles[4 * i], tiles[4 * i + 1], tiles[4 * i + 2],
+             tiles[4 * i + 3]],
+            tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def settled(at):
+    """16 bytes from shared memory. Half as dear where lanes 2 i and 2 i + 1 read the same."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+        (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def lay(tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
     """Leave R tiles, row j of K, in one half of `room`; `collected` finds them."""
     if not INTERPRETED:
-        at = room + half * 8192 + ((index // WARP * K + j) * WARP + index % WARP) * (R * 4)
-        if R == 2:
+        HALF: tl.constexpr = WARPS * WARP * K * R * 4
+        at = room + half * HALF + ((index // WARP * K + j) * WARP + index % WARP) * (R * 4)
+        for i in tl.static_range(0, R, 2):
             tl.inline_asm_elementwise(
-                "st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,r,f,f", [at, tiles[0], tiles[1]],
+                "st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,r,f,f",
+                [at + i * 4, tiles[i], tiles[i + 1]],
                 tl.int32, False, 1,
             )  # fmt: skip
-        else:
-            for i in tl.static_range(R):
-                tl.inline_asm_elementwise(
-                    "st.shared.f32 [$1], $2; mov.b32 $0, 0;",
-                    "=r,r,f",
-                    [at + i * 4, tiles[i]],
-                    tl.int32,
-                    False,
-                    1,
-                )
 
 
 @triton.jit
 def collected(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
     """The sum of K rows of R tiles over the program's warps: warp w keeps rows w, WARPS + w... of them.
 
-    The halves of `room` alternate, so that one barrier is enough. The interpreter sums the tiles themselves.
+    After a barrier: one is enough if the halves of `room` alternate. The interpreter sums the tiles.
     """
+    HALF: tl.constexpr = WARPS * WARP * K * R * 4
     warp, place = index // WARP, index % WARP
     found = ()
-    if not INTERPRETED:
-        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r,r", [index], tl.int32, False, 1)
     for j in tl.static_range((K + WARPS - 1) // WARPS):
         row = tl.minimum(j * WARPS + warp, K - 1)
         for i in tl.static_range(R):
@@ -267,7 +305,7 @@ def collected(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WARPS:
                             other = tl.gather(tiles[(j * WARPS + k) * R + i], w * WARP + place, 0)
                             sum += tl.where(warp == k, other, 0.0)
                 else:
-                    at = room + half * 8192 + ((w * K + row) * WARP + place) * (R * 4) + i * 4
+                    at = room + half * HALF + ((w * K + row) * WARP + place) * (R * 4) + i * 4
                     sum += tl.inline_asm_elementwise(
                         "ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, False, 1
                     )
@@ -285,11 +323,11 @@ def repeat(x, V: tl.constexpr):
 
 
 @triton.jit
-def spread(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr):
-    """Give every lane T steps, FIRST and on, of those that its group owns, V a lane, from its first lane."""
+def spread(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr):
+    """Give every lane T steps, FIRST and on, of those that its group owns: V a lane, lanes UNIT apart."""
     tiles = ()
     for i in tl.static_range(FIRST, FIRST + T):
-        tiles = tiles + (shuffled(own[i % V], leader + i // V),)
+        tiles = tiles + (shuffled(own[i % V], leader + i // V * UNIT),)
     return tiles
 
 
@@ -310,12 +348,12 @@ def summed(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def total(x, index, L: tl.constexpr):
-    """The sum over each group of L adjacent lanes, in all of them."""
+def total(x, index, UNIT: tl.constexpr, L: tl.constexpr):
+    """The sum over each group of L lanes, UNIT lanes apart, in all of them."""
     if L == 1:
         return x
     else:
-        return total(x + shuffled(x, index ^ (L // 2)), index, L // 2)
+        return total(x + shuffled(x, index ^ (UNIT * L // 2)), index, UNIT, L // 2)
 
 
 @triton.jit

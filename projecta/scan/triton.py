@@ -45,7 +45,7 @@ def plan(b: int, d: int, l: int, n: int, groups: int, packed: bool, processors: 
 
 FEW, PARTS = 8, 16  # warps per processor; chunks at most
 REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
-WARPS = 4  # of a program in backward
+WARPS = 4  # of a program that reads B and C by way of shared memory
 
 
 _compiled: dict[tuple, tuple] = {}
@@ -84,7 +84,7 @@ class _Layout:
         self.b, self.d, self.l = u.shape
         self.n = A.shape[1]
         self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-        self.bounds = inputs.cu_seqlens
+        self.bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.contiguous()
         self.sequences = self.b if self.bounds is None else self.bounds.shape[0] - 1
         self.slabs = -(-self.l // SLAB)
         self.processors = _processors(u.device)
@@ -92,6 +92,7 @@ class _Layout:
             self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, self.processors
         )
         self.padded = _padded(self.n)
+        self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
         self.D, self.z, self.bias = _wide(inputs.D), inputs.z, _wide(inputs.delta_bias)
         self.flags = {
             "SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2
@@ -108,14 +109,16 @@ class _Layout:
             self.d, self.l, self.n, per_group, tiles, self.slabs, self.plan.chunk, self.g, count, parts,
             processors,
         )  # fmt: skip
-        few = count <= 12 * self.processors
+        few = count * warps <= 12 * self.processors
         steps = SLAB * block // lanes
         wide = self.wide(*tensors) and all(steps * t.element_size() >= 4 for t in tensors if t is not None)
         whole = self.bounds is None and self.l % (SLAB * block) == 0 and per_group % width == 0
         options = self.flags | {
             "LANES": lanes, "CHANNELS": 32 // lanes, "N": self.padded, "WIDE": wide, "WHOLE": whole,
-            "num_warps": warps, "maxnreg": REGISTERS if few or times or warps > 1 else MANY,
+            "num_warps": warps, "maxnreg": REGISTERS,
         }  # fmt: skip
+        if not times:
+            options["WARPS"] = warps
         if times:
             native = self.native()
             options |= {"NATIVE": native, "PIN": not native or not few or self.l > 2048}
@@ -156,16 +159,21 @@ class _Layout:
         else:
             slabs, rows, steps = self.slabs, self.padded, SLAB
         size = self.b * self.g * slabs * rows * steps
+        varying = [t.dim() == 4 for t in (B, C)]
+        room = self.room(size * sum(varying))
+        offset = size if lanes else rows * steps  # of C
         outs = [
-            t.float().contiguous() if t.dim() == 2 else t.new_empty(size, dtype=torch.float32) for t in (B, C)
+            room[i * offset :] if varies else t.float().contiguous()
+            for i, t, varies in zip((0, varying[0]), (B, C), varying, strict=True)
         ]
-        if B.dim() == 4 or C.dim() == 4:
+        if any(varying):
             none, block = (0, 0, 0, 1), 128
-            of_B, of_C = (t.stride() if t.dim() == 4 else none for t in (B, C))
+            of_B, of_C = (t.stride() if varies else none for t, varies in zip((B, C), varying, strict=True))
+            blocks = -(-slabs * steps // block)
             _start(
-                _kernels.arrange, (-(-slabs * steps // block), self.b * self.g, -(-rows // 16)),
-                (B if B.dim() == 4 else None, C if C.dim() == 4 else None, *outs),
-                (*of_B, *of_C, self.l, self.n, self.g, slabs),
+                _kernels.arrange, (blocks * self.b * self.g, -(-rows // 16)),
+                (B if varying[0] else None, C if varying[1] else None, *outs),
+                (*of_B, *of_C, self.l, self.n, self.g, slabs, blocks),
                 N=self.padded, LANES=lanes, BLOCK=block, UNIT=of_B[3] == of_C[3] == 1,
             )  # fmt: skip
         return outs[0], outs[1]
@@ -248,7 +256,7 @@ def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tenso
     lanes, parts = _lanes(layout.n), layout.plan.parts
     carried, spans = layout.carried(parts)
     unroll = layout.unroll()
-    grid, sizes, options = layout.launch(lanes, unroll, 1, u, delta, z, y)
+    grid, sizes, options = layout.launch(lanes, unroll, layout.warps, u, delta, z, y)
     for ends in (True, False) if parts > 1 else (False,):
         _start(
             _kernels.forward_states, grid,
@@ -284,8 +292,7 @@ def _launch_backward(
     carried, spans = layout.carried(parts)
     if parts > 1:
         unroll = layout.unroll()
-        grid, sizes, options = layout.launch(lanes, unroll, 1, delta, z, grad_y)
-        del options["STEADY_B"]
+        grid, sizes, options = layout.launch(lanes, unroll, layout.warps, delta, z, grad_y)
         _start(
             _kernels.carry, grid, (delta, A, arranged_C, z, layout.bias, grad_y, carried, spans),
             (*delta.stride(), *_strides(z), *grad_y.stride(), *sizes), UNROLL=unroll, **options,
@@ -293,9 +300,8 @@ def _launch_backward(
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + layout.padded * (1 + steady_B + steady_C)
     totals = layout.room(over * layout.d * width)
-    warps = WARPS if layout.n <= 32 else 1  # their sums go through 16 KiB of shared memory
     grid, sizes, options = layout.launch(
-        lanes, 1, warps, u, delta, z, grad_y, ungated, grads.u, grads.delta, grads.z
+        lanes, 1, layout.warps, u, delta, z, grad_y, grads.u, grads.delta, grads.z
     )
     tiles = sizes[4]
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
@@ -306,17 +312,17 @@ def _launch_backward(
          grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
          grads.initial_state),
         (*u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
-         *grads.u.stride(),  # y lies as u's gradient
          *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z), *sizes),
-        UNROLL=1, WARPS=warps, **options,
+        **options,
     )  # fmt: skip
     if each_row:
         block, none = 128, (0, 0, 0, 0)
+        blocks = -(-layout.slabs * layout.padded * 2 * SLAB // block)
         _start(
-            _kernels.finish, (-(-layout.slabs * layout.padded * 2 * SLAB // block), layout.b * layout.g),
+            _kernels.finish, (blocks * layout.b * layout.g,),
             (sums, None if steady_B else grads.B, None if steady_C else grads.C),
             (*(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
-             layout.l, layout.n, layout.g, tiles, layout.slabs),
+             layout.l, layout.n, layout.g, tiles, layout.slabs, blocks),
             N=layout.padded, BLOCK=block, num_warps=1,
         )  # fmt: skip
     dB, dC = (
@@ -336,7 +342,7 @@ def _launch_backward(
 def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
     u, n = inputs.u, inputs.A.shape[1]
     b, d, l = u.shape
-    slabs = b * -(-l // SLAB) if inputs.cu_seqlens is None else -(-l // SLAB) + sequences
+    slabs = b * -(-l // SLAB) if inputs.cu_seqlens is None else l // SLAB + sequences
     return (slabs * _padded(n) * d + (0 if inputs.z is None else _words(u)),)
 
 
@@ -368,13 +374,14 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     b, d = x.shape
     n = A.shape[1]
     channels, own = 16, state.contiguous()
+    tiles = -(-d // channels)
     if y.numel():
         with torch.cuda.device_of(x):
             _start(
-                _kernels.step, (-(-d // channels), b),
+                _kernels.step, (b * tiles,),
                 (own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y),
                 (*x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
-                 d, n, d // B.shape[1], d // C.shape[1]),
+                 d, n, d // B.shape[1], d // C.shape[1], tiles),
                 SOFTPLUS=dt_softplus, CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
             )  # fmt: skip
     if own is not state:
