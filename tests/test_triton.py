@@ -207,14 +207,13 @@ def _compile(kernel, element, architecture, constants):
 
 _SCAN = {
     "bounds": None, "SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "WIDE": True, "WHOLE": True, "N": 16,
-    "LANES": 4, "CHANNELS": 8,
+    "LANES": 4, "CHANNELS": 8, "WARPS": 4,
 }  # fmt: skip
-_BACK = {"UNROLL": 1, "WARPS": 4}
 KERNELS = {
     "forward_states": _SCAN | {"start": None, "UNROLL": 4},
-    "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "NATIVE": False, "PIN": True},
-    "backward": _SCAN | _BACK | {"carried": None, "spans": None, "grad_start": None},
-    "carry": _SCAN | _BACK,
+    "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "WARPS": 1, "NATIVE": False, "PIN": True},
+    "backward": _SCAN | {"carried": None, "spans": None, "grad_start": None},
+    "carry": _SCAN | {"UNROLL": 4},
     "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
     "finish": {"N": 16, "BLOCK": 128},
     "step": {"SOFTPLUS": True, "CHANNELS": 16, "N": 16},
