@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: interpreted against the reference, and compiled for GPUs that are not here."""
 
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ TOLERANCE = {
     HALF: 2e-3,
     BRAIN: 1.6e-2,
 }  # the interpreter cuts bfloat16 off, it does not round
-MODES = {"states": 0, "times, chunks": 1e9}  # what fills a processor, `plan` is told
+MODES = ("states", "times, chunks")  # what `plan` is made to answer
 CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
     "whole slabs": {"l": 48, "d": 16, "n": 16, "b": 1},
@@ -65,12 +66,23 @@ def errors(interpreter):
     return {(case, mode): interpreter.submit(_errors, case, mode) for case in CASES for mode in MODES}
 
 
+def _plan(mode, b, d, l, n, groups, packed, saves, wide, processors):
+    from projecta.scan.triton import Plan
+
+    slabs = -(-l // 8)
+    if packed or mode == "states":
+        return Plan(False, 1, slabs)
+    if not saves and n <= 32:
+        return Plan(True, 1, slabs)
+    return Plan(False, max(1, -(-slabs // 8)), 8)
+
+
 def _errors(case, mode):
     """The error of each output and gradient, relative to its largest value."""
     from projecta import selective_scan
     from projecta.scan import triton as backend
 
-    backend.FEW = MODES[mode]
+    backend.plan = functools.partial(_plan, mode)
     torch.manual_seed(0)
     arguments = make_scan(**CASES[case])
     wide = {name: widen(t) for name, t in arguments.items()}
@@ -79,6 +91,10 @@ def _errors(case, mode):
     again = run_with_gradients(selective_scan, arguments, backend="triton")
     for name, value in got.items():
         assert torch.equal(value, again[name]), name
+    for every in (16, 32):
+        rare = run_with_gradients(selective_scan, arguments, backend="triton", save_every=every)
+        for name, value in got.items():
+            assert torch.equal(value, rare[name]), f"{name}, saved every {every}"
     with torch.no_grad():  # takes other kernels
         y, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
     got |= {"y, no gradients": y, "last, no gradients": last}
@@ -210,9 +226,9 @@ _SCAN = {
     "LANES": 4, "CHANNELS": 8, "WARPS": 4,
 }  # fmt: skip
 KERNELS = {
-    "forward_states": _SCAN | {"start": None, "UNROLL": 4},
-    "forward_times": _SCAN | {"start": None, "LANES": 32, "CHANNELS": 1, "WARPS": 1, "NATIVE": False, "PIN": True},
-    "backward": _SCAN | {"carried": None, "spans": None, "grad_start": None},
+    "forward_states": _SCAN | {"start": None, "UNROLL": 4, "EVERY": 1},
+    "forward_times": _SCAN | {"start": None, "WARPS": 1, "NATIVE": False, "PIN": True},
+    "backward": _SCAN | {"EVERY": 2, "carried": None, "spans": None, "grad_start": None},
     "carry": _SCAN | {"UNROLL": 4},
     "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
     "finish": {"N": 16, "BLOCK": 128},

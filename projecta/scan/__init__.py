@@ -23,6 +23,7 @@ from torch import Tensor
 from projecta._checks import Checker
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 
+SAVE_EVERY = (8, 16, 32)
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
 # What "auto" takes by device type, if it can run; else, and on a GPU for float64 and complex A, "vectorised".
 AUTO = {"cpu": "cpu", "cuda": "triton"}
@@ -57,6 +58,7 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    save_every: int = 8,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with input-dependent steps; positional arguments as in mamba-ssm's `selective_scan_fn`.
@@ -82,6 +84,9 @@ def selective_scan(
         cu_seqlens: int32 (s + 1): packs s sequences into one row (b = 1); sequence i is
             cu_seqlens[i]...cu_seqlens[i + 1], and each starts from its own state. The values are checked on
             the CPU only, where reading them is free.
+        save_every: where gradients are asked for, backend "triton" saves the state every so many steps: 8,
+            16 or 32. More steps take less memory and more time. The other backends choose themselves. Under
+            `torch.utils.checkpoint` one layer's states exist at a time: there 8 is the choice.
         backend: one of `available_backends()`, or "auto": the table `AUTO` of this module.
 
     Returns:
@@ -103,9 +108,10 @@ def selective_scan(
     A, B, C, initial_state = canonical_arguments(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
+    check.one_of("save_every", save_every, SAVE_EVERY)
     module = _choose(check, backend, u, A.dtype)
     y, last_state = module.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
     )
     return (y, last_state) if return_last_state else y
 

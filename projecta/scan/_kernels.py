@@ -40,6 +40,7 @@ from projecta.scan._lanes import (
     settle,
     settled,
     shared_room,
+    shifted,
     shuffled,
     sigmoid,
     softplus,
@@ -195,11 +196,12 @@ def forward_states(
     d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
-    WARPS: tl.constexpr,
+    WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
-    Without y it only works out, for each chunk, the state that it leaves from zero, and its sum of delta.
+    It saves the state before every EVERY-th slab. Without y it only works out, for each chunk but the last, the state that it leaves from zero, and its sum
+    of delta: `parts` is then the number of those.
     """
     ENDS: tl.constexpr = y is None
     V: tl.constexpr = STEPS * UNROLL // LANES
@@ -216,11 +218,11 @@ def forward_states(
     group = tile // tiles
     index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
     lane, column, leader = _lane(index, LANES)
-    row, t_start, t_end, place = sequence, 0, l, sequence * slabs
+    row, t_start, t_end, place = sequence, 0, l, sequence * tl.cdiv(slabs, EVERY)
     if bounds is not None:
         row = sequence * 0
         t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-        place = sequence + t_start // STEPS
+        place = sequence + t_start // (STEPS * EVERY)
     origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
     first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
     weights = ((row * groups + group) * slabs) * STRIDE
@@ -249,7 +251,7 @@ def forward_states(
             constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
     if carried is not None and not ENDS:
         for before in range(0, part):
-            at = sequence * parts + before
+            at = sequence * (parts - 1) + before
             passed, then = tl.load(spans + at * d + channel), ()
             for j in tl.static_range(K):
                 gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel)
@@ -294,8 +296,9 @@ def forward_states(
                 steady_C = constant_C[j] if STEADY_C and not ENDS else zero
                 Cs = _eight(at_C + at, row_n, in_room, steady_C, STEADY_C or ENDS)
                 if saved is not None:
-                    to = ((place + slab - origin) * N + j * LANES + lane) * d + channel
-                    put(saved + to, (h[j].to(tl.int32, bitcast=True),), real & (slab < final), 1)
+                    to = ((place + (slab - origin) // EVERY) * N + j * LANES + lane) * d + channel
+                    here = real & (slab < final) & ((slab - origin) % EVERY == 0)
+                    put(saved + to, (h[j].to(tl.int32, bitcast=True),), here, 1)
                 state, new = h[j], ()
                 for i in tl.static_range(STEPS):
                     gain = inputs[i] * Bs[i]
@@ -333,15 +336,11 @@ def forward_states(
             row_n = j * LANES + lane
             own = real & (row_n < n) & (part == parts - 1)
             tl.store(last + (sequence * d + channel) * n + row_n, h[j], own)
-            if bounds is not None and saved is not None:  # backward does not read it, but tests compare it
-                to = ((place + final - origin) * N + row_n) * d + channel
-                put(saved + to, (h[j].to(tl.int32, bitcast=True),), real & (t_end % STEPS == 0), 1)
 
 
 @triton.jit
 def _sixteen(
-    at, t1, l, NATIVE: tl.constexpr, WHOLE: tl.constexpr, FREE: tl.constexpr,
-    LANES: tl.constexpr,
+    at, t1, lane, l, NATIVE: tl.constexpr, WHOLE: tl.constexpr, FREE: tl.constexpr
 ):  # fmt: skip
     """16 steps of B or C for each lane: as they lie in memory, or in quarters, each one stretch of memory."""
     if NATIVE:
@@ -349,7 +348,7 @@ def _sixteen(
     else:
         found = ()
         for i in tl.static_range(4):
-            found = found + words(at + i * 4 * LANES, 4, FREE)
+            found = found + words(at + (lane * 4 + i * 4 * WARP), 4, FREE)
         return found
 
 
@@ -359,27 +358,23 @@ def forward_times(
     ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg, Bn, Cb, Cg, Cn,
     d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, NATIVE: tl.constexpr,
-    PIN: tl.constexpr,
+    WHOLE: tl.constexpr, NATIVE: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of a row; lane i scans steps 16 i... of a block, a state at a time.
+    """A program: one channel of a row; lane i scans steps 16 i... of a block, a state at a time.
 
     A lane's own 16 steps give its end state from zero; the lanes' ends are scanned, which gives each its true
     start; and the steps are taken again, with the exponentials kept. Lane i also carries state i to the next
-    block: n <= LANES. NATIVE reads B and C where they lie. For inference: it saves nothing.
+    block: n <= 32. NATIVE reads B and C where they lie. For inference: it saves nothing.
     """
     T: tl.constexpr = 2 * STEPS
-    SIZE: tl.constexpr = LANES * T
+    SIZE: tl.constexpr = WARP * T
     chosen = _place(count, processors)
     if chosen >= count:
         return
     tile, row = chosen % (groups * tiles), (chosen // (groups * tiles)).to(tl.int64)
     group = tile // tiles
-    index, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
-    lane, column, every = index % LANES, index // LANES, index >= 0
-    leader = column * LANES
-    within = tl.minimum((tile % tiles) * CHANNELS + column, per_group - 1)
-    channel = (group * per_group + within).to(tl.int64)
+    lane, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
+    every, channel = lane >= 0, tile.to(tl.int64)
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
     at_y, at_z = row * yb + channel * yd, None
     if z is not None:
@@ -389,11 +384,11 @@ def forward_times(
     blocks = tl.cdiv(l, SIZE)
     if NATIVE:
         at_B, at_C = B + (row * Bb + group * Bg), C + (row * Cb + group * Cg)
-        turn_B, turn_C, ahead = Bn, Cn, 0
+        turn_B, turn_C, ahead = tl.cast(Bn, tl.int64), tl.cast(Cn, tl.int64), 0
     else:
-        at_B = B + ((row * groups + group) * n * blocks * SIZE + lane * 4)
-        at_C = C + ((row * groups + group) * n * blocks * SIZE + lane * 4)
-        turn_B, turn_C, ahead = blocks * SIZE, blocks * SIZE, SIZE
+        at_B = B + ((row * groups + group) * n * blocks * SIZE)
+        at_C = C + ((row * groups + group) * n * blocks * SIZE)
+        turn_B, turn_C, ahead = tl.cast(blocks * SIZE, tl.int64), tl.cast(blocks * SIZE, tl.int64), SIZE
     held = channel * n + lane
     rates, carries = tl.load(A + held, lane < n, 0.0) * LOG2_E, zero
     if start is not None:
@@ -405,10 +400,11 @@ def forward_times(
     for block in range(0, blocks):
         t1 = block * SIZE + lane * T
         next_B, next_C = (), ()
+        row_B, row_C = at_B + block * ahead, at_C + block * ahead
         if not STEADY_B:
-            next_B = _sixteen(at_B + block * ahead, t1, l, NATIVE, WHOLE, not PIN, LANES)
+            next_B = _sixteen(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
         if not STEADY_C:
-            next_C = _sixteen(at_C + block * ahead, t1, l, NATIVE, WHOLE, not PIN, LANES)
+            next_C = _sixteen(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
         loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, T), _load(at_u, t1, ul, l, WIDE, WHOLE, T)
         if WIDE:
             later = tl.minimum(t1 + SIZE, l - 1)
@@ -422,29 +418,28 @@ def forward_times(
             span += own[i]
         for state in tl.range(0, n, loop_unroll_factor=2):
             now_B, now_C = next_B, next_C
-            turn = tl.minimum(state + 1, n - 1).to(tl.int64)
+            row_B += tl.where(state + 1 < n, turn_B, 0)
+            row_C += tl.where(state + 1 < n, turn_C, 0)
             if not STEADY_B:
-                next_B = _sixteen(
-                    at_B + (turn * turn_B + block * ahead), t1, l, NATIVE, WHOLE, not PIN, LANES
-                )
+                next_B = _sixteen(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
             if not STEADY_C:
-                next_C = _sixteen(
-                    at_C + (turn * turn_C + block * ahead), t1, l, NATIVE, WHOLE, not PIN, LANES
-                )
-            rate = shuffled(rates, leader + state)
+                next_C = _sixteen(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
+            rate = shuffled(rates, state)
             if PIN:
-                rate += pin(state, index)
-            carry = shuffled(carries, leader + state)
-            Bs = repeat(shuffled(constant_B, leader + state), T) if STEADY_B else _floats(now_B, B, True)
-            Cs = repeat(shuffled(constant_C, leader + state), T) if STEADY_C else _floats(now_C, C, True)
-            decays, gains, h = (), (), zero
+                rate += pin(state, lane)
+            carry = shuffled(carries, state)
+            Bs = repeat(shuffled(constant_B, state), T) if STEADY_B else _floats(now_B, B, True)
+            Cs = repeat(shuffled(constant_C, state), T) if STEADY_C else _floats(now_C, C, True)
+            decays, gains = (), ()
             for i in tl.static_range(T):
                 decays, gains = decays + (exp2(own[i] * rate),), gains + (own[T + i] * Bs[i],)
+            h = gains[0]
+            for i in tl.static_range(1, T):
                 h = decays[i] * h + gains[i]
             decay = exp2(span * rate)
-            ends = scanned(decay, tl.where(lane == 0, decay * carry + h, h), index, lane, LANES)
-            h = tl.where(lane == 0, carry, shuffled(ends, tl.where(lane == 0, index, index - 1)))
-            carries = tl.where(lane == state, shuffled(ends, leader + (LANES - 1)), carries)
+            ends = scanned(decay, tl.where(lane == 0, decay * carry + h, h), lane)
+            h = shifted(ends, carry, lane)
+            carries = tl.where(lane == state, shuffled(ends, WARP - 1), carries)
             new = ()
             for i in tl.static_range(T):
                 h = decays[i] * h + gains[i]
@@ -464,9 +459,9 @@ def carry(
     WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk of time adds to the gradient of the state at its start, and its sum of delta.
+    """What each chunk of time but the first adds to the gradient of the state at its start; its sum of delta.
 
-    A program: WARPS times CHANNELS channels of a row and a chunk.
+    A program: WARPS times CHANNELS channels of a row and one of those chunks, of which there are `parts`.
     """
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
@@ -496,7 +491,7 @@ def carry(
         p = p + (zero,)
         if STEADY_C:
             constant_C = constant_C + (tl.load(C + channel * n + row_n, row_n < n, 0.0),)
-    first, final = part * chunk, tl.minimum((part + 1) * chunk, slabs)
+    first, final = (part + 1) * chunk, tl.minimum((part + 2) * chunk, slabs)
     blocks, span = tl.cdiv(final - first, UNROLL), zero
     room, turn, coming = shared_room(index, 2 * UNROLL * S * 4), 0, ()
     slab = first + (blocks - 1) * UNROLL
@@ -556,6 +551,35 @@ def carry(
 
 
 @triton.jit
+def _taken_on(
+    states, rates, constant_B, at_s, at_u, at_B, delta, u, bias, lane, leader, slab, sl, ul, l, t_start, t_end,
+    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr,
+    LANES: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """The states after a slab, from those before it; the same arithmetic as in `forward_states`."""
+    t1, then = slab * STEPS + lane * V, ()
+    loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
+    own = _own(loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE)
+    steps, inputs = spread(own, leader, 0, V, STEPS, 2), spread(own[V:], leader, 0, V, STEPS, 2)
+    for j in tl.static_range(len(states)):
+        Bs = repeat(constant_B[j], STEPS) if STEADY_B else ()
+        if not STEADY_B:
+            where = at_B + (slab.to(tl.int64) * S + (j * LANES + lane) * STEPS)
+            found = words(where, 4, True) + words(where + 4, 4, True)
+            for i in tl.static_range(STEPS):
+                Bs = Bs + numbers(found[i], tl.float32)
+        state = states[j]
+        for i in tl.static_range(STEPS):
+            gain = inputs[i] * Bs[i]
+            if not WHOLE:  # another sequence's B may be NaN
+                t = slab * STEPS + i
+                gain = tl.where((t >= t_start) & (t < t_end), gain, 0.0)
+            state = exp2(steps[i] * rates[j]) * state + gain
+        then = then + (state,)
+    return then
+
+
+@triton.jit
 def _write_sums(to, tiles, t, t_start, t_end, inside, bounds, R: tl.constexpr):
     """A lane's R sums for dB or dC; two packed sequences may share a slab."""
     if bounds is None:
@@ -576,10 +600,11 @@ def backward(
     d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
-    Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC
+    A slab starts from the state saved last before it, taken on to it if EVERY is more than 1. Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC
     if steady): `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB
     and dC, `sums`: (tile of the group, row, group, slab, N, 16).
     """
@@ -598,11 +623,12 @@ def backward(
     group = tile // tiles
     index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
     lane, column, leader = _lane(index, LANES)
-    row, t_start, t_end, place, rows = sequence, 0, l, sequence * slabs, count // (groups * tiles * parts)
+    row, t_start, t_end, rows = sequence, 0, l, count // (groups * tiles * parts)
+    place = sequence * tl.cdiv(slabs, EVERY)
     if bounds is not None:
         row, rows = sequence * 0, 1
         t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-        place = sequence + t_start // STEPS
+        place = sequence + t_start // (STEPS * EVERY)
     origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
     first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
     weights = ((row * groups + group) * slabs) * S
@@ -634,8 +660,8 @@ def backward(
         if STEADY_C:
             constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
     if carried is not None:
-        for back in range(1, parts - part):
-            at = sequence * parts + parts - back
+        for back in range(1, parts - part):  # the last chunk first; the first hands nothing on
+            at = sequence * (parts - 1) + parts - 1 - back
             span, then = tl.load(spans + at * d + channel), ()
             for j in tl.static_range(K):
                 gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel, real, 0.0)
@@ -655,11 +681,18 @@ def backward(
         now_y = _load(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
     starts = ()
     for j in tl.static_range(K):
-        at_state = ((place + tl.maximum(final - 1 - origin, 0)) * N + j * LANES + lane) * d + channel
+        at_state = ((place + tl.maximum(final - 1 - origin, 0) // EVERY) * N + j * LANES + lane) * d + channel
         starts = starts + (tl.load(saved + at_state),)
     for back in range(0, final - first):
         slab = final - 1 - back
         before = tl.maximum(slab - 1, first)
+        if EVERY > 1:
+            since = (slab - origin) % EVERY
+            for i in range(since):
+                starts = _taken_on(
+                    starts, rates, constant_B, at_s, at_u, at_B, delta, u, own_bias, lane, leader, slab - since + i,
+                    sl, ul, l, t_start, t_end, SOFTPLUS, STEADY_B, WIDE, WHOLE, V, LANES, S,
+                )  # fmt: skip
         s, v, g = _floats(now_s, delta, WIDE), _floats(now_u, u, WIDE), _floats(now_g, grad_y, WIDE)
         if z is not None:
             gate, ys = _floats(now_z, z, WIDE), _floats(now_y, ungated, WIDE)
@@ -747,7 +780,7 @@ def backward(
                 _write_sums(to, kept[j * R : (j + 1) * R], t, t_start, t_end, own_j < K, bounds, R)
         p, total_A, total_B, total_C, starts = then, new_A, new_B, new_C, ()
         for j in tl.static_range(K):
-            at_state = ((place + before - origin) * N + j * LANES + lane) * d + channel
+            at_state = ((place + (before - origin) // EVERY) * N + j * LANES + lane) * d + channel
             starts = starts + (tl.load(saved + at_state),)
         of_B = summed(sums_B, index, 2, LANES, STEPS)
         of_A = summed(sums_A, index, 2, LANES, STEPS)

@@ -207,7 +207,7 @@ def prefetch(at):
 def shuffled(x, source):
     """x of the lane `source`, which is one of the same warp."""
     if INTERPRETED:
-        return tl.gather(x, source, 0)
+        return tl.gather(x, source + tl.zeros(x.shape, tl.int32), 0)
     else:
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, source], tl.float32, True, 1
@@ -356,19 +356,38 @@ def total(x, index, UNIT: tl.constexpr, L: tl.constexpr):
         return total(x + shuffled(x, index ^ (UNIT * L // 2)), index, UNIT, L // 2)
 
 
+@triton.constexpr_function
+def _link(REACH, LAST):
+    other = "" if LAST else f" shfl.sync.up.b32 a, $2, {REACH}, 0, 0xffffffff; mov.f32 $0, $2; @p mul.f32 $0, $2, a;"
+    return (
+        f"{{ .reg .pred p; .reg .f32 a, b; shfl.sync.up.b32 b|p, $3, {REACH}, 0, 0xffffffff;"
+        f" mov.f32 $1, $3; @p fma.rn.f32 $1, $2, b, $3;{other or ' mov.f32 $0, $2;'} }}"
+    )
+
+
 @triton.jit
-def scanned(decay, state, index, lane, L: tl.constexpr, REACH: tl.constexpr = 1):
-    """Chain h -> decay h + state over groups of L adjacent lanes: what each lane has after its own link."""
-    if REACH == L:
+def scanned(decay, state, lane, REACH: tl.constexpr = 1):
+    """Chain h -> decay h + state over a warp's lanes: what each lane has after its own link."""
+    if REACH == WARP:
         return state
+    elif INTERPRETED:
+        before, chained = tl.maximum(lane - REACH, 0), lane >= REACH
+        joined = tl.where(chained, decay * shuffled(state, before) + state, state)
+        return scanned(tl.where(chained, decay * shuffled(decay, before), decay), joined, lane, 2 * REACH)
     else:
-        before = tl.where(lane >= REACH, index - REACH, index)
-        joined = tl.where(lane >= REACH, decay * shuffled(state, before) + state, state)
-        return scanned(
-            tl.where(lane >= REACH, decay * shuffled(decay, before), decay),
-            joined,
-            index,
-            lane,
-            L,
-            2 * REACH,
+        further, joined = tl.inline_asm_elementwise(
+            _link(REACH, 2 * REACH == WARP), "=&f,=&f,f,f", [decay, state], (tl.float32, tl.float32), True, 1
         )
+        return scanned(further, joined, lane, 2 * REACH)
+
+
+@triton.jit
+def shifted(x, first, lane):
+    """x of the lane before; in lane 0, `first`."""
+    if INTERPRETED:
+        return tl.where(lane == 0, first, shuffled(x, tl.maximum(lane - 1, 0)))
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; shfl.sync.up.b32 $0|p, $1, 1, 0, 0xffffffff; @!p mov.f32 $0, $2; }", "=&f,f,f",
+            [x, first], tl.float32, True, 1,
+        )  # fmt: skip

@@ -140,7 +140,7 @@ def round_up(x: int, multiple: int) -> int:
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
+def saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
     """The states before each chunk, as they lie in vectors."""
     u, _, A, B, C = inputs[:5]
     b, d, l = u.shape

@@ -4,11 +4,11 @@ A backend gives three functions over the canonical arguments (see `projecta.scan
 
     forward(inputs, delta_softplus, saved) -> (y, last_state)      fills `saved` if it is not empty
     backward(grad_y, grad_last, saved, inputs, delta_softplus) -> nine gradients, None where an input is None
-    saved_shape(inputs, sequences) -> the shape of what the backward pass needs besides the inputs
+    saved_shape(inputs, sequences, every) -> the shape of what the backward pass needs besides the inputs
 
 and gets a callable with the signature of `reference.selective_scan` that autograd,
 `torch.compile(fullgraph=True)` and `torch.library.opcheck` accept. Nothing is saved when no gradient can be
-asked for.
+asked for. `every` is how many steps apart a backend that can choose saves states; 0 saves nothing.
 """
 
 import contextlib
@@ -58,25 +58,25 @@ def _register(name: str, function: Callable, shapes: Callable) -> Callable:
 def define(name: str, forward: Callable, backward: Callable, saved_shape: Callable) -> Callable:
     """Register `projecta::{name}` and its backward operator; return the function to call."""
 
-    def allocate(inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def allocate(inputs: Inputs, every: int) -> tuple[Tensor, Tensor, Tensor]:
         u, A = inputs.u, inputs.A
         sequences = u.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-        saved = saved_shape(inputs, sequences) if save else (0,)
+        saved = saved_shape(inputs, sequences, every) if every else (0,)
         return torch.empty_like(u), A.new_empty(sequences, *A.shape), A.new_empty(saved)
 
     def scan(
         u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-        delta_softplus: bool, save: bool,
+        delta_softplus: bool, every: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-        y, last_state, saved = allocate(inputs, save)
+        y, last_state, saved = allocate(inputs, every)
         with _as_it_is(u):
             forward(inputs, delta_softplus, y, last_state, saved)
         return y, last_state, saved
 
-    def scan_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save):
-        return allocate(Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens), save)
+    def scan_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, every):
+        return allocate(Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens), every)
 
     def scan_backward(
         grad_y: Tensor, grad_last: Tensor, saved: Tensor,
@@ -98,14 +98,14 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        *tensors, ctx.delta_softplus, ctx.save = inputs
+        *tensors, ctx.delta_softplus, ctx.every = inputs
         ctx.save_for_backward(output[2], *tensors)
         ctx.last_state_shape = output[1].shape
 
     def differentiate(ctx, grad_y, grad_last, _):
         saved, *tensors = ctx.saved_tensors
-        if not ctx.save:
-            raise RuntimeError(f"projecta::{name}: save must be True for a backward pass; got False.")
+        if not ctx.every:
+            raise RuntimeError(f"projecta::{name}: every must be above 0 for a backward pass; got 0.")
         u, A = tensors[0], tensors[2]
         grad_y = torch.zeros_like(u) if grad_y is None else grad_y
         grad_last = A.new_zeros(ctx.last_state_shape) if grad_last is None else grad_last
@@ -115,10 +115,12 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
 
     torch.library.register_autograd(f"projecta::{name}", differentiate, setup_context=setup_context)
 
-    def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+    def selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=8
+    ):  # fmt: skip
         tensors = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, last_state, _ = scan_op(*tensors, delta_softplus, save)
+        y, last_state, _ = scan_op(*tensors, delta_softplus, save_every if save else 0)
         return y, last_state
 
     return selective_scan

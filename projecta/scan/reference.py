@@ -23,8 +23,13 @@ def unavailable() -> str:
     return ""
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
-    """y (b, d, l) and the last state (b, d, n), or (s, d, n) when `cu_seqlens` packs s sequences."""
+def selective_scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=8
+):  # fmt: skip
+    """y (b, d, l) and the last state (b, d, n), or (s, d, n) when `cu_seqlens` packs s sequences.
+
+    `save_every` changes nothing here: autograd saves every step.
+    """
     if cu_seqlens is None:
         return _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     bounds = cu_seqlens.tolist()

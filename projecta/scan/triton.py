@@ -25,25 +25,45 @@ from projecta.scan._kernels import SLAB
 from projecta.scan._operator import Inputs, define
 
 
-class Plan(NamedTuple):
-    """How a call is cut into warps."""
 
-    times: bool  # forward without gradients: lanes lie along time, not along states
+class Plan(NamedTuple):
+    """How a call is cut into programs."""
+
+    times: bool  # lanes lie along time, not along states
     parts: int  # otherwise: chunks of time,
     chunk: int  # of so many slabs
 
 
-def plan(b: int, d: int, l: int, n: int, groups: int, packed: bool, processors: int) -> Plan:
-    """The table, by the warps that b, d and n give to each of the GPU's processors (H100: 132)."""
-    warps = b * groups * -(-(d // groups) * _lanes(n) // 32) / processors
+def plan(
+    b: int, d: int, l: int, n: int, groups: int, packed: bool, saves: bool, wide: bool, processors: int
+) -> Plan:
+    """The table: how many chunks of time fill the GPU's processors once, and whether lanes along time do better.
+
+    `saves`: a backward pass will follow. `wide`: u is float32. Measured on an H100 (132 processors).
+    """
     slabs = -(-l // SLAB)
-    if packed or warps >= FEW or slabs < 16:
-        return Plan(n <= 32 and warps < FEW and not packed, 1, slabs)
-    chunk = max(8, -(-slabs // (PARTS * 4)) * 4)
-    return Plan(n <= 32, -(-slabs // chunk), chunk)
+    whole = Plan(False, 1, slabs)
+    programs = b * groups * -(-(d // groups) * _lanes(n) // (32 * WARPS))
+    fill = ROOM * processors // programs
+    if packed or fill < 2:
+        return whole
+    parts = min(fill, PARTS, slabs // SHORTEST)
+    if not saves and n <= 32:
+        many = b * d >= FEW * processors or parts < 2
+        if many and (not wide or slabs < LONG * fill):
+            return Plan(True, 1, slabs)
+        if wide and fill == 2:  # the way through half of the sequence twice costs what the second chunk gains
+            return whole
+    if parts < 2:
+        return whole
+    chunk = -(-slabs // (parts * 4)) * 4
+    return Plan(False, -(-slabs // chunk), chunk)
 
 
-FEW, PARTS = 8, 16  # warps per processor; chunks at most
+ROOM = 3  # programs that a processor holds at a time
+PARTS, SHORTEST = 64, 8  # chunks at most; slabs of a chunk at least
+LONG = 40  # slabs of a chunk from which on chunks are better than lanes along time, if u is float32
+FEW = 4  # channels per processor from which on lanes along time fill it
 REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
 WARPS = 4  # of a program that reads B and C by way of shared memory
 
@@ -78,7 +98,7 @@ def _start(kernel, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], si
 class _Layout:
     """Shapes and strides of one call, and what all its kernels take."""
 
-    def __init__(self, inputs: Inputs, delta_softplus: bool):
+    def __init__(self, inputs: Inputs, delta_softplus: bool, saves: bool):
         self.inputs = inputs
         u, _, A, B, C = inputs[:5]
         self.b, self.d, self.l = u.shape
@@ -89,8 +109,9 @@ class _Layout:
         self.slabs = -(-self.l // SLAB)
         self.processors = _processors(u.device)
         self.plan = plan(
-            self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, self.processors
-        )
+            self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, saves,
+            u.element_size() == 4, self.processors,
+        )  # fmt: skip
         self.padded = _padded(self.n)
         self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
         self.D, self.z, self.bias = _wide(inputs.D), inputs.z, _wide(inputs.delta_bias)
@@ -98,11 +119,12 @@ class _Layout:
             "SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2
         }  # fmt: skip
 
-    def launch(self, lanes: int, block: int, warps: int, *tensors: Tensor | None, times: bool = False):
-        """Grid, sizes and options of a kernel that takes a chunk of time in blocks of so many slabs."""
+    def launch(
+        self, lanes: int, block: int, warps: int, parts: int, *tensors: Tensor | None, times: bool = False
+    ):
+        """Grid, sizes and options of a kernel that takes so many chunks of time in blocks of so many slabs."""
         per_group, width = self.d // self.g, 32 * warps // lanes
         tiles = -(-per_group // width)
-        parts = 1 if times else self.plan.parts
         count = self.sequences * parts * self.g * tiles
         processors = min(self.processors, count)
         sizes = (
@@ -115,12 +137,14 @@ class _Layout:
         whole = self.bounds is None and self.l % (SLAB * block) == 0 and per_group % width == 0
         options = self.flags | {
             "LANES": lanes, "CHANNELS": 32 // lanes, "N": self.padded, "WIDE": wide, "WHOLE": whole,
-            "num_warps": warps, "maxnreg": REGISTERS,
+            "num_warps": warps, "maxnreg": MANY if times and not few and self.inputs.u.element_size() < 4 else REGISTERS,
         }  # fmt: skip
         if not times:
             options["WARPS"] = warps
         if times:
             native = self.native()
+            for name in ("LANES", "CHANNELS", "N"):
+                del options[name]
             options |= {"NATIVE": native, "PIN": not native or not few or self.l > 2048}
         return (-(-count // processors) * processors,), sizes, options
 
@@ -182,20 +206,24 @@ class _Layout:
         """Room for what each chunk hands on: a state, and its sum of delta."""
         if parts == 1:
             return None, None
-        return self.room(self.b * parts * self.padded * self.d), self.room(self.b * parts * self.d)
+        return tuple(self.room(self.b * (parts - 1) * self.d * rows) for rows in (self.padded, 1))
 
     def room(self, size: int) -> Tensor:
         return self.inputs.u.new_empty(size, dtype=torch.float32)
 
-    def kept(self, saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The parts of `saved`: states (slab, n, channel), and the output before the gate."""
+    def kept(self, saved: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
+        """The parts of `saved`: states (row, n, channel), and the output before the gate; slabs in a row."""
         if not saved.numel():
-            return None, None
-        u = self.inputs.u
-        if self.z is None:
-            return saved, None
-        size = _words(u)
-        return saved[: saved.numel() - size], saved[saved.numel() - size :].view(u.dtype)[: u.numel()]
+            return None, None, 1
+        u, ungated, states = self.inputs.u, None, saved
+        if self.z is not None:
+            size = saved.numel() - _words(u)
+            states, ungated = saved[:size], saved[size:].view(u.dtype)[: u.numel()]
+        rows = states.numel() // (self.padded * self.d)
+        for every in (SLAB, 2 * SLAB, 4 * SLAB):  # where two choices save as many rows, they lie alike
+            if rows == _rows_saved(u, self.bounds is not None, self.sequences, every):
+                return states, ungated, every // SLAB
+        raise AssertionError(rows)
 
 
 def _lanes(n: int) -> int:
@@ -235,7 +263,7 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
     with torch.cuda.device_of(y):
-        _launch_forward(_Layout(inputs, delta_softplus), y, last_state, saved)
+        _launch_forward(_Layout(inputs, delta_softplus, saved.numel() > 0), y, last_state, saved)
 
 
 def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
@@ -243,8 +271,8 @@ def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tenso
     u, delta, A = inputs[:3]
     z, start = layout.z, inputs.initial_state
     head = (*u.stride(), *delta.stride(), *_strides(z), *y.stride())
-    if layout.plan.times and not saved.numel():
-        grid, sizes, options = layout.launch(32, 64, 1, u, delta, z, y, times=True)
+    if layout.plan.times:
+        grid, sizes, options = layout.launch(32, 64, 1, 1, u, delta, z, y, times=True)
         B, C = layout.where_they_lie() if options["NATIVE"] else layout.arranged(32)
         _start(
             _kernels.forward_times, grid, (u, delta, A, B, C, layout.D, z, layout.bias, start, y, last_state),
@@ -252,17 +280,19 @@ def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tenso
         )  # fmt: skip
         return
     B, C = layout.arranged()
-    states, ungated = layout.kept(saved)
+    states, ungated, every = layout.kept(saved)
+    if states is not None and layout.bounds is not None:
+        states.zero_()  # a row that no sequence needs is the same at every call
     lanes, parts = _lanes(layout.n), layout.plan.parts
     carried, spans = layout.carried(parts)
     unroll = layout.unroll()
-    grid, sizes, options = layout.launch(lanes, unroll, layout.warps, u, delta, z, y)
     for ends in (True, False) if parts > 1 else (False,):
+        grid, sizes, options = layout.launch(lanes, unroll, layout.warps, parts - ends, u, delta, z, y)
         _start(
             _kernels.forward_states, grid,
             (u, delta, A, B, C, layout.D, None if ends else z, layout.bias, start, layout.bounds, carried,
              spans, None if ends else y, last_state, None if ends else states, None if ends else ungated),
-            (*head, *sizes), UNROLL=unroll, **options,
+            (*head, *sizes), UNROLL=unroll, EVERY=every, **options,
         )  # fmt: skip
 
 
@@ -278,7 +308,7 @@ def _backward_pass(
             grads.initial_state.copy_(grad_last)
         return
     with torch.cuda.device_of(u):
-        _launch_backward(_Layout(inputs, delta_softplus), grad_y, grad_last, saved, grads)
+        _launch_backward(_Layout(inputs, delta_softplus, True), grad_y, grad_last, saved, grads)
 
 
 def _launch_backward(
@@ -287,12 +317,12 @@ def _launch_backward(
     inputs = layout.inputs
     u, delta, A, B, C = inputs[:5]
     z, lanes, parts = layout.z, _lanes(layout.n), layout.plan.parts
-    states, ungated = layout.kept(saved)
+    states, ungated, every = layout.kept(saved)
     arranged_B, arranged_C = layout.arranged()
     carried, spans = layout.carried(parts)
     if parts > 1:
         unroll = layout.unroll()
-        grid, sizes, options = layout.launch(lanes, unroll, layout.warps, delta, z, grad_y)
+        grid, sizes, options = layout.launch(lanes, unroll, layout.warps, parts - 1, delta, z, grad_y)
         _start(
             _kernels.carry, grid, (delta, A, arranged_C, z, layout.bias, grad_y, carried, spans),
             (*delta.stride(), *_strides(z), *grad_y.stride(), *sizes), UNROLL=unroll, **options,
@@ -301,7 +331,7 @@ def _launch_backward(
     over, width = layout.sequences * parts, 2 + layout.padded * (1 + steady_B + steady_C)
     totals = layout.room(over * layout.d * width)
     grid, sizes, options = layout.launch(
-        lanes, 1, layout.warps, u, delta, z, grad_y, grads.u, grads.delta, grads.z
+        lanes, 1, layout.warps, parts, u, delta, z, grad_y, grads.u, grads.delta, grads.z
     )
     tiles = sizes[4]
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
@@ -313,7 +343,7 @@ def _launch_backward(
          grads.initial_state),
         (*u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
          *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z), *sizes),
-        **options,
+        EVERY=every, **options,
     )  # fmt: skip
     if each_row:
         block, none = 128, (0, 0, 0, 0)
@@ -339,20 +369,28 @@ def _launch_backward(
             grad.copy_(folded)
 
 
-def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
+def _rows_saved(u: Tensor, packed: bool, sequences: int, every: int) -> int:
+    """How many states of a channel are saved, if every so many steps; a packed sequence begins a row."""
+    return u.shape[2] // every + sequences if packed else u.shape[0] * -(-u.shape[2] // every)
+
+
+def _saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
     u, n = inputs.u, inputs.A.shape[1]
-    b, d, l = u.shape
-    slabs = b * -(-l // SLAB) if inputs.cu_seqlens is None else l // SLAB + sequences
-    return (slabs * _padded(n) * d + (0 if inputs.z is None else _words(u)),)
+    rows = _rows_saved(u, inputs.cu_seqlens is not None, sequences, every)
+    return (rows * _padded(n) * u.shape[1] + (0 if inputs.z is None else _words(u)),)
 
 
 _scan = define("scan_triton", _forward_pass, _backward_pass, _saved_shape)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+def selective_scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=SLAB
+):  # fmt: skip
     """As `reference.selective_scan`, in float32 with real A."""
     _check_real("selective_scan", A)
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
+    return _scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
+    )  # fmt: skip
 
 
 def _check_real(function: str, A: Tensor) -> None:

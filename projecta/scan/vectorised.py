@@ -272,7 +272,7 @@ def _backward(
             whole.copy_(total.view(whole.shape))
 
 
-def _saved_shape(inputs: Inputs, sequences: int) -> tuple[int, ...]:
+def _saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
     """The state before each segment."""
     u, A = inputs.u, inputs.A
     b, d, l = u.shape
