@@ -21,6 +21,7 @@ from asv_runner.benchmarks.mark import SkipNotImplemented
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LONG_LENGTHS = (2048, 8192, 32768, 65536)
+DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}  # of the backends that are made for one
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -83,9 +84,14 @@ def require(module: str, name: str) -> Any:
 
 
 def require_backend(name: str) -> None:
-    """Skip on commits that do not have the backend yet; one that has it but cannot run is a failure."""
+    """Skip on commits that do not have the backend yet, and if it is made for another kind of device.
+
+    One that should run here but cannot is a failure.
+    """
     if name not in require("projecta", "available_backends")():
         skip(f"this commit has no backend {name!r}")
+    if DEVICE_OF.get(name, device().type) != device().type:
+        skip(f"backend {name!r} is not for device type {device().type!r}")
 
 
 def require_full() -> None:

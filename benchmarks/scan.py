@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import common
 
-BACKENDS = ("reference", "vectorised", "cpu")
+BACKENDS = ("reference", "vectorised", "cpu", "triton")
 STEPS = 64
 OPERATIONS = {"forward": 13, "backward": 21}  # of vectors, per token, 16 channels and state
 VERSION = common.version(__file__)
@@ -212,7 +212,7 @@ class Step(common.Suite):
 class _Long(common.Suite):
     """At the width of mamba-130m, to 65,536 steps."""
 
-    params = (("vectorised", "cpu"), common.LONG_LENGTHS)
+    params = (("vectorised", "cpu", "triton"), common.LONG_LENGTHS)
     param_names = ("backend", "length")
     version = VERSION
     timeout = 1200

@@ -83,6 +83,7 @@ def _errors(case, mode):
     from projecta.scan import triton as backend
 
     backend.plan = functools.partial(_plan, mode)
+    backend._known.clear()  # made by another plan
     torch.manual_seed(0)
     arguments = make_scan(**CASES[case])
     wide = {name: widen(t) for name, t in arguments.items()}
@@ -91,7 +92,7 @@ def _errors(case, mode):
     again = run_with_gradients(selective_scan, arguments, backend="triton")
     for name, value in got.items():
         assert torch.equal(value, again[name]), name
-    for every in (16, 32):
+    for every in (16, 32) if CASES[case].get("l", 64) > 16 else (32,):
         rare = run_with_gradients(selective_scan, arguments, backend="triton", save_every=every)
         for name, value in got.items():
             assert torch.equal(value, rare[name]), f"{name}, saved every {every}"
@@ -255,7 +256,7 @@ def _check_launches():
             return lambda *arguments: log.append(("built", grid, arguments))
 
     class Kernel:
-        __name__, arg_names = "kernel", ["x", "y", "n", "N", "BLOCK"]
+        arg_names = ("x", "y", "n", "N", "BLOCK")
 
         def __getitem__(self, grid):
             def run(*arguments, **options):
@@ -264,12 +265,13 @@ def _check_launches():
 
             return run
 
-    x, options = torch.zeros(9), {"BLOCK": 4, "N": 2, "num_warps": 1}
-    for tensor, n in ((x, 3), (x, 5), (x.half(), 3), (x[1:], 3), (x, 2**31), (x, 2**31)):
-        backend._start(Kernel(), (7,), (tensor, None), (n,), **options)
-    assert [entry[0] for entry in log] == ["compiled", "built"] + 4 * ["compiled"]
+    x, options, kernel = torch.zeros(9), {"BLOCK": 4, "N": 2, "num_warps": 1}, Kernel()
+    for tensor in (x, x + 1, x.half(), x[1:], x):
+        launches = backend._recall(dict, (tensor, None), "kind")
+        backend._start(launches, kernel, (tensor, None), lambda: ((7,), (3,), options))
+    assert [entry[0] for entry in log] == ["compiled", "built", "compiled", "compiled", "built"]
     assert log[0][1:] == ((7,), (x, None, 3), options)
-    assert log[1][1:] == ((7, 1, 1), (x, None, 5, 2, 4))
+    assert log[4][1:] == ((7, 1, 1), (x, None, 3, 2, 4))
 
 
 def test_launches_after_the_first(compiler):

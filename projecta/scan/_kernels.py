@@ -200,8 +200,8 @@ def forward_states(
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
-    It saves the state before every EVERY-th slab. Without y it only works out, for each chunk but the last, the state that it leaves from zero, and its sum
-    of delta: `parts` is then the number of those.
+    It saves the state before every EVERY-th slab. Without y it only works out, for each chunk but the last,
+    the state that it leaves from zero, and its sum of delta: `parts` is then the number of those.
     """
     ENDS: tl.constexpr = y is None
     V: tl.constexpr = STEPS * UNROLL // LANES
@@ -552,9 +552,9 @@ def carry(
 
 @triton.jit
 def _taken_on(
-    states, rates, constant_B, at_s, at_u, at_B, delta, u, bias, lane, leader, slab, sl, ul, l, t_start, t_end,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr,
-    LANES: tl.constexpr, S: tl.constexpr,
+    states, rates, constant_B, at_s, at_u, at_B, delta, u, bias, lane, leader, slab, sl, ul, l, t_start,
+    t_end, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    V: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """The states after a slab, from those before it; the same arithmetic as in `forward_states`."""
     t1, then = slab * STEPS + lane * V, ()
@@ -604,9 +604,10 @@ def backward(
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
-    A slab starts from the state saved last before it, taken on to it if EVERY is more than 1. Writes du, ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC
-    if steady): `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB
-    and dC, `sums`: (tile of the group, row, group, slab, N, 16).
+    A slab starts from the state saved last before it, taken on to it if EVERY is more than 1. Writes du,
+    ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC if steady):
+    `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB and dC,
+    `sums`: (tile of the group, row, group, slab, N, 16).
     """
     V: tl.constexpr = STEPS // LANES
     K: tl.constexpr = N // LANES
@@ -690,8 +691,8 @@ def backward(
             since = (slab - origin) % EVERY
             for i in range(since):
                 starts = _taken_on(
-                    starts, rates, constant_B, at_s, at_u, at_B, delta, u, own_bias, lane, leader, slab - since + i,
-                    sl, ul, l, t_start, t_end, SOFTPLUS, STEADY_B, WIDE, WHOLE, V, LANES, S,
+                    starts, rates, constant_B, at_s, at_u, at_B, delta, u, own_bias, lane, leader,
+                    slab - since + i, sl, ul, l, t_start, t_end, SOFTPLUS, STEADY_B, WIDE, WHOLE, V, LANES, S,
                 )  # fmt: skip
         s, v, g = _floats(now_s, delta, WIDE), _floats(now_u, u, WIDE), _floats(now_g, grad_y, WIDE)
         if z is not None:

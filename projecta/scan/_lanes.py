@@ -358,10 +358,10 @@ def total(x, index, UNIT: tl.constexpr, L: tl.constexpr):
 
 @triton.constexpr_function
 def _link(REACH, LAST):
-    other = "" if LAST else f" shfl.sync.up.b32 a, $2, {REACH}, 0, 0xffffffff; mov.f32 $0, $2; @p mul.f32 $0, $2, a;"
+    further = "" if LAST else f" shfl.sync.up.b32 a, $2, {REACH}, 0, 0xffffffff; @p mul.f32 $0, $2, a;"
     return (
         f"{{ .reg .pred p; .reg .f32 a, b; shfl.sync.up.b32 b|p, $3, {REACH}, 0, 0xffffffff;"
-        f" mov.f32 $1, $3; @p fma.rn.f32 $1, $2, b, $3;{other or ' mov.f32 $0, $2;'} }}"
+        f" mov.f32 $1, $3; @p fma.rn.f32 $1, $2, b, $3; mov.f32 $0, $2;{further} }}"
     )
 
 

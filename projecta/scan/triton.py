@@ -13,7 +13,8 @@ B and C reach most kernels in float32, laid out as they read them. Nothing waits
 
 import functools
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +24,6 @@ from projecta._checks import fail
 from projecta.scan import _kernels, reference
 from projecta.scan._kernels import SLAB
 from projecta.scan._operator import Inputs, define
-
 
 
 class Plan(NamedTuple):
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 def plan(
     b: int, d: int, l: int, n: int, groups: int, packed: bool, saves: bool, wide: bool, processors: int
 ) -> Plan:
-    """The table: how many chunks of time fill the GPU's processors once, and whether lanes along time do better.
+    """The table: how many chunks of time fill the GPU's processors once; whether lanes along time do better.
 
     `saves`: a backward pass will follow. `wide`: u is float32. Measured on an H100 (132 processors).
     """
@@ -63,67 +63,112 @@ def plan(
 ROOM = 3  # programs that a processor holds at a time
 PARTS, SHORTEST = 64, 8  # chunks at most; slabs of a chunk at least
 LONG = 40  # slabs of a chunk from which on chunks are better than lanes along time, if u is float32
+NATIVE = 1 << 60
 FEW = 4  # channels per processor from which on lanes along time fill it
 REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
 WARPS = 4  # of a program that reads B and C by way of shared memory
 
 
-_compiled: dict[tuple, tuple] = {}
+_known: dict[tuple, Any] = {}
 
 
-def _start(kernel, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], sizes: tuple, **options):
+def _recall(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
+    """What `make()` gave for tensors that differed from these in their values only."""
+    key = (
+        *others, *(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
+    )  # fmt: skip
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= 4096:  # lengths that never come again
+            _known.clear()
+        found = _known[key] = make()
+    return found
+
+
+def _start(
+    launches: dict, kernel, tensors: tuple[Tensor | None, ...], describe: Callable, name: str = ""
+) -> None:
     """Launch a kernel, whose arguments are tensors, then numbers, then constants.
 
-    Triton looks at every argument of every launch for what a kernel should be compiled for, which takes as
-    long as a small scan. Ours depend on less: the constants, and the tensors' types and alignment.
+    `describe` gives grid, numbers and constants, once: a second launch goes straight to what the first
+    compiled. Triton would look at every argument of every launch for what to compile.
     """
-    if max(sizes) >= 2**31:  # passed in 64 bits, each for itself
-        kernel[grid](*tensors, *sizes, **options)
-        return
-    key = (
-        kernel.__name__, *options.values(),
-        *(None if t is None else (t.dtype, t.device.index, t.data_ptr() % 16 == 0) for t in tensors),
-    )  # fmt: skip
-    found = _compiled.get(key)
-    if found is None:
+    known = launches.get(name or kernel)
+    if known is None:
+        grid, sizes, options = describe()
         built = kernel[grid](*tensors, *sizes, **options)
         if built is not None:  # the interpreter builds nothing
             constants = kernel.arg_names[len(tensors) + len(sizes) :]
-            _compiled[key] = built, tuple(options[name] for name in constants)
-        return
-    built, values = found
-    built[(*grid, 1, 1)[:3]](*tensors, *sizes, *values)
+            rest = (*sizes, *(options[constant] for constant in constants))
+            launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
+    else:
+        run, rest = known
+        run(*tensors, *rest)
 
 
 class _Layout:
-    """Shapes and strides of one call, and what all its kernels take."""
+    """What calls have in common whose tensors are alike but for their values: sizes, a plan, its launches."""
 
-    def __init__(self, inputs: Inputs, delta_softplus: bool, saves: bool):
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, delta_softplus: bool, saved: Tensor):
         u, _, A, B, C = inputs[:5]
         self.b, self.d, self.l = u.shape
         self.n = A.shape[1]
         self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
-        self.bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.contiguous()
-        self.sequences = self.b if self.bounds is None else self.bounds.shape[0] - 1
+        self.packed = inputs.cu_seqlens is not None
+        self.sequences = self.b if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
         self.slabs = -(-self.l // SLAB)
         self.processors = _processors(u.device)
+        self.size = u.element_size()
         self.plan = plan(
-            self.sequences, self.d, self.l, self.n, self.g, self.bounds is not None, saves,
-            u.element_size() == 4, self.processors,
+            self.sequences, self.d, self.l, self.n, self.g, self.packed, saved.numel() > 0, self.size == 4,
+            self.processors,
         )  # fmt: skip
         self.padded = _padded(self.n)
+        self.lanes = _lanes(self.n)
         self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
-        self.D, self.z, self.bias = _wide(inputs.D), inputs.z, _wide(inputs.delta_bias)
-        self.flags = {
-            "SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2
-        }  # fmt: skip
+        self.unroll = (
+            1 if self.n > 32 else 8 // self.size
+        )  # slabs in a block: 16 bytes of an array for a lane
+        self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
+        # `forward_times` reads B and C best where they lie if they are 16 bits, whole words and not much work
+        self.native = u.numel() <= NATIVE and all(
+            t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C)
+        )
+        self.states = saved.numel()  # floats of the saved states; then comes the output before the gate
+        if self.states and inputs.z is not None:
+            self.states -= _words(u)
+        rows = self.states // (self.padded * self.d)
+        self.every = 1  # slabs between saved states; where two choices save as many rows, they lie alike
+        while self.states and rows != _rows_saved(u, self.packed, self.sequences, SLAB * self.every):
+            self.every *= 2
+        self.launches: dict = {}
 
-    def launch(
-        self, lanes: int, block: int, warps: int, parts: int, *tensors: Tensor | None, times: bool = False
-    ):
-        """Grid, sizes and options of a kernel that takes so many chunks of time in blocks of so many slabs."""
-        per_group, width = self.d // self.g, 32 * warps // lanes
+    def along_time(self) -> tuple:
+        """Grid, sizes and options of the kernel whose lanes lie along time."""
+        grid, sizes = self.cut(1, 1)
+        few = sizes[8] <= 12 * self.processors
+        options = self.flags | {
+            "WIDE": True, "WHOLE": not self.packed and self.l % (2 * SLAB * 32) == 0, "NATIVE": self.native,
+            "PIN": not self.native or not few or self.l > 2048, "num_warps": 1,
+            "maxnreg": REGISTERS if few or self.size == 4 else MANY,
+        }  # fmt: skip
+        return grid, sizes, options
+
+    def over_states(self, block: int, parts: int) -> tuple:
+        """The same of a kernel that takes so many chunks of time in blocks of so many slabs."""
+        width = 32 * self.warps // self.lanes
+        grid, sizes = self.cut(width, parts)
+        whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % width == 0
+        options = self.flags | {
+            "LANES": self.lanes, "CHANNELS": 32 // self.lanes, "N": self.padded, "WARPS": self.warps,
+            "WIDE": SLAB * block // self.lanes * self.size >= 4, "WHOLE": whole, "num_warps": self.warps,
+            "maxnreg": REGISTERS,
+        }  # fmt: skip
+        return grid, sizes, options
+
+    def cut(self, width: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Grid and sizes of programs of so many channels, and so many chunks of time."""
+        per_group = self.d // self.g
         tiles = -(-per_group // width)
         count = self.sequences * parts * self.g * tiles
         processors = min(self.processors, count)
@@ -131,26 +176,11 @@ class _Layout:
             self.d, self.l, self.n, per_group, tiles, self.slabs, self.plan.chunk, self.g, count, parts,
             processors,
         )  # fmt: skip
-        few = count * warps <= 12 * self.processors
-        steps = SLAB * block // lanes
-        wide = self.wide(*tensors) and all(steps * t.element_size() >= 4 for t in tensors if t is not None)
-        whole = self.bounds is None and self.l % (SLAB * block) == 0 and per_group % width == 0
-        options = self.flags | {
-            "LANES": lanes, "CHANNELS": 32 // lanes, "N": self.padded, "WIDE": wide, "WHOLE": whole,
-            "num_warps": warps, "maxnreg": MANY if times and not few and self.inputs.u.element_size() < 4 else REGISTERS,
-        }  # fmt: skip
-        if not times:
-            options["WARPS"] = warps
-        if times:
-            native = self.native()
-            for name in ("LANES", "CHANNELS", "N"):
-                del options[name]
-            options |= {"NATIVE": native, "PIN": not native or not few or self.l > 2048}
-        return (-(-count // processors) * processors,), sizes, options
+        return (-(-count // processors) * processors,), sizes
 
-    def wide(self, *tensors: Tensor | None) -> bool:
+    def words(self, *tensors: Tensor | None) -> bool:
         """Whether all of them can be read 16 bytes at a time."""
-        if self.l % 8 or self.bounds is not None:
+        if self.l % 8 or self.packed:
             return False
         for t in tensors:
             if t is not None:
@@ -159,71 +189,54 @@ class _Layout:
                     return False
         return True
 
-    def unroll(self) -> int:
-        """Slabs in a block: 16 bytes of an array for each lane, if the states leave room for the code."""
-        return 1 if self.n > 32 else 8 // self.inputs.u.element_size()
-
-    def native(self) -> bool:
-        """Whether `forward_times` reads B and C best where they lie: in 16 bits, in whole words."""
-        return all(t.dim() == 2 or (t.element_size() == 2 and self.wide(t)) for t in self.inputs[3:5])
-
-    def where_they_lie(self) -> tuple[Tensor, Tensor]:
-        """B and C; constant ones in float32."""
-        B, C = self.inputs.B, self.inputs.C
-        return (
-            B.float().contiguous() if B.dim() == 2 else B,
-            C.float().contiguous() if C.dim() == 2 else C,
-        )
-
-    def arranged(self, lanes: int = 0) -> tuple[Tensor, Tensor]:
+    def arranged(self, B: Tensor, C: Tensor, lanes: int = 0) -> tuple[Tensor, Tensor]:
         """B and C as `arrange` lays them; constant ones in float32."""
-        B, C = self.inputs.B, self.inputs.C
         if lanes:
             slabs, rows, steps = -(-self.l // (16 * lanes)), self.n, 16 * lanes
         else:
             slabs, rows, steps = self.slabs, self.padded, SLAB
         size = self.b * self.g * slabs * rows * steps
         varying = [t.dim() == 4 for t in (B, C)]
-        room = self.room(size * sum(varying))
+        room = _room(B, size * sum(varying))
         offset = size if lanes else rows * steps  # of C
         outs = [
             room[i * offset :] if varies else t.float().contiguous()
             for i, t, varies in zip((0, varying[0]), (B, C), varying, strict=True)
         ]
-        if any(varying):
+
+        def describe():
             none, block = (0, 0, 0, 1), 128
             of_B, of_C = (t.stride() if varies else none for t, varies in zip((B, C), varying, strict=True))
             blocks = -(-slabs * steps // block)
-            _start(
-                _kernels.arrange, (blocks * self.b * self.g, -(-rows // 16)),
-                (B if varying[0] else None, C if varying[1] else None, *outs),
+            return (
+                (blocks * self.b * self.g, -(-rows // 16)),
                 (*of_B, *of_C, self.l, self.n, self.g, slabs, blocks),
-                N=self.padded, LANES=lanes, BLOCK=block, UNIT=of_B[3] == of_C[3] == 1,
-            )  # fmt: skip
+                {"N": self.padded, "LANES": lanes, "BLOCK": block, "UNIT": of_B[3] == of_C[3] == 1},
+            )
+
+        if any(varying):
+            tensors = (B if varying[0] else None, C if varying[1] else None, *outs)
+            _start(self.launches, _kernels.arrange, tensors, describe)
         return outs[0], outs[1]
 
-    def carried(self, parts: int) -> tuple[Tensor | None, Tensor | None]:
+    def carried(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Room for what each chunk hands on: a state, and its sum of delta."""
-        if parts == 1:
+        if self.plan.parts == 1:
             return None, None
-        return tuple(self.room(self.b * (parts - 1) * self.d * rows) for rows in (self.padded, 1))
+        size = self.b * (self.plan.parts - 1) * self.d
+        return _room(u, size * self.padded), _room(u, size)
 
-    def room(self, size: int) -> Tensor:
-        return self.inputs.u.new_empty(size, dtype=torch.float32)
+    def kept(self, saved: Tensor, u: Tensor, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The parts of `saved`: states (row, n, channel), and the output before the gate."""
+        if not self.states:
+            return None, None
+        if z is None:
+            return saved, None
+        return saved[: self.states], saved[self.states :].view(u.dtype)[: u.numel()]
 
-    def kept(self, saved: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
-        """The parts of `saved`: states (row, n, channel), and the output before the gate; slabs in a row."""
-        if not saved.numel():
-            return None, None, 1
-        u, ungated, states = self.inputs.u, None, saved
-        if self.z is not None:
-            size = saved.numel() - _words(u)
-            states, ungated = saved[:size], saved[size:].view(u.dtype)[: u.numel()]
-        rows = states.numel() // (self.padded * self.d)
-        for every in (SLAB, 2 * SLAB, 4 * SLAB):  # where two choices save as many rows, they lie alike
-            if rows == _rows_saved(u, self.bounds is not None, self.sequences, every):
-                return states, ungated, every // SLAB
-        raise AssertionError(rows)
+
+def _room(like: Tensor, size: int) -> Tensor:
+    return like.new_empty(size, dtype=torch.float32)
 
 
 def _lanes(n: int) -> int:
@@ -263,36 +276,53 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
     with torch.cuda.device_of(y):
-        _launch_forward(_Layout(inputs, delta_softplus, saved.numel() > 0), y, last_state, saved)
+        layout = _recall(
+            lambda: _Layout(inputs, delta_softplus, saved), inputs, delta_softplus, saved.numel(), y.device
+        )
+        _launch_forward(layout, inputs, y, last_state, saved)
 
 
-def _launch_forward(layout: _Layout, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
-    inputs = layout.inputs
-    u, delta, A = inputs[:3]
-    z, start = layout.z, inputs.initial_state
-    head = (*u.stride(), *delta.stride(), *_strides(z), *y.stride())
+def _launch_forward(layout: _Layout, inputs: Inputs, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+    u, delta, A, B, C, D, z, bias, start, bounds = inputs
+    D, bias = _wide(D), _wide(bias)
+
+    def with_strides(described, *more, **options):
+        grid, sizes, found = described
+        head = (*u.stride(), *delta.stride(), *_strides(z), *y.stride(), *more)
+        return grid, (*head, *sizes), found | options
+
     if layout.plan.times:
-        grid, sizes, options = layout.launch(32, 64, 1, 1, u, delta, z, y, times=True)
-        B, C = layout.where_they_lie() if options["NATIVE"] else layout.arranged(32)
+        if layout.native:
+            B, C = (t if t.dim() == 4 else t.float().contiguous() for t in (B, C))
+        else:
+            B, C = layout.arranged(B, C, 32)
         _start(
-            _kernels.forward_times, grid, (u, delta, A, B, C, layout.D, z, layout.bias, start, y, last_state),
-            (*head, *_rows(B), *_rows(C), *sizes), **options,
+            layout.launches, _kernels.forward_times, (u, delta, A, B, C, D, z, bias, start, y, last_state),
+            lambda: with_strides(
+                layout.along_time(), *_rows(B), *_rows(C), WIDE=layout.words(u, delta, z, y)
+            ),
         )  # fmt: skip
         return
-    B, C = layout.arranged()
-    states, ungated, every = layout.kept(saved)
-    if states is not None and layout.bounds is not None:
-        states.zero_()  # a row that no sequence needs is the same at every call
-    lanes, parts = _lanes(layout.n), layout.plan.parts
-    carried, spans = layout.carried(parts)
-    unroll = layout.unroll()
+    B, C = layout.arranged(B, C)
+    states, ungated = layout.kept(saved, u, z)
+    carried, spans = layout.carried(u)
+    if bounds is not None:
+        bounds = bounds.contiguous()
+        if states is not None:
+            states.zero_()  # a row that no sequence needs is the same at every call
+    parts = layout.plan.parts
     for ends in (True, False) if parts > 1 else (False,):
-        grid, sizes, options = layout.launch(lanes, unroll, layout.warps, parts - ends, u, delta, z, y)
+
+        def describe(ends=ends):
+            described = layout.over_states(layout.unroll, parts - ends)
+            wide = described[2]["WIDE"] and layout.words(u, delta, z, y)
+            return with_strides(described, WIDE=wide, UNROLL=layout.unroll, EVERY=layout.every)
+
         _start(
-            _kernels.forward_states, grid,
-            (u, delta, A, B, C, layout.D, None if ends else z, layout.bias, start, layout.bounds, carried,
-             spans, None if ends else y, last_state, None if ends else states, None if ends else ungated),
-            (*head, *sizes), UNROLL=unroll, EVERY=every, **options,
+            layout.launches, _kernels.forward_states,
+            (u, delta, A, B, C, D, None if ends else z, bias, start, bounds, carried, spans,
+             None if ends else y, last_state, None if ends else states, None if ends else ungated),
+            describe, "ends" if ends else "states",
         )  # fmt: skip
 
 
@@ -308,62 +338,90 @@ def _backward_pass(
             grads.initial_state.copy_(grad_last)
         return
     with torch.cuda.device_of(u):
-        _launch_backward(_Layout(inputs, delta_softplus, True), grad_y, grad_last, saved, grads)
+        layout = _recall(
+            lambda: _Layout(inputs, delta_softplus, saved),
+            (*inputs, grad_y),
+            delta_softplus,
+            saved.numel(),
+            u.device,
+        )
+        _launch_backward(layout, inputs, grad_y, grad_last, saved, grads)
 
 
 def _launch_backward(
-    layout: _Layout, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs
+    layout: _Layout, inputs: Inputs, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs
 ) -> None:
-    inputs = layout.inputs
-    u, delta, A, B, C = inputs[:5]
-    z, lanes, parts = layout.z, _lanes(layout.n), layout.plan.parts
-    states, ungated, every = layout.kept(saved)
-    arranged_B, arranged_C = layout.arranged()
-    carried, spans = layout.carried(parts)
+    u, delta, A, B, C, D, z, bias, _, bounds = inputs
+    D, bias = _wide(D), _wide(bias)
+    parts, padded, slabs = layout.plan.parts, layout.padded, layout.slabs
+    states, ungated = layout.kept(saved, u, z)
+    arranged_B, arranged_C = layout.arranged(B, C)
+    carried, spans = layout.carried(u)
+
+    def describe_carry():
+        grid, sizes, options = layout.over_states(layout.unroll, parts - 1)
+        options["WIDE"] &= layout.words(delta, z, grad_y)
+        strides = (*delta.stride(), *_strides(z), *grad_y.stride())
+        return grid, (*strides, *sizes), options | {"UNROLL": layout.unroll}
+
     if parts > 1:
-        unroll = layout.unroll()
-        grid, sizes, options = layout.launch(lanes, unroll, layout.warps, parts - 1, delta, z, grad_y)
         _start(
-            _kernels.carry, grid, (delta, A, arranged_C, z, layout.bias, grad_y, carried, spans),
-            (*delta.stride(), *_strides(z), *grad_y.stride(), *sizes), UNROLL=unroll, **options,
+            layout.launches, _kernels.carry, (delta, A, arranged_C, z, bias, grad_y, carried, spans),
+            describe_carry,
         )  # fmt: skip
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
-    over, width = layout.sequences * parts, 2 + layout.padded * (1 + steady_B + steady_C)
-    totals = layout.room(over * layout.d * width)
-    grid, sizes, options = layout.launch(
-        lanes, 1, layout.warps, parts, u, delta, z, grad_y, grads.u, grads.delta, grads.z
-    )
-    tiles = sizes[4]
-    each_row = 0 if steady_B and steady_C else layout.b * layout.g * layout.slabs * layout.padded * 2 * SLAB
-    sums = layout.room(tiles * each_row)
+    over, width = layout.sequences * parts, 2 + padded * (1 + steady_B + steady_C)
+    totals = _room(u, over * layout.d * width)
+    tiles = -(-(layout.d // layout.g) // (32 * layout.warps // layout.lanes))
+    each_row = 0 if steady_B and steady_C else layout.b * layout.g * slabs * padded * 2 * SLAB
+    sums = _room(u, tiles * each_row)
+
+    def describe():
+        grid, sizes, options = layout.over_states(1, parts)
+        options["WIDE"] &= layout.words(u, delta, z, grad_y, grads.u, grads.delta, grads.z)
+        strides = (
+            *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
+            *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z),
+        )  # fmt: skip
+        return grid, (*strides, *sizes), options | {"EVERY": layout.every}
+
     _start(
-        _kernels.backward, grid,
-        (u, delta, A, arranged_B, arranged_C, layout.D, z, layout.bias, layout.bounds, grad_y,
-         grad_last.contiguous(), states, ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals,
-         grads.initial_state),
-        (*u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(),
-         *grads.u.stride(), *grads.delta.stride(), *_strides(grads.z), *sizes),
-        EVERY=every, **options,
+        layout.launches, _kernels.backward,
+        (u, delta, A, arranged_B, arranged_C, D, z, bias,
+         None if bounds is None else bounds.contiguous(), grad_y, grad_last.contiguous(), states,
+         ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals, grads.initial_state),
+        describe,
     )  # fmt: skip
-    if each_row:
+
+    def describe_finish():
         block, none = 128, (0, 0, 0, 0)
-        blocks = -(-layout.slabs * layout.padded * 2 * SLAB // block)
+        blocks = -(-slabs * padded * 2 * SLAB // block)
+        strides = (
+            *(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride())
+        )  # fmt: skip
+        sizes = (*strides, layout.l, layout.n, layout.g, tiles, slabs, blocks)
+        return (blocks * layout.b * layout.g,), sizes, {"N": padded, "BLOCK": block, "num_warps": 1}
+
+    if each_row:
         _start(
-            _kernels.finish, (blocks * layout.b * layout.g,),
-            (sums, None if steady_B else grads.B, None if steady_C else grads.C),
-            (*(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride()),
-             layout.l, layout.n, layout.g, tiles, layout.slabs, blocks),
-            N=layout.padded, BLOCK=block, num_warps=1,
+            layout.launches, _kernels.finish,
+            (sums, None if steady_B else grads.B, None if steady_C else grads.C), describe_finish,
         )  # fmt: skip
     dB, dC = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if t.dim() == 2 else None
         for t in (grads.B, grads.C)
     )
+
+    def describe_fold():
+        options = {
+            "N": padded, "STEADY_B": steady_B, "STEADY_C": steady_C, "BLOCK": triton.next_power_of_2(width),
+            "num_warps": 1,
+        }  # fmt: skip
+        return (layout.d,), (layout.d, layout.n, over), options
+
     _start(
-        _kernels.fold, (layout.d,), (totals, grads.A, grads.D, grads.delta_bias, dB, dC),
-        (layout.d, layout.n, over), N=layout.padded, STEADY_B=steady_B, STEADY_C=steady_C,
-        BLOCK=triton.next_power_of_2(width), num_warps=1,
-    )  # fmt: skip
+        layout.launches, _kernels.fold, (totals, grads.A, grads.D, grads.delta_bias, dB, dC), describe_fold
+    )
     for grad, folded in ((grads.B, dB), (grads.C, dC)):
         if folded is not None:
             grad.copy_(folded)
@@ -411,17 +469,23 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b, d = x.shape
     n = A.shape[1]
-    channels, own = 16, state.contiguous()
-    tiles = -(-d // channels)
+    own = state.contiguous()
+    tensors = own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y
+
+    def describe():
+        channels = 16
+        tiles = -(-d // channels)
+        strides = (
+            *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride()
+        )  # fmt: skip
+        options = {
+            "SOFTPLUS": dt_softplus, "CHANNELS": channels, "N": triton.next_power_of_2(n), "num_warps": 1
+        }  # fmt: skip
+        return (b * tiles,), (*strides, d, n, d // B.shape[1], d // C.shape[1], tiles), options
+
     if y.numel():
         with torch.cuda.device_of(x):
-            _start(
-                _kernels.step, (b * tiles,),
-                (own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y),
-                (*x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride(),
-                 d, n, d // B.shape[1], d // C.shape[1], tiles),
-                SOFTPLUS=dt_softplus, CHANNELS=channels, N=triton.next_power_of_2(n), num_warps=1,
-            )  # fmt: skip
+            _start(_recall(dict, tensors, dt_softplus, x.device), _kernels.step, tensors, describe)
     if own is not state:
         state.copy_(own)
     return y
