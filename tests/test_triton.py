@@ -274,6 +274,34 @@ def _check_launches():
     assert log[4][1:] == ((7, 1, 1), (x, None, 3, 2, 4))
 
 
+def _check_plan():
+    """What was fastest on an H100 (docs/gpu.md): (saves, float32) -> lanes along time, chunks of time."""
+    from projecta.scan.triton import plan
+
+    table = {
+        (1, 1536, 512): {(False, False): (True, 1), (False, True): (True, 1), (True, False): (False, 8)},
+        (1, 1536, 16384): {(False, False): (True, 1), (False, True): (False, 8), (True, True): (False, 8)},
+        (8, 1536, 2048): {(False, False): (False, 1), (False, True): (False, 1), (True, False): (False, 1)},
+        (1, 5120, 2048): {(False, False): (True, 1), (False, True): (False, 1), (True, False): (False, 2)},
+        (4, 1024, 1000): {(False, False): (True, 1), (False, True): (False, 3), (True, False): (False, 3)},
+        (1, 64, 65536): {(False, False): (False, 64), (True, False): (False, 64)},
+    }
+    for (b, d, l), cases in table.items():
+        for (saves, wide), expected in cases.items():
+            times, parts, chunk = plan(b, d, l, 16, 1, False, saves, wide, 132)
+            assert (times, parts) == expected, (b, d, l, saves, wide)
+            assert (parts - 1) * chunk < -(-l // 8) <= parts * chunk  # every chunk has a slab
+    for l in range(1, 3000, 7):
+        for d in (1, 8, 100, 1000):
+            for saves in (False, True):
+                _, parts, chunk = plan(1, d, l, 16, 1, False, saves, True, 132)
+                assert (parts - 1) * chunk < -(-l // 8) <= parts * chunk, (d, l, saves)
+
+
+def test_the_table_of_plans(compiler):
+    compiler.submit(_check_plan).result(timeout=300)
+
+
 def test_launches_after_the_first(compiler):
     compiler.submit(_check_launches).result(timeout=300)
 

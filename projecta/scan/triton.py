@@ -63,7 +63,6 @@ def plan(
 ROOM = 3  # programs that a processor holds at a time
 PARTS, SHORTEST = 64, 8  # chunks at most; slabs of a chunk at least
 LONG = 40  # slabs of a chunk from which on chunks are better than lanes along time, if u is float32
-NATIVE = 1 << 60
 FEW = 4  # channels per processor from which on lanes along time fill it
 REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
 WARPS = 4  # of a program that reads B and C by way of shared memory
@@ -130,10 +129,8 @@ class _Layout:
             1 if self.n > 32 else 8 // self.size
         )  # slabs in a block: 16 bytes of an array for a lane
         self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
-        # `forward_times` reads B and C best where they lie if they are 16 bits, whole words and not much work
-        self.native = u.numel() <= NATIVE and all(
-            t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C)
-        )
+        # `forward_times` reads B and C best where they lie if they are 16 bits and whole words
+        self.native = all(t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C))
         self.states = saved.numel()  # floats of the saved states; then comes the output before the gate
         if self.states and inputs.z is not None:
             self.states -= _words(u)
