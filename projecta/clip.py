@@ -1,36 +1,60 @@
-"""Attaches a `vtp.Plan` to the vision tower of one Hugging Face CLIP model, and takes it off again; knows no
-scoring.
+"""Attaches a `vtp.Plan` to the vision tower of one Hugging Face model, and takes it off again; knows which
+scores need a block, and how its queries, keys and values are made; no scoring.
 
-The plan runs in a forward pre-hook of the block `plan.at`, on that model instance only: no class is changed,
-no weight is renamed, and a second model in the process never notices.
+The plan runs in forward pre-hooks of blocks, on that model instance only: no class is changed, no weight is
+renamed, and a second model in the process never notices.
 """
 
 import dataclasses
+import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker
-from projecta.vtp import Plan
+from projecta.vtp import MODEL_SCORES, Costs, Plan, attention_scores
 
-PREFIX = 1  # CLIP's class token
+
+class _Family(NamedTuple):
+    """Where a vision tower keeps what pruning needs."""
+
+    module: str  # of transformers.models; the models that it defines are accepted
+    tower: str
+    blocks: str
+    norm: str  # before attention
+    attention: str
+    prefix: int
+
+
+_FAMILIES = (
+    _Family("clip.modeling_clip", "CLIPVisionModel", "encoder.layers", "layer_norm1", "self_attn", 1),
+    _Family("vit.modeling_vit", "ViTModel", "layers", "layernorm_before", "attention", 1),
+    _Family("dinov2.modeling_dinov2", "Dinov2Model", "encoder.layer", "norm1", "attention", 1),
+    _Family("siglip.modeling_siglip", "SiglipVisionModel", "encoder.layers", "layer_norm1", "self_attn", 0),
+)
+_AVERAGING = ("CLIPForImageClassification", "SiglipForImageClassification")  # over the patches that are left
 
 
 def prune(model: nn.Module, plan: Plan) -> "Pruning":
-    """Prune the tokens of a CLIP vision tower by `plan` from now on, until the handle's `remove()`.
+    """Prune the tokens of a vision tower by `plan` from now on, until the handle's `remove()`.
 
     Args:
-        model: CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection or CLIPForImageClassification of
-            transformers 5.
+        model: a CLIP, ViT, DINOv2 or SigLIP model of transformers 5: the tower, or a model around it of the
+            same family (CLIPModel, CLIPVisionModelWithProjection, ViTForImageClassification...).
         plan: what to prune, and before which block.
 
     Returns:
-        A handle, also a context manager that removes the pruning at its end.
+        A handle, also a context manager that removes the pruning at its end; `print` it for what the plan
+        comes to.
+
+    Under gradient checkpointing a plan with `mass` wants each backward pass right after its forward pass.
 
     Raises:
-        TypeError: the model has no CLIP vision tower. ValueError: it is pruned already, or has no block
-            `plan.at`.
+        TypeError: the model has no such tower. ValueError: it is pruned already, has no block `plan.at`, or
+            cannot do what the plan asks: "cls" and "value" need a class token, "probe" a pooling head, `mass`
+            attention that takes a mask ("sdpa" or "eager").
 
     >>> import torch
     >>> from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -42,14 +66,29 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
     """
     check = Checker("prune")
     check.that(isinstance(plan, Plan), "plan", "be a projecta.vtp.Plan", type(plan).__name__, error=TypeError)
-    tower = _vision_tower(check, model)
-    layers = tower.encoder.layers
-    check.that(plan.at < len(layers), "plan.at", f"be below the number of blocks, {len(layers)}", plan.at)
-    pruned = any(isinstance(hook, Pruning) for layer in layers for hook in layer._forward_pre_hooks.values())
+    family, tower = _find_tower(check, model)
+    blocks = tower.get_submodule(family.blocks)
+    check.that(
+        plan.stages[-1] < len(blocks), "plan.at", f"be below the number of blocks, {len(blocks)}", plan.at
+    )
+    pruned = any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values())
     check.that(
         not pruned, "model", "not be pruned already", "a pruned model", "Call remove() of its handle first."
     )
-    return Pruning(tower, plan)
+    check.that(
+        plan.score not in ("cls", "value") or family.prefix > 0, "plan.score",
+        "be another: this tower has no class token", repr(plan.score), "Take 'probe' or 'received'.",
+    )  # fmt: skip
+    check.that(
+        plan.score != "probe" or getattr(tower, "head", None) is not None, "plan.score",
+        "be another: this tower has no pooling head", repr(plan.score),
+    )  # fmt: skip
+    attention = tower.config._attn_implementation
+    check.that(
+        not plan.mass or attention in ("sdpa", "eager"), "plan.mass",
+        f"be False with attention {attention!r}, which takes no mask", plan.mass,
+    )  # fmt: skip
+    return Pruning(family, tower, plan, type(model).__name__ in _AVERAGING)
 
 
 class Pruning:
@@ -59,14 +98,34 @@ class Pruning:
         plan: the plan in force. keep: its keep ratio; set it to plan anew.
         tokens: tokens that each block sees. flops_ratio: arithmetic of the pruned tower over that of the full
             one.
-        trace: indices (b, t') of the tokens kept by the last forward pass, or None.
+        trace: of the last forward pass, where the tokens that remain stood, (b, t'), or None.
+        owner: of the last forward pass, which of those took each token in, (b, t); -1: none.
     """
 
-    def __init__(self, tower: Any, plan: Plan):
-        self.plan = plan
+    def __init__(self, family: _Family, tower: Any, plan: Plan, averaging: bool):
+        config, blocks = tower.config, tower.get_submodule(family.blocks)
+        self._family, self._blocks, self._averaging = family, len(blocks), averaging
+        self._patches = (config.image_size // config.patch_size) ** 2
+        widths = config.hidden_size, _width_of_mlp(blocks[0])
+        self._costs = Costs(
+            *widths, 2 * self._patches * config.num_channels * config.patch_size**2 * widths[0]
+        )
+        self._head = [tower.head] if plan.score == "probe" else []  # in a list: not to be seen as a module
+        self.masses: dict[int, Tensor] = {}  # by stage
         self.trace: Tensor | None = None
-        self._config: Any = tower.config
-        self._removal = tower.encoder.layers[plan.at].register_forward_pre_hook(self, with_kwargs=True)
+        self.owner: Tensor | None = None
+        self._adopt(plan)
+        self._removals = [
+            block.register_forward_pre_hook(_Hook(self, i), with_kwargs=True)
+            for i, block in enumerate(blocks)
+        ]
+        if averaging and plan.fuse != "drop":
+            self._removals.append(tower.register_forward_hook(_Weigh(self)))
+
+    def _adopt(self, plan: Plan) -> None:
+        prefix = self._family.prefix
+        self.tokens = plan.schedule(self._patches + prefix, self._blocks, prefix, self._costs)
+        self.plan = plan
 
     @property
     def keep(self) -> float:
@@ -74,36 +133,22 @@ class Pruning:
 
     @keep.setter
     def keep(self, keep: float) -> None:
-        self.plan = dataclasses.replace(self.plan, keep=keep)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        full = (self._config.image_size // self._config.patch_size) ** 2 + PREFIX
-        kept, blocks = self.plan.tokens_kept(full, PREFIX), self._config.num_hidden_layers
-        return (full,) * self.plan.at + (kept,) * (blocks - self.plan.at)
+        self._adopt(dataclasses.replace(self.plan, keep=keep))
 
     @property
     def flops_ratio(self) -> float:
-        c, m = self._config.hidden_size, self._config.intermediate_size
-        patches = (self._config.image_size // self._config.patch_size) ** 2
-        embedding = 2 * patches * self._config.num_channels * self._config.patch_size**2 * c
+        full = (self._patches + self._family.prefix,) * self._blocks
+        return self._costs.of(self.tokens) / self._costs.of(full)
 
-        def block(t: int) -> int:  # projections, attention, MLP
-            return 2 * t * (4 * c * c + 2 * t * c + 2 * c * m)
-
-        full = embedding + len(self.tokens) * block(patches + PREFIX)
-        return (embedding + sum(map(block, self.tokens))) / full
-
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The pre-hook of the block."""
-        named = "hidden_states" in kwargs
-        tokens = kwargs["hidden_states"] if named else args[0]
-        tokens, self.trace = self.plan.apply(tokens, PREFIX)
-        return (args, kwargs | {"hidden_states": tokens}) if named else ((tokens, *args[1:]), kwargs)
+    def __str__(self) -> str:
+        return self.plan.describe(
+            self._patches + self._family.prefix, self._blocks, self._family.prefix, self._costs
+        )
 
     def remove(self) -> None:
         """Take the pruning off; the model is as it was. A second call does nothing."""
-        self._removal.remove()
+        for removal in self._removals:
+            removal.remove()
 
     def __enter__(self) -> "Pruning":
         return self
@@ -111,13 +156,186 @@ class Pruning:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
 
+    def enter_block(self, i: int, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens that block i sees, and what to add to its attention's logits."""
+        stages, prefix = self.plan.stages, self._family.prefix
+        behind = [s for s, at in enumerate(stages) if at <= i]
+        if not behind:
+            return tokens, None
+        stage = behind[-1]
+        if stages[stage] == i:
+            before = self.masses.get(stage - 1) if stage else None
+            t = tokens.shape[1]
+            count = self._count(stage, t)
+            scores = self._scores(block, tokens, before) if count < t else None
+            pruned = self.plan.apply(tokens, prefix, count=count, scores=scores, mass=before)
+            if stage and self.trace is not None and self.owner is not None:
+                self.trace = self.trace.gather(1, pruned.kept)
+                moved = pruned.owner.gather(1, self.owner.clamp(min=0))
+                self.owner = torch.where(self.owner < 0, self.owner, moved)
+            else:
+                self.trace, self.owner = pruned.kept, pruned.owner
+            self.masses[stage], tokens = pruned.mass, pruned.tokens
+        if not self.plan.mass or self.tokens[-1] == self._patches + prefix:  # nothing is pruned
+            return tokens, None
+        return tokens, self.masses[stage].log()[:, None, None].to(tokens.dtype)
 
-def _vision_tower(check: Checker, model: nn.Module) -> Any:
-    from transformers.models.clip.modeling_clip import CLIPVisionModel
+    def _count(self, stage: int, t: int) -> int:
+        """How many of t remain: of an image of another size than the configuration's, the same part."""
+        full, prefix = self._patches + self._family.prefix, self._family.prefix
+        seen = full if stage == 0 else self.tokens[self.plan.stages[stage] - 1]
+        if t == seen:
+            return self.tokens[self.plan.stages[stage]]
+        part = (self.tokens[self.plan.stages[stage]] - prefix) / (seen - prefix)
+        return dataclasses.replace(self.plan, keep=part, semantics="stage").tokens_kept(t, prefix)
 
-    for candidate in (model, getattr(model, "vision_model", None)):
-        if isinstance(candidate, CLIPVisionModel):
-            return candidate
-    supported = "CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection or CLIPForImageClassification"
-    check.that(False, "model", f"be a {supported}", type(model).__name__, error=TypeError)
-    return None  # not reached
+    def _scores(self, block: Any, tokens: Tensor, mass: Tensor | None) -> Tensor | None:
+        score, prefix = self.plan.score, self._family.prefix
+        if score not in MODEL_SCORES:
+            return None
+        tokens = tokens.detach()
+        if score == "probe":
+            return _probe_scores(self._head[0], tokens, prefix, mass)
+        normed = getattr(block, self._family.norm)(tokens)
+        attention = getattr(block, self._family.attention)
+        width = attention.head_dim
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+        query = heads(attention.q_proj(normed if score == "received" else normed[:, :1]))
+        values = heads(attention.v_proj(normed)) if score == "value" else None
+        return attention_scores(
+            query, heads(attention.k_proj(normed)), width**-0.5, prefix=prefix, values=values,
+            mass=mass if self.plan.mass else None,
+        )  # fmt: skip
+
+
+class _Hook:
+    """The pre-hook of one block."""
+
+    def __init__(self, pruning: Pruning, i: int):
+        self.pruning, self.i = pruning, i
+
+    def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        named = "hidden_states" in kwargs
+        tokens = kwargs["hidden_states"] if named else args[0]
+        tokens, bias = self.pruning.enter_block(self.i, block, tokens)
+        args = args if named else (tokens, *args[1:])
+        kwargs = kwargs | {"hidden_states": tokens} if named else kwargs
+        if bias is not None:
+            if len(args) > 1:
+                args = (args[0], bias, *args[2:])
+            else:
+                kwargs = kwargs | {"attention_mask": bias}
+        return args, kwargs
+
+
+class _Weigh:
+    """Behind a tower whose patches are averaged next: each counts for what it took in."""
+
+    def __init__(self, pruning: Pruning):
+        self.pruning = pruning
+
+    def __call__(self, tower: nn.Module, args: tuple, output: Any) -> Any:
+        prefix = self.pruning._family.prefix
+        mass = self.pruning.masses[len(self.pruning.plan.stages) - 1][:, prefix:]
+        patches = output.last_hidden_state[:, prefix:]
+        patches = patches * (mass / mass.mean(1, keepdim=True))[..., None].to(patches.dtype)
+        output.last_hidden_state = torch.cat([output.last_hidden_state[:, :prefix], patches], 1)
+        return output
+
+
+def show(image: Any, handle: Pruning, row: int = 0) -> Any:
+    """Draw which patches the last forward pass kept: pruned ones are dark, a line leads to what took them in.
+
+    Args:
+        image: what the model saw, before normalisation: (rows, columns, 3) as matplotlib's imshow takes it,
+            or a (3, rows, columns) tensor in 0...1.
+        handle: of a model that has run. row: of the batch.
+
+    Returns:
+        A matplotlib figure (matplotlib is an extra: `pip install projecta[plots]`).
+    """
+    check = Checker("show")
+    check.that(handle.trace is not None, "handle", "be of a model that has run", "a handle without a trace")
+    assert handle.trace is not None
+    assert handle.owner is not None
+    from matplotlib.figure import Figure
+
+    prefix = handle._family.prefix
+    if isinstance(image, Tensor):
+        image = image.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+    owner = handle.owner[row].cpu()
+    patches = len(owner) - prefix
+    side = int(patches**0.5)
+    check.that(side * side == patches, "handle", "be of a square image", f"{patches} patches")
+    at = handle.trace[row].cpu() - prefix
+    kept = torch.zeros(patches, dtype=torch.bool)
+    kept[at[prefix:]] = True
+    height, width = image.shape[0] / side, image.shape[1] / side
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(image)
+    axes.set_axis_off()
+    for patch in (~kept).nonzero()[:, 0].tolist():
+        y, x = divmod(patch, side)
+        box = axes.add_patch(_rectangle(x * width, y * height, width, height))
+        box.set(facecolor="black", alpha=0.7, linewidth=0)
+        into = int(owner[patch + prefix])
+        if into >= prefix:
+            v, u = divmod(int(at[into]), side)
+            axes.plot(
+                [(x + 0.5) * width, (u + 0.5) * width], [(y + 0.5) * height, (v + 0.5) * height],
+                color="white", alpha=0.5, linewidth=0.6,
+            )  # fmt: skip
+    axes.set_xlim(0, image.shape[1])
+    axes.set_ylim(image.shape[0], 0)
+    figure.suptitle(f"{int(kept.sum())} of {patches} patches, {handle.flops_ratio:.2f} of the FLOPs")
+    return figure
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height)
+
+
+def _probe_scores(head: Any, tokens: Tensor, prefix: int, mass: Tensor | None) -> Tensor:
+    """What SigLIP's pooling head would pay these tokens."""
+    attention = head.attention
+    q, k, _ = attention.in_proj_weight.chunk(3)
+    q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)
+    width = attention.head_dim
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    query = nn.functional.linear(head.probe, q, q_bias).expand(len(tokens), -1, -1)
+    keys = nn.functional.linear(tokens, k, k_bias)
+    return attention_scores(heads(query), heads(keys), width**-0.5, prefix=prefix, mass=mass)
+
+
+def _width_of_mlp(block: nn.Module) -> int:
+    """The wider side of the block's first linear map that is no square."""
+    return max(
+        max(m.weight.shape) for m in block.modules() if isinstance(m, nn.Linear)
+    )  # fmt: skip
+
+
+def _find_tower(check: Checker, model: nn.Module) -> tuple[_Family, Any]:
+    """The family and the one tower in the model."""
+    for family in _FAMILIES:
+        module = sys.modules.get("transformers.models." + family.module)
+        if module is None or not any(c.__module__ == module.__name__ for c in type(model).__mro__):
+            continue
+        kind = getattr(module, family.tower)
+        towers = [m for m in model.modules() if isinstance(m, kind)]
+        if len(towers) == 1:
+            return family, towers[0]
+    supported = ", ".join(family.tower for family in _FAMILIES)
+    check.that(
+        False, "model", f"be or hold one of {supported}, in a model of its family", type(model).__name__,
+        error=TypeError,
+    )  # fmt: skip
+    raise AssertionError

@@ -1,34 +1,92 @@
-"""Vision token pruning (VTP): which tokens of a vision transformer to keep. Tensors in, tensors out; knows no
-model.
+"""Vision token pruning (VTP): which tokens of a vision transformer to keep, and what becomes of the others.
+Tensors in, tensors out; knows no model.
 
 Tokens are (b, t, c): `prefix` tokens first (the class token), which are never scored and always kept, then
-the patches. Kept patches keep their order. The number kept depends on the shape alone, so that nothing waits
+the patches. Kept patches keep their order. How many are kept depends on shapes alone, so that nothing waits
 for the device.
+
+Every fusion is one family, X' = D^-1 A X: `owner` names for each token the one that takes it in, A holds
+their masses, and the rows' sums D are the masses of what remains. `drop` lets none in, `mean` has one token
+take in all that were pruned (as EViT, arXiv 2202.07800, with equal weights), `cluster` a few, `squeeze` every
+kept token those nearest to it; `bipartite` merges the most similar pairs, whatever they score (as ToMe, arXiv
+2210.09461). All of them leave the same number of tokens.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from projecta._checks import Checker
+from projecta._checks import Checker, fail
 
 
-def _score_norm(tokens: Tensor, seed: int) -> Tensor:
-    return torch.linalg.vector_norm(
-        tokens, dim=-1, dtype=torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    )
+def _score_norm(patches: Tensor, seed: int) -> Tensor:
+    return torch.linalg.vector_norm(patches, dim=-1, dtype=_wide(patches.dtype))
 
 
-def _score_random(tokens: Tensor, seed: int) -> Tensor:
-    scores = torch.rand(tokens.shape[1], generator=torch.Generator().manual_seed(seed))
-    return scores.to(tokens.device).expand(tokens.shape[:2])
+def _score_distance(patches: Tensor, seed: int) -> Tensor:
+    wide = patches.to(_wide(patches.dtype))
+    return torch.linalg.vector_norm(wide - wide.mean(1, keepdim=True), dim=-1)
 
 
-SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {"norm": _score_norm, "random": _score_random}
-FUSIONS = ("drop",)
+def _score_random(patches: Tensor, seed: int) -> Tensor:
+    scores = torch.rand(patches.shape[1], generator=torch.Generator().manual_seed(seed))
+    return scores.to(patches.device).expand(patches.shape[:2])
+
+
+def _score_grid(patches: Tensor, seed: int) -> Tensor:
+    return _dither(patches.shape[1]).to(patches.device).expand(patches.shape[:2])
+
+
+SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "norm": _score_norm, "distance": _score_distance, "random": _score_random, "grid": _score_grid
+}  # fmt: skip
+MODEL_SCORES = (
+    "cls",
+    "value",
+    "received",
+    "probe",
+)  # see `attention_scores`; whoever has the model gives them
+FUSIONS = ("drop", "mean", "cluster", "squeeze", "bipartite")
+SEMANTICS = ("tokens", "stage", "flops")
+PRESETS: dict[str, dict[str, Any]] = {
+    "input": {"at": 0, "score": "norm"},
+    "early": {"at": 4, "score": "cls", "fuse": "squeeze", "mass": True},
+    "evit3": {"at": (3, 6, 9), "score": "cls", "fuse": "mean"},
+}
+
+
+class Costs(NamedTuple):
+    """What a tower's arithmetic depends on: its widths, and the operations that do not depend on tokens."""
+
+    hidden: int = 768
+    intermediate: int = 3072
+    fixed: int = 0
+
+    def of(self, schedule: tuple[int, ...]) -> int:
+        """Operations of a tower whose blocks see so many tokens: projections, attention, MLP."""
+        c, m = self.hidden, self.intermediate
+        return self.fixed + sum(2 * t * (4 * c * c + 2 * t * c + 2 * c * m) for t in schedule)
+
+
+VIT_B16 = Costs()
+
+
+class Pruned(NamedTuple):
+    """Tokens after pruning.
+
+    tokens: (b, t', c). kept: (b, t'), ascending, where each of them stood. mass: (b, t'), how many tokens
+    each stands for. owner: (b, t), which of the t' took each token in; -1: none.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    mass: Tensor
+    owner: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,12 +94,20 @@ class Plan:
     """What to prune, and where.
 
     Args:
-        keep: the part of the patch tokens that is kept, in (0, 1]; ceil(keep * patches) of them stay.
-        at: index of the block before which tokens go; 0 prunes right after the embedding.
-        score: "norm", the token's length ||x||_2, or "random", one fixed order for every image; the highest
-            stay.
-        fuse: "drop": pruned tokens leave no trace.
+        keep: how much is kept, in (0, 1]; `semantics` says of what.
+        at: index of the block before which tokens go, or several, ascending; 0 prunes right after the
+            embedding.
+        score: which patches are kept, the highest: "norm", ||x||_2; "distance", ||x - mean(x)||_2; "random",
+            one fixed order for every image; "grid", spread evenly over the image (a checkerboard at 0.5);
+            from the attention of block `at`, worked out ahead: "cls", what the class token pays a patch;
+            "value", the same times ||v||; "received", what all tokens pay it; "probe", what SigLIP's pooling
+            head would; or a function of the patches (b, p, c) that returns (b, p).
+        fuse: what becomes of the others: "drop", "mean", "cluster", "squeeze", "bipartite" (see the module).
+        mass: add log(mass) to the logits of later attention, so that a token counts for all that it took in.
         multiple_of: round the tokens that remain, class token included, up to a multiple of this.
+        semantics: `keep` is the part of the patches that remains at the end ("tokens"), of those that each
+            stage sees ("stage"), or of the tower's arithmetic ("flops").
+        centres: tokens that take others in, for "cluster".
         seed: of the random score.
 
     Raises:
@@ -49,16 +115,21 @@ class Plan:
 
     >>> Plan(keep=0.7).tokens_kept(197)
     139
+    >>> Plan(keep=0.7, at=(3, 6, 9), semantics="stage").schedule(197, 12)
+    (197, 197, 197, 139, 139, 139, 98, 98, 98, 69, 69, 69)
     >>> Plan(keep=1.5)
     Traceback (most recent call last):
     ValueError: Plan: keep must lie in (0, 1]; got 1.5.
     """
 
     keep: float = 0.5
-    at: int = 0
-    score: str = "norm"
+    at: int | tuple[int, ...] = 0
+    score: str | Callable[[Tensor], Tensor] = "norm"
     fuse: str = "drop"
+    mass: bool = False
     multiple_of: int = 1
+    semantics: str = "tokens"
+    centres: int = 8
     seed: int = 0
 
     def __post_init__(self):
@@ -67,38 +138,186 @@ class Plan:
             isinstance(self.keep, int | float), "keep", "be a number", repr(self.keep), error=TypeError
         )
         check.that(0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
-        for name, least in (("at", 0), ("multiple_of", 1), ("seed", 0)):
+        stages = self.stages
+        for at in stages:
+            check.that(isinstance(at, int), "at", "be an integer or several", repr(self.at), error=TypeError)
+            check.that(at >= 0, "at", "be at least 0", self.at)
+        ascending = len(stages) > 0 and list(stages) == sorted(set(stages))
+        check.that(ascending, "at", "name one block or several, ascending", self.at)
+        for name, least in (("multiple_of", 1), ("centres", 1), ("seed", 0)):
             value = getattr(self, name)
             check.that(isinstance(value, int), name, "be an integer", repr(value), error=TypeError)
             check.that(value >= least, name, f"be at least {least}", value)
-        check.one_of("score", self.score, tuple(SCORES))
+        check.that(isinstance(self.mass, bool), "mass", "be True or False", repr(self.mass), error=TypeError)
+        if not callable(self.score):
+            check.one_of("score", self.score, (*SCORES, *MODEL_SCORES))
         check.one_of("fuse", self.fuse, FUSIONS)
+        check.one_of("semantics", self.semantics, SEMANTICS)
+        check.that(
+            not (self.mass and self.fuse == "drop"), "mass", "be False where tokens are dropped", self.mass,
+            "Tokens that take nothing in have mass 1.",
+        )  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str, keep: float = 0.5, **changes) -> "Plan":
+        """A plan by name: "input" (before block 0), "early" (the best quality we measured), "evit3" (EViT's).
+
+        >>> Plan.preset("early").fuse
+        'squeeze'
+        """
+        Checker("Plan.preset").one_of("name", name, tuple(PRESETS))
+        return cls(keep=keep, **(PRESETS[name] | changes))
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return self.at if isinstance(self.at, tuple) else (self.at,)
 
     def tokens_kept(self, tokens: int, prefix: int = 1) -> int:
-        """How many of `tokens` remain, the prefix included."""
-        kept = prefix + math.ceil(self.keep * (tokens - prefix) - 1e-9)  # 0.7 * 10 is a hair above 7
+        """How many of `tokens` remain, the prefix included, where `keep` is the part of the patches."""
+        return self._round(self.keep * (tokens - prefix), tokens, prefix)
+
+    def schedule(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> tuple[int, ...]:
+        """How many tokens each block sees.
+
+        Raises:
+            ValueError: no number of tokens takes so little arithmetic, or there is no block `at`.
+        """
+        check = Checker("Plan")
+        check.that(self.stages[-1] < blocks, "at", f"be below the number of blocks, {blocks}", self.at)
+        patches = tokens - prefix
+        if self.semantics != "flops":
+            return self._schedule(self.keep, tokens, blocks, prefix)
+        full = costs.of((tokens,) * blocks)
+        least = costs.of(self._schedule(1e-9, tokens, blocks, prefix)) / full
+        check.that(
+            least <= self.keep,
+            "keep",
+            f"be at least {least:.3f} of the FLOPs, pruning at {self.at}",
+            self.keep,
+        )
+        low, high = 0, patches  # the most patches that fit
+        while low < high:
+            middle = (low + high + 1) // 2
+            if costs.of(self._schedule(middle / patches, tokens, blocks, prefix)) / full <= self.keep:
+                low = middle
+            else:
+                high = middle - 1
+        return self._schedule(max(low, 1e-9) / patches, tokens, blocks, prefix)
+
+    def _schedule(self, keep: float, tokens: int, blocks: int, prefix: int) -> tuple[int, ...]:
+        seen, kept, patches = [tokens] * blocks, tokens, tokens - prefix
+        for i, at in enumerate(self.stages):
+            if self.semantics == "stage":
+                part = keep * (kept - prefix)
+            else:
+                part = keep ** ((i + 1) / len(self.stages)) * patches
+            kept = min(kept, self._round(part, tokens, prefix))
+            seen[at:] = [kept] * (blocks - at)
+        return tuple(seen)
+
+    def _round(self, patches: float, tokens: int, prefix: int) -> int:
+        kept = prefix + max(1, math.ceil(patches - 1e-9))  # 0.7 * 10 is a hair above 7
         return min(tokens, math.ceil(kept / self.multiple_of) * self.multiple_of)
 
-    def apply(self, tokens: Tensor, prefix: int = 1) -> tuple[Tensor, Tensor]:
-        """Prune (b, t, c) tokens: the remaining ones (b, t', c), and their indices (b, t') in the input,
-        ascending.
+    def describe(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> str:
+        """What the plan comes to, in each of the three meanings of a keep ratio.
+
+        >>> print(Plan(keep=0.5).describe(197, 12))
+        keep 0.500 of the patches, 0.500 per stage, 0.492 of the FLOPs
+        tokens per block: 99 x 12
+        """
+        schedule = self.schedule(tokens, blocks, prefix, costs)
+        end = (schedule[-1] - prefix) / (tokens - prefix)
+        flops = costs.of(schedule) / costs.of((tokens,) * blocks)
+        runs: list[list[int]] = []
+        for t in schedule:
+            if runs and runs[-1][0] == t:
+                runs[-1][1] += 1
+            else:
+                runs.append([t, 1])
+        return (
+            f"keep {end:.3f} of the patches, {end ** (1 / len(self.stages)):.3f} per stage,"
+            f" {flops:.3f} of the FLOPs\n"
+            "tokens per block: " + ", ".join(f"{t} x {count}" for t, count in runs)
+        )
+
+    def apply(
+        self, tokens: Tensor, prefix: int = 1, *, count: int | None = None, scores: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> Pruned:  # fmt: skip
+        """Prune (b, t, c) tokens once.
+
+        Args:
+            count: how many remain, prefix included; `tokens_kept` if not given.
+            scores: (b, t - prefix), if the plan's score needs a model or is worked out already.
+            mass: (b, t), from a stage before; ones if not given.
 
         If nothing is pruned, the tokens returned are the tensor given.
 
         >>> tokens = torch.tensor([[[0.0], [1.0], [3.0], [2.0], [1.0]]])
-        >>> Plan(keep=0.5).apply(tokens)[1]
+        >>> Plan(keep=0.5).apply(tokens).kept
         tensor([[0, 2, 3]])
         """
-        Checker("Plan.apply").that(tokens.dim() == 3, "tokens", "have shape (b, t, c)", tuple(tokens.shape))
-        b, t, c = tokens.shape
-        kept = self.tokens_kept(t, prefix)
+        check = Checker("Plan.apply")
+        check.that(tokens.dim() == 3, "tokens", "have shape (b, t, c)", tuple(tokens.shape))
+        b, t, _ = tokens.shape
+        kept = self.tokens_kept(t, prefix) if count is None else count
+        check.that(prefix < kept <= t or t == prefix, "count", f"lie in {prefix + 1}...{t}", kept)
+        if mass is None:
+            mass = torch.ones(b, t, dtype=_wide(tokens.dtype), device=tokens.device)
         if kept == t:
-            return tokens, torch.arange(t, device=tokens.device).expand(b, t)
-        scores = SCORES[self.score](tokens.detach(), self.seed)[:, prefix:]
-        patches = select_tokens(scores, kept - prefix) + prefix
-        first = torch.arange(prefix, device=tokens.device).expand(b, prefix)
-        index = torch.cat([first, patches], 1)  # (b, t')
-        return tokens.gather(1, index[..., None].expand(-1, -1, c)), index
+            everyone = torch.arange(t, device=tokens.device).expand(b, t)
+            return Pruned(tokens, everyone, mass, everyone)
+        if self.fuse == "bipartite":
+            return _merge_pairs(tokens, mass, kept, prefix)
+        if scores is None:
+            scores = self._score(tokens[:, prefix:].detach())
+        check.that(
+            scores.shape == (b, t - prefix), "scores", f"have shape {(b, t - prefix)}", tuple(scores.shape)
+        )
+        return _select(tokens, mass, scores, kept, prefix, self._open(kept - prefix))
+
+    def _score(self, patches: Tensor) -> Tensor:
+        if callable(self.score):
+            return self.score(patches)
+        if self.score in MODEL_SCORES:
+            fail(
+                "Plan.apply",
+                "scores",
+                f"be given for score {self.score!r}",
+                "None",
+                "It needs a model's block.",
+            )
+        return SCORES[self.score](patches, self.seed)
+
+    def _open(self, kept: int) -> int:
+        """How many of the kept patches take others in: those that score least."""
+        return {"drop": 0, "mean": 1, "cluster": min(self.centres, kept), "squeeze": kept}[self.fuse]
+
+
+def attention_scores(
+    query: Tensor, keys: Tensor, scale: float, *, prefix: int = 1, values: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What a few queries pay each patch, softmax(scale Q K^T + log mass), averaged over queries and heads.
+
+    Args:
+        query: (b, h, q, e): the class token's, a probe's, or all.
+        keys: (b, h, t, e), prefix included: the softmax runs over all of them.
+        values: (b, h, t, e): weigh each head's share by ||v||.
+        mass: (b, t).
+
+    Returns:
+        (b, t - prefix), in float32 or wider.
+    """
+    wide = _wide(keys.dtype)
+    logits = query.to(wide) @ keys.to(wide).mT * scale
+    if mass is not None:
+        logits = logits + mass.to(wide).log()[:, None, None]
+    shares = logits.softmax(-1).mean(2)  # (b, h, t)
+    if values is not None:
+        shares = shares * torch.linalg.vector_norm(values, dim=-1, dtype=wide)
+    return shares.mean(1)[:, prefix:]
 
 
 def select_tokens(scores: Tensor, count: int) -> Tensor:
@@ -108,3 +327,93 @@ def select_tokens(scores: Tensor, count: int) -> Tensor:
     tensor([[1, 3]])
     """
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _unit(tokens: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(tokens.detach().to(_wide(tokens.dtype)), dim=-1)
+
+
+def _select(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix: int, takers: int) -> Pruned:
+    """Keep what scores highest; the `takers` lowest of those take in the pruned patches nearest to them."""
+    b, t, _ = tokens.shape
+    order = scores.argsort(dim=-1, descending=True, stable=True) + prefix
+    first = torch.arange(prefix, device=tokens.device).expand(b, prefix)
+    index = torch.cat([first, order[:, : kept - prefix].sort(-1).values], 1)
+    place = torch.full((b, t), -1, dtype=index.dtype, device=tokens.device)  # among those kept
+    place = place.scatter(1, index, torch.arange(kept, device=tokens.device).expand(b, kept))
+    if not takers:
+        return Pruned(_take(tokens, index), index, mass.gather(1, index), place)
+    rest, open = order[:, kept - prefix :], order[:, kept - prefix - takers : kept - prefix]
+    pruned = _take(tokens, rest)
+    if takers == 1:
+        nearest = torch.zeros_like(rest)
+    else:
+        nearest = (_unit(pruned) @ _unit(_take(tokens, open)).mT).argmax(-1)
+    into = place.gather(1, open).gather(1, nearest)  # (b, pruned): a place among those kept
+    owner = place.scatter(1, rest, into)
+    fused, masses = _fuse(_take(tokens, index), mass.gather(1, index), pruned, mass.gather(1, rest), into)
+    return Pruned(fused, index, masses, owner)
+
+
+def _fuse(kept: Tensor, mass: Tensor, pruned: Tensor, mass_pruned: Tensor, into: Tensor) -> tuple:
+    """D^-1 A X: each pruned token joins the one that `into` names, in proportion to their masses."""
+    wide = _wide(kept.dtype)
+    here = torch.arange(kept.shape[1], device=kept.device)
+    A = torch.where(into[:, None] == here[None, :, None], mass_pruned[:, None], 0.0).to(wide)
+    total = mass + A.sum(-1)
+    fused = (kept.to(wide) * mass[..., None] + A @ pruned.to(wide)) / total[..., None]
+    alone = (total == mass)[..., None]  # its bits stay
+    return torch.where(alone, kept, fused.to(kept.dtype)), total
+
+
+def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int) -> Pruned:
+    """Merge every other patch into the most similar of its neighbours in between, the most similar pairs
+    first; again, until so many are left."""
+    b, t, _ = tokens.shape
+    index = torch.arange(t, device=tokens.device).expand(b, t)
+    owner = index
+    while tokens.shape[1] > kept:
+        now = tokens.shape[1]
+        even = torch.arange(prefix, now, 2, device=tokens.device)
+        odd = torch.arange(prefix + 1, now, 2, device=tokens.device)
+        if not len(odd):
+            break
+        similar, partner = (_unit(tokens[:, even]) @ _unit(tokens[:, odd]).mT).max(-1)
+        count = min(now - kept, len(even))
+        chosen = similar.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        rest = even[chosen]
+        gone = torch.zeros(b, now, dtype=torch.bool, device=tokens.device).scatter(1, rest, True)
+        stay = gone.to(torch.uint8).argsort(dim=-1, stable=True)[:, : now - count]
+        place = (~gone).cumsum(-1) - 1
+        into = place.gather(1, odd[partner.gather(1, chosen)])
+        tokens, mass = _fuse(
+            _take(tokens, stay), mass.gather(1, stay), _take(tokens, rest), mass.gather(1, rest), into
+        )
+        owner = place.scatter(1, rest, into).gather(1, owner)
+        index = index.gather(1, stay)
+    return Pruned(tokens, index, mass, owner)
+
+
+@functools.cache
+def _dither(patches: int) -> Tensor:
+    """Scores whose highest k are spread evenly over a square image, for every k: Bayer's ordered dither.
+
+    If the patches are no square, they are taken for one row.
+    """
+    side = math.isqrt(patches)
+    rows, columns = (side, side) if side * side == patches else (1, patches)
+    bits = max(rows, columns).bit_length()
+    y, x = (torch.arange(size) for size in (rows, columns))
+    y, x = y[:, None].expand(rows, columns), x[None, :].expand(rows, columns)
+    rank = torch.zeros(rows, columns, dtype=torch.int64)
+    for bit in range(bits):  # the lowest bits of the position decide most
+        rank = rank * 4 + 2 * ((x ^ y) >> bit & 1) + (y >> bit & 1)
+    return -rank.flatten().to(torch.float32)

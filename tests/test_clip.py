@@ -1,6 +1,7 @@
 """Pruning inside Hugging Face towers, at small sizes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,11 +12,21 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
-from projecta.clip import prune
+from projecta.clip import prune, show
 from projecta.vtp import Plan
 
 VISION = {
@@ -129,6 +140,213 @@ def test_flops_ratio_of_vit_b16_is_the_published_one():
             assert handle.flops_ratio == pytest.approx(ratio, abs=5e-4)
 
 
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+TOWERS = (CLIPVisionModel, ViTModel, Dinov2Model, SiglipVisionModel)
+HEADED = (CLIPForImageClassification, ViTForImageClassification, Dinov2ForImageClassification,
+          SiglipForImageClassification)  # fmt: skip
+
+
+def other(kind, attention="sdpa"):
+    """A small model of any of the families."""
+    if kind in KINDS:
+        return make(kind, attention)
+    config = {
+        ViTModel: ViTConfig, ViTForImageClassification: ViTConfig, Dinov2Model: Dinov2Config,
+        Dinov2ForImageClassification: Dinov2Config, SiglipVisionModel: SiglipVisionConfig,
+    }.get(kind)  # fmt: skip
+    torch.manual_seed(0)
+    config = SiglipConfig(text_config=TEXT, vision_config=SMALL) if config is None else config(**SMALL)
+    if kind in (Dinov2Model, Dinov2ForImageClassification):
+        config.mlp_ratio = 2
+    return kind._from_config(config, attn_implementation=attention).eval()
+
+
+def states(model):
+    with torch.inference_mode():
+        return model(pixel_values=PIXELS).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_every_family_is_pruned_and_restored(kind):
+    model = other(kind)
+    before, prefix = states(model), 0 if kind is SiglipVisionModel else 1
+    plans = [
+        Plan(keep=0.5, at=1, score=score) for score in ("norm", "distance", "random", "grid", "received")
+    ]
+    plans += [
+        Plan(keep=0.5, at=1, fuse=fuse, mass=True) for fuse in ("mean", "cluster", "squeeze", "bipartite")
+    ]
+    plans += [Plan(keep=0.25, at=(0, 2), fuse="squeeze", mass=True)]
+    plans += [Plan(at=1, score=score) for score in (("cls", "value") if prefix else ("probe",))]
+    for plan in plans:
+        with prune(model, plan) as handle:
+            after = states(model)
+            assert after.shape[1] == handle.tokens[-1] == prefix + round(16 * plan.keep)
+            assert handle.trace.shape == after.shape[:2]
+            assert handle.owner.shape == before.shape[:2]
+            assert not torch.isnan(after).any()
+            torch.testing.assert_close(  # a row alone is the row in its batch
+                model(pixel_values=PIXELS[1:]).last_hidden_state, after[1:], rtol=1e-4, atol=1e-5
+            )
+        with prune(model, dataclasses.replace(plan, keep=1.0)):
+            assert torch.equal(states(model), before)
+    assert torch.equal(states(model), before)
+
+
+@pytest.mark.parametrize("score", ["cls", "received"])
+@pytest.mark.parametrize("kind", TOWERS[:3])
+def test_attention_is_worked_out_ahead(kind, score):
+    """What the block then computes with all tokens, read off its attention map."""
+    model = other(kind, "eager")
+    with torch.inference_mode():
+        maps = model(pixel_values=PIXELS, output_attentions=True).attentions[1].mean(1)
+    truth = maps[:, 0, 1:] if score == "cls" else maps.mean(1)[:, 1:]
+    with prune(model, Plan(keep=0.25, at=1, score=score)) as handle:
+        states(model)
+        assert handle.trace[:, 1:].tolist() == (truth.topk(4).indices.sort().values + 1).tolist()
+
+
+def test_the_probe_is_the_pooling_heads_attention():
+    model, seen = other(SiglipVisionModel), []
+    removal = model.encoder.layers[1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    states(model)
+    removal.remove()
+    probe = model.head.probe.expand(2, -1, -1)
+    _, truth = model.head.attention(probe, seen[0], seen[0])
+    with prune(model, Plan(keep=0.25, at=1, score="probe")) as handle:
+        states(model)
+        assert handle.trace.tolist() == truth[:, 0].topk(4).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_mass_stands_for_copies(kind):
+    """Tokens doubled and merged again, with mass, are the tokens: attention counts each twice."""
+    model = other(kind)
+    blocks = model.layers if kind is ViTModel else next(iter(model.encoder.children()))
+    prefix, x = 0 if kind is SiglipVisionModel else 1, torch.randn(1, 9, 32)
+    twice = torch.cat([x[:, :prefix], x[:, prefix:].repeat_interleave(2, 1)], 1)
+    plan = Plan(
+        keep=0.5,
+        at=0,
+        fuse="squeeze",
+        mass=True,
+        score=lambda t: torch.arange(t.shape[1]) % 2 + 0.0 * t[..., 0],
+    )
+    with torch.inference_mode():
+        truth = twice
+        for block in blocks:
+            truth = block(truth, None)
+        with prune(model, plan) as handle:
+            got = twice
+            for block in blocks:
+                got = block(got, None)
+    assert handle.masses[0].tolist() == [[1.0] * prefix + [2.0] * (9 - prefix)]
+    torch.testing.assert_close(
+        got, torch.cat([truth[:, :prefix], truth[:, prefix::2]], 1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_heads_count_tokens_by_their_mass(kind):
+    """What averages patches weighs them: with all tokens equal, fusing changes nothing."""
+    model = other(kind)
+    tower = next(m for m in model.modules() if isinstance(m, TOWERS))
+    removal = tower.embeddings.register_forward_hook(
+        lambda m, args, out: out.index_fill(1, torch.arange(2, 5), 0.5)
+    )
+    with torch.inference_mode():
+        before = model(pixel_values=PIXELS).logits
+        with prune(model, Plan(keep=0.75, at=2, fuse="squeeze", mass=True)) as handle:
+            after = model(pixel_values=PIXELS).logits
+    removal.remove()
+    assert after.shape == before.shape
+    if kind is CLIPForImageClassification or kind is SiglipForImageClassification:
+        mass, prefix = handle.masses[0], 0 if kind is SiglipForImageClassification else 1
+        with prune(model, Plan(keep=0.75, at=2, fuse="squeeze", mass=True)) as handle:
+            handle._removals[-1].remove()
+            with torch.inference_mode():
+                mine = tower(PIXELS).last_hidden_state[:, prefix:]
+                weights = handle.masses[0][:, prefix:, None]
+                truth = model.classifier((mine * weights).sum(1) / weights.sum(1))
+                handle.remove()
+        with prune(model, Plan(keep=0.75, at=2, fuse="squeeze", mass=True)), torch.inference_mode():
+            torch.testing.assert_close(model(pixel_values=PIXELS).logits, truth, rtol=1e-4, atol=1e-5)
+        assert mass.max() > 1
+
+
+EARLY = Plan.preset("early", at=1)
+
+
+def test_with_mass_eager_attention_agrees_with_sdpa():
+    models = [make(CLIPVisionModel, attention) for attention in ("sdpa", "eager")]
+    for model in models:
+        prune(model, EARLY)
+    torch.testing.assert_close(*map(embed, models), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    model = make(CLIPVisionModel)
+    with prune(model, EARLY):
+        truth = embed(model)
+    with prune(model.to(dtype), EARLY), torch.inference_mode():
+        half = model(pixel_values=PIXELS.to(dtype)).pooler_output
+    assert half.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(half.float(), truth).min() > 0.99
+
+
+def test_early_compiles_and_exports():
+    model = make(CLIPVisionModel)
+    prune(model, EARLY)
+    expected = embed(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values=PIXELS).pooler_output, expected)
+    exported = torch.export.export(model, (), {"pixel_values": PIXELS})
+    torch.testing.assert_close(exported.module()(pixel_values=PIXELS).pooler_output, expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    found = []
+    for checkpoint in (False, True):
+        model = make(CLIPVisionModel).train()
+        if checkpoint:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
+        with prune(model, Plan(keep=0.25, at=(0, 2), score="cls", fuse="squeeze", mass=True)):
+            model(pixel_values=PIXELS).pooler_output.square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_an_image_of_another_size_keeps_the_same_part():
+    model = other(Dinov2Model)
+    with prune(model, Plan(keep=0.5, at=1)), torch.inference_mode():
+        assert model(pixel_values=torch.randn(1, 3, 48, 48)).last_hidden_state.shape[1] == 1 + 18
+
+
+def test_the_picture_shows_what_was_pruned():
+    model = make(CLIPVisionModel)
+    with prune(model, EARLY) as handle:
+        embed(model)
+        axes = show(PIXELS[0].sigmoid(), handle, row=1).axes[0]
+    dark = {(patch.get_x() // 8, patch.get_y() // 8) for patch in axes.patches}
+    kept = {((k - 1) % 4, (k - 1) // 4) for k in handle.trace[1, 1:].tolist()}
+    assert dark == {(x, y) for x in range(4) for y in range(4)} - kept
+    assert len(axes.lines) == 8  # each went somewhere
+
+
+def test_a_handle_says_what_it_comes_to():
+    model = make(CLIPVisionModel)
+    with prune(model, Plan(keep=0.5, at=1)) as handle:
+        assert str(handle).splitlines()[1] == "tokens per block: 17 x 1, 9 x 2"
+        assert f"{handle.flops_ratio:.3f} of the FLOPs" in str(handle)
+
+
 def test_gradients_flow():
     model = make(CLIPVisionModel)
     with prune(model, Plan(keep=0.5)):
@@ -169,13 +387,25 @@ def test_misuse_is_named_in_one_line():
         prune(model, 0.5)
     with pytest.raises(ValueError, match=r"^prune: plan\.at must be below the number of blocks, 3; got 3\.$"):
         prune(model, Plan(at=3))
-    with pytest.raises(TypeError, match=r"^prune: model must be a CLIPModel, .*; got ViTModel\.$"):
-        prune(
-            ViTModel(
-                ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
-            ),
-            Plan(),
-        )
+    refused = ConvNextModel(ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4))
+    with pytest.raises(
+        TypeError, match=r"^prune: model must be or hold one of CLIPVisionModel, .*; got ConvNextModel"
+    ):
+        prune(refused, Plan())
+    for score, kind, rule in (
+        ("cls", SiglipVisionModel, "this tower has no class token; got 'cls'"),
+        ("probe", ViTModel, "this tower has no pooling head; got 'probe'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^prune: plan\.score must be another: {rule}"):
+            prune(other(kind), Plan(score=score))
+    flash = make(CLIPVisionModel)
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(
+        ValueError, match=r"must be False with attention 'flash_attention_2', which takes no mask"
+    ):
+        prune(flash, Plan.preset("early", at=1))
+    with pytest.raises(ValueError, match=r"^show: handle must be of a model that has run"):
+        show(PIXELS[0], prune(make(CLIPVisionModel), Plan()))
     with prune(model, Plan()), pytest.raises(ValueError, match=r"^prune: model must not be pruned already"):
         prune(model, Plan())
     prune(model, Plan()).remove()
