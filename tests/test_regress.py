@@ -118,14 +118,16 @@ def measurement(benchmark, value, unit="seconds", date=1, commit="c" * 40, **par
 
 MEASURED = [
     *(
-        measurement("clip.Vtp.time_forward", 0.2 * keep * batch, keep=keep, batch=batch)
-        for keep in (0.5, 1.0)
+        measurement("clip.Vtp.time_forward", 0.2 * keep * batch, case=case, batch=batch)
+        for case, keep in (("full", 1.0), ("input 0.5", 0.5))
         for batch in (1, 8)
     ),
     *(
-        measurement("clip.VtpPeak.track_peak_forward", 100 * keep, "MiB", keep=keep, batch=8)
-        for keep in (0.5, 1.0)
+        measurement("clip.VtpPeak.track_peak_forward", 100 * keep, "MiB", case=case, batch=8)
+        for case, keep in (("full", 1.0), ("input 0.5", 0.5))
     ),
+    measurement("clip.VtpControl.time_forward", 0.9, case="random 0.7", batch=8),
+    measurement("clip.VtpFlops.track_flops_ratio", 0.496, "of the full tower", case="input 0.5"),
     *(measurement("scan.Scan.time_forward", 1e-5 * l, backend="vectorised", length=l) for l in (512, 256)),
     *(
         measurement("scan.ScanPeak.track_peak_forward", l / 9, "MiB", backend="vectorised", length=l)
@@ -155,10 +157,16 @@ def test_the_report_writes_tables_and_plots(tmp_path):
     }  # fmt: skip
     with (tmp_path / "clip_vtp_results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["variant", "keep_ratio", "latency_ms", "throughput_img_s", "memory_mib"]
-    assert rows[2] == {
-        "variant": "baseline_b8", "keep_ratio": "1.0", "latency_ms": "1600.0", "throughput_img_s": "5.0", "memory_mib": "100.0",
+    by_name = {(row["variant"], row["keep_ratio"]): row for row in rows}
+    assert by_name["baseline_b8", "1.0"] == {
+        "variant": "baseline_b8", "plan": "full", "keep_ratio": "1.0", "flops_ratio": "", "latency_ms": "1600.0",
+        "latency_change": "0.0", "throughput_img_s": "5.0", "memory_mib": "100.0",
+        "memory_by_formula_mib": "", "t4_latency_ms": "81.0",
+        "t4_memory_mib": "420.0",
     }  # fmt: skip
+    half = by_name["input_b8", "0.5"]
+    assert (half["flops_ratio"], half["latency_change"], half["t4_latency_ms"]) == ("0.496", "-0.5", "46.0")
+    assert by_name["random_b8", "0.7"]["t4_latency_ms"] == ""
     assert rows[0]["memory_mib"] == ""  # not measured at batch 1
     with (tmp_path / "scan_time.csv").open() as file:
         assert [(r["backend"], r["length"], r["time_ms"]) for r in csv.DictReader(file)] == [
@@ -170,8 +178,8 @@ def test_the_report_writes_tables_and_plots(tmp_path):
 
 def test_the_summary_is_markdown():
     text = report.summary(report.newest_commit(MEASURED, []))
-    assert "| variant | keep_ratio | latency_ms | throughput_img_s | memory_mib |" in text
-    assert "| vtp_b8 | 0.5 | 800 | 10 | 50 |" in text
+    assert "| variant | plan | keep_ratio | flops_ratio | latency_ms | latency_change |" in text
+    assert "| input_b8 | input | 0.5 | 0.496 | 800 | -0.5 | 10 | 50 |  | 46 | 380 |" in text
     assert "| forward | vectorised | 2.56 | 5.12 |" in text
 
 

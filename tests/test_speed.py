@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import common
 from tests.cases import benchmarks, parameters
 
 LONGEST = 2048  # steps: longer scans, and batches, are left to asv
@@ -11,7 +12,8 @@ def cases():
     for suite, kind, method in benchmarks("time_"):
         for chosen in parameters(kind):
             values = dict(zip(kind.param_names, chosen, strict=True))
-            if values.get("length", 0) <= LONGEST and values.get("batch", 1) == 1:
+            here = common.DEVICE_OF.get(values.get("backend"), common.device().type) == common.device().type
+            if here and values.get("length", 0) <= LONGEST and values.get("batch", 1) == 1:
                 label = ",".join(map(str, chosen))
                 yield pytest.param(kind, method, chosen, id=f"{suite}.{kind.__name__}.{method}({label})")
 

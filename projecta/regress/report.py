@@ -52,8 +52,18 @@ TABLES = (
         "models.ModelTrain.time_step": "training step", "models.FullModelTrain.time_step": "training step",
     }),
 )  # fmt: skip
-VTP_TIME = ("clip.Vtp.time_forward", "clip.FullVtp.time_forward")
-VTP_MEMORY = ("clip.VtpPeak.track_peak_forward", "clip.FullVtpPeak.track_peak_forward")
+VTP_TIME = ("clip.Vtp.time_forward", "clip.VtpControl.time_forward", "clip.FullVtp.time_forward")
+VTP_MEMORY = (
+    "clip.VtpPeak.track_peak_forward", "clip.VtpControlPeak.track_peak_forward",
+    "clip.FullVtpPeak.track_peak_forward",
+)  # fmt: skip
+VTP_BOUND = ("clip.VtpBound.track_peak_forward",)
+VTP_FLOPS = "clip.VtpFlops.track_flops_ratio"
+T4 = {
+    1.0: (81.0, 420.0),
+    0.7: (63.0, 400.0),
+    0.5: (46.0, 380.0),
+}  # keep: ms and MiB, the figures to beat, batch 8
 BOUND = "lower bound"
 
 
@@ -94,20 +104,36 @@ def write_report(measurements: Sequence[Measurement], folder: Path) -> list[Path
 
 
 def vtp_rows(measurements: Iterable[Measurement]) -> list[Row]:
-    """One row per batch and keep ratio: variant, keep_ratio, latency_ms, throughput_img_s, memory_mib."""
-    time: dict[tuple[int, float], float] = {}
-    memory: dict[tuple[int, float], float] = {}
+    """One row per batch and case: variant, plan, keep_ratio, flops_ratio, latency_ms, latency_change against
+    the full tower, throughput_img_s, memory_mib, measured and by arithmetic; beside pruning before block 0,
+    what a T4 was to reach."""
+    time: dict[tuple[int, str], float] = {}
+    memory: dict[tuple[int, str], float] = {}
+    bound: dict[tuple[int, str], float] = {}
+    flops: dict[str, float] = {}
     for m in measurements:
-        for names, found in ((VTP_TIME, time), (VTP_MEMORY, memory)):
-            if m.benchmark in names and m.value is not None:
-                found[int(m.params["batch"]), float(m.params["keep"])] = m.value
+        if m.value is None:
+            continue
+        if m.benchmark == VTP_FLOPS:
+            flops[str(m.params["case"])] = m.value
+        for names, found in ((VTP_TIME, time), (VTP_MEMORY, memory), (VTP_BOUND, bound)):
+            if m.benchmark in names:
+                found[int(m.params["batch"]), str(m.params["case"])] = m.value
     rows: list[Row] = []
-    for batch, keep in sorted(time, key=lambda key: (key[0], -key[1])):
-        seconds = time[batch, keep]
+    for batch, case in sorted(time, key=lambda key: key[0]):  # in the order measured, within a batch
+        plan, _, ratio = case.partition(" ")
+        keep = float(ratio) if ratio else 1.0
+        seconds, full = time[batch, case], time.get((batch, "full"))
+        t4 = T4.get(keep, (None, None)) if batch == 8 and plan in ("full", "input") else (None, None)
         rows.append({
-            "variant": f"{'baseline' if keep == 1 else 'vtp'}_b{batch}", "keep_ratio": keep,
-            "latency_ms": round(seconds * 1e3, 3), "throughput_img_s": round(batch / seconds, 3),
-            "memory_mib": round(memory[batch, keep], 3) if (batch, keep) in memory else None,
+            "variant": f"{'baseline' if plan == 'full' else plan}_b{batch}", "plan": plan, "keep_ratio": keep,
+            "flops_ratio": round(flops[case], 4) if case in flops else None,
+            "latency_ms": round(seconds * 1e3, 3),
+            "latency_change": round(seconds / full - 1, 4) if full else None,
+            "throughput_img_s": round(batch / seconds, 3),
+            "memory_mib": round(memory[batch, case], 3) if (batch, case) in memory else None,
+            "memory_by_formula_mib": round(bound[batch, case], 3) if (batch, case) in bound else None,
+            "t4_latency_ms": t4[0], "t4_memory_mib": t4[1],
         })  # fmt: skip
     return rows
 
@@ -149,7 +175,7 @@ def summary(measurements: Sequence[Measurement]) -> str:
     parts = []
     rows = vtp_rows(measurements)
     if rows:
-        parts.append("CLIP ViT-B/16 vision tower, tokens pruned before block 0\n\n" + markdown(rows))
+        parts.append("CLIP ViT-B/16 vision tower, by plan and keep ratio\n\n" + markdown(rows))
     for table in TABLES:
         wide: dict[tuple[object, object], Row] = {}
         for row in length_rows(table, measurements):
@@ -211,19 +237,23 @@ def _plot_lengths(path: Path, table: Table, rows: Sequence[Row], measurements: S
 def _plot_vtp(
     path: Path, rows: Sequence[Row], value: str, label: str, measurements: Sequence[Measurement]
 ) -> Path:
-    """Bars by keep ratio, one panel per batch, each with its change against keep 1.0."""
+    """Bars by case, one panel per batch, each with its change against the full tower."""
     batches = list(dict.fromkeys(str(row["variant"]).rpartition("_b")[2] for row in rows))
     figure, panels = _figure(len(batches), measurements)
     for axes, batch in zip(panels, batches, strict=True):
         mine = [row for row in rows if str(row["variant"]).endswith(f"_b{batch}") and row[value] is not None]
         heights = [float(row[value] or 0) for row in mine]
-        bars = axes.bar([str(row["keep_ratio"]) for row in mine], heights, width=0.6)
-        full = next((float(row[value] or 0) for row in mine if row["keep_ratio"] == 1.0), 0.0)
-        changes = [f"{h:.4g}" + (f"\n{h / full - 1:+.0%}" if full and h != full else "") for h in heights]
-        axes.bar_label(bars, changes, padding=2)
-        axes.margins(y=0.2)
-        axes.set(title=f"batch {batch}", xlabel="keep ratio", ylabel=label)
-    figure.suptitle("CLIP ViT-B/16 vision tower, tokens pruned before block 0")
+        names = [f"{row['plan']} {row['keep_ratio']}" if row["plan"] != "full" else "full" for row in mine]
+        bars = axes.barh(names, heights, height=0.7)
+        full = next((h for row, h in zip(mine, heights, strict=True) if row["plan"] == "full"), 0.0)
+        changes = [f"{h:.4g}" + (f" ({h / full - 1:+.0%})" if full and h != full else "") for h in heights]
+        axes.bar_label(bars, changes, padding=3, fontsize="small")
+        axes.invert_yaxis()
+        axes.margins(x=0.3)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set(title=f"batch {batch}", xlabel=label)
+    figure.suptitle("CLIP ViT-B/16 vision tower, by plan and keep ratio")
     return _save(figure, path)
 
 
