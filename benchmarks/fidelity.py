@@ -49,6 +49,14 @@ def rows() -> dict[str, dict]:
     table["bipartite, block 0"] = {"at": 0, "fuse": "bipartite", "mass": True}
     table["bipartite, block 4"] = {"at": 4, "fuse": "bipartite", "mass": True}
     table["cls, squeeze without mass, block 4"] = {"score": "cls", "at": 4, "fuse": "squeeze"}
+    for score, fuse, at in (
+        ("cls", "squeeze", 3), ("distance", "squeeze", 3), ("distance", "squeeze", (1, 4, 7)),
+        ("cls", "squeeze", (1, 4, 7)), ("norm", "bipartite", (1, 4, 7)),
+        ("norm", "bipartite", (0, 2, 4, 6, 8, 10)),
+    ):  # fmt: skip
+        where = "blocks " + " ".join(map(str, at)) if isinstance(at, tuple) else f"block {at}"
+        label = f"equal FLOPs: {fuse if fuse == 'bipartite' else f'{score}, {fuse}'}, {where}"
+        table[label] = {"score": score, "at": at, "fuse": fuse, "mass": True, "semantics": "flops"}
     return table
 
 

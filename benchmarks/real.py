@@ -117,7 +117,7 @@ def natural(count: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def emoji(count: int = 192) -> tuple[torch.Tensor, torch.Tensor]:
+def emoji(count: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
     """Emoji on white (count, 3, 224, 224), and a second view of each: smaller, moved, mirrored."""
     import skimage.transform
     from PIL import Image

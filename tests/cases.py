@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-SUITES = ("scan", "mrss", "models", "clip")
+SUITES = ("scan", "s4d", "mrss", "models", "clip")
 
 
 def make_scan(

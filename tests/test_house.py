@@ -16,6 +16,7 @@ ARROWS = {  # room: the rooms that it may import
     "mrss": {"_checks", "scan"},
     "mamba": {"_checks", "scan"},
     "low_rank": {"_checks"},
+    "s4d": {"_checks", "scan"},
     "vtp": {"_checks"},
     "clip": {"_checks", "vtp"},
     "regress": {"_checks"},

@@ -39,6 +39,10 @@ TABLES = (
         "scan.ScanBound.track_peak_forward": "forward",
         "scan.ScanBound.track_peak_forward_backward": "forward+backward",
     }),
+    Table("s4d_time", "S4D: time", "time_ms", 1e3, "mode", {"s4d.S4d.time_forward": "forward"}),
+    Table("s4d_memory", "S4D: peak memory over inputs", "memory_mib", 1.0, "mode", {
+        "s4d.S4dPeak.track_peak_forward": "forward",
+    }),
     Table("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "periods", {
         "mrss.Mrss.time_forward": "forward", "mrss.FullMrss.time_forward": "forward, d 1536",
     }),
