@@ -11,11 +11,22 @@ ROWS = {  # what to give Plan, beside keep
     "input": {"at": 0, "score": "norm"},
     "early": {"at": 4, "score": "cls", "fuse": "squeeze", "mass": True},
     "evit3": {"at": (3, 6, 9), "score": "cls", "fuse": "mean"},
+    "merge": {"at": (0, 2, 4, 6, 8, 10), "fuse": "bipartite", "mass": True, "semantics": "flops"},
     "checkerboard": {"score": "grid"},
     "random": {"score": "random"},
     "merging": {"at": tuple(range(12)), "fuse": "bipartite", "mass": True, "semantics": "flops"},
 }
-CASES = ("full", "input 0.7", "input 0.5", "early 0.7", "early 0.5", "evit3 0.7", "evit3 0.5")
+CASES = (
+    "full",
+    "input 0.7",
+    "input 0.5",
+    "early 0.7",
+    "early 0.5",
+    "evit3 0.7",
+    "evit3 0.5",
+    "merge 0.7",
+    "merge 0.5",
+)
 CONTROLS = (
     "aligned", "resized 0.7", "resized 0.5", "checkerboard 0.7", "checkerboard 0.5", "random 0.7",
     "random 0.5", "merging 0.7", "merging 0.5",
@@ -133,6 +144,8 @@ class Vtp(_Forward):
 
 
 class VtpPeak(_Forward):
+    params = (CASES, (8,))
+
     def setup(self, case, batch):
         common.return_freed_memory()
         _forward(case, batch)
@@ -158,7 +171,7 @@ class VtpBound(_Forward):
     MLP reads; of the MLP's width m, what its first map gives, the gate of its activation, their product.
     """
 
-    params = ((*CASES, *CONTROLS), (1, 8))
+    params = ((*CASES, *CONTROLS), (8,))
 
     def track_peak_forward(self, case, batch):
         embedded, seen = _tokens(case)

@@ -128,7 +128,7 @@ def _flops(schedule: tuple[int, ...]) -> float:
 class Fidelity(common.Suite):
     """Mean cosine of the class token to the full model's, by preset."""
 
-    params = (("input", "early", "evit3"), KEEP, SETS)
+    params = (("input", "early", "evit3", "merge"), KEEP, SETS)
     param_names = ("preset", "keep", "images")
     version = VERSION
     unit = "cosine"

@@ -57,6 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "input": {"at": 0, "score": "norm"},
     "early": {"at": 4, "score": "cls", "fuse": "squeeze", "mass": True},
     "evit3": {"at": (3, 6, 9), "score": "cls", "fuse": "mean"},
+    "merge": {"at": (0, 2, 4, 6, 8, 10), "fuse": "bipartite", "mass": True, "semantics": "flops"},
 }
 
 
@@ -160,7 +161,11 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str, keep: float = 0.5, **changes) -> "Plan":
-        """A plan by name: "input" (before block 0), "early" (the best quality we measured), "evit3" (EViT's).
+        """A plan by name.
+
+        "input": the longest, before block 0. "early": the rest squeezed into what the class token attends to,
+        before block 4. "evit3": EViT's three stages. "merge": pairs merged before every other of 12 blocks, by
+        FLOPs: the closest to the full tower for its arithmetic (docs/vtp.md).
 
         >>> Plan.preset("early").fuse
         'squeeze'

@@ -171,7 +171,7 @@ def test_presets():
     assert Plan.preset("input") == Plan()
     assert Plan.preset("early", 0.7, at=2).stages == (2,)
     with pytest.raises(
-        ValueError, match=r"^Plan\.preset: name must be one of 'input', 'early', 'evit3'; got"
+        ValueError, match=r"^Plan\.preset: name must be one of 'input', 'early', 'evit3', 'merge'; got"
     ):
         Plan.preset("late")
 

@@ -125,9 +125,8 @@ class _Layout:
         self.padded = _padded(self.n)
         self.lanes = _lanes(self.n)
         self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
-        self.unroll = (
-            1 if self.n > 32 else 8 // self.size
-        )  # slabs in a block: 16 bytes of an array for a lane
+        # slabs in a block of the loops over time: 16 bytes of an array for each lane
+        self.unroll = 1 if self.n > 32 else 8 // self.size
         self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
         # `forward_times` reads B and C best where they lie if they are 16 bits and whole words
         self.native = all(t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C))
@@ -337,9 +336,8 @@ def _backward_pass(
     with torch.cuda.device_of(u):
         layout = _recall(
             lambda: _Layout(inputs, delta_softplus, saved),
-            (*inputs, grad_y),
+            (*inputs, grad_y, grad_last, saved),
             delta_softplus,
-            saved.numel(),
             u.device,
         )
         _launch_backward(layout, inputs, grad_y, grad_last, saved, grads)
