@@ -119,7 +119,7 @@ def _forward(case: str, batch: int):
         owner = owner.scatter(1, handle.trace, torch.arange(kept, device=owner.device).expand(batch, kept))
         masses = owner.new_ones(batch, kept)
         if plan.fuse != "drop":
-            owner, masses = handle.owner, handle.masses[0]
+            owner, masses = handle.owner, handle.mass
         truth = _written_out(model, pixels, plan.at, handle.trace, owner, masses, masses.max() > 1)
         common.check_close(case, got, truth, 1e-4)
     elif not torch.isfinite(got).all():

@@ -142,8 +142,21 @@ class Fidelity(common.Suite):
         return measure(images, presets[preset], keep)["cosine"]
 
 
+@torch.inference_mode()
+def picture(path: Path) -> None:
+    """One photograph under the preset "early"."""
+    prune, show = (common.require("projecta.clip", name) for name in ("prune", "show"))
+    pixels = _images("natural")[0][:2]
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None] for values in (real.MEAN, real.STD)
+    )
+    with prune(real.dinov2(), common.require("projecta.vtp", "Plan").preset("early")) as handle:
+        real.dinov2()(pixel_values=pixels)
+        show(pixels[1] * std + mean, handle, row=1).savefig(path, dpi=100)
+
+
 def main() -> None:
-    """Write the table, and print each row as it comes."""
+    """Write the table and a picture, and print each row as it comes."""
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "results/vtp_fidelity.csv")
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
@@ -159,7 +172,8 @@ def main() -> None:
                     )
                     file.flush()
                     print(f"{keep} {label:42s} {name:8s} cosine {found['cosine']:.4f}", flush=True)
-    print(f"wrote {path}")
+    picture(path.with_name("vtp_picture.png"))
+    print(f"wrote {path} and vtp_picture.png")
 
 
 if __name__ == "__main__":

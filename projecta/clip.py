@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker
-from projecta.vtp import MODEL_SCORES, Costs, Plan, attention_scores
+from projecta.vtp import MODEL_SCORES, Costs, Plan, Pruned, attention_scores
 
 
 class _Family(NamedTuple):
@@ -34,7 +34,8 @@ _FAMILIES = (
     _Family("dinov2.modeling_dinov2", "Dinov2Model", "encoder.layer", "norm1", "attention", 1),
     _Family("siglip.modeling_siglip", "SiglipVisionModel", "encoder.layers", "layer_norm1", "self_attn", 0),
 )
-_AVERAGING = ("CLIPForImageClassification", "SiglipForImageClassification")  # over the patches that are left
+# Their classifiers average the patches that are left.
+_AVERAGING = {"CLIPForImageClassification", "Dinov2ForImageClassification", "SiglipForImageClassification"}
 
 
 def prune(model: nn.Module, plan: Plan) -> "Pruning":
@@ -49,7 +50,8 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         A handle, also a context manager that removes the pruning at its end; `print` it for what the plan
         comes to.
 
-    Under gradient checkpointing a plan with `mass` wants each backward pass right after its forward pass.
+    Where a checkpoint runs hooks again (torch.utils.checkpoint around blocks; transformers' own does not), a
+    plan with `mass` or several stages wants each backward pass right after its forward pass.
 
     Raises:
         TypeError: the model has no such tower. ValueError: it is pruned already, has no block `plan.at`, or
@@ -88,7 +90,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         not plan.mass or attention in ("sdpa", "eager"), "plan.mass",
         f"be False with attention {attention!r}, which takes no mask", plan.mass,
     )  # fmt: skip
-    return Pruning(family, tower, plan, type(model).__name__ in _AVERAGING)
+    return Pruning(family, tower, plan, any(c.__name__ in _AVERAGING for c in type(model).__mro__))
 
 
 class Pruning:
@@ -100,20 +102,18 @@ class Pruning:
             one.
         trace: of the last forward pass, where the tokens that remain stood, (b, t'), or None.
         owner: of the last forward pass, which of those took each token in, (b, t); -1: none.
+        mass: of the last forward pass, how many tokens each of those stands for, (b, t').
     """
 
     def __init__(self, family: _Family, tower: Any, plan: Plan, averaging: bool):
         config, blocks = tower.config, tower.get_submodule(family.blocks)
-        self._family, self._blocks, self._averaging = family, len(blocks), averaging
-        self._patches = (config.image_size // config.patch_size) ** 2
-        widths = config.hidden_size, _width_of_mlp(blocks[0])
-        self._costs = Costs(
-            *widths, 2 * self._patches * config.num_channels * config.patch_size**2 * widths[0]
-        )
-        self._head = [tower.head] if plan.score == "probe" else []  # in a list: not to be seen as a module
-        self.masses: dict[int, Tensor] = {}  # by stage
-        self.trace: Tensor | None = None
-        self.owner: Tensor | None = None
+        self._family, self._blocks = family, len(blocks)
+        (rows, columns), (high, wide) = _pair(config.image_size), _pair(config.patch_size)
+        self._patches = (rows // high) * (columns // wide)
+        embedding = 2 * self._patches * config.num_channels * high * wide * config.hidden_size
+        self._costs = Costs(config.hidden_size, _width_of_mlp(family, blocks[0]), embedding)
+        self._tower = tower
+        self._found: dict[int, Pruned] = {}  # by stage; `kept` and `owner` as counted before the first
         self._adopt(plan)
         self._removals = [
             block.register_forward_pre_hook(_Hook(self, i), with_kwargs=True)
@@ -121,6 +121,9 @@ class Pruning:
         ]
         if averaging and plan.fuse != "drop":
             self._removals.append(tower.register_forward_hook(_Weigh(self)))
+        head = getattr(tower, "head", None)
+        if plan.mass and head is not None:
+            self._removals.append(head.attention.register_forward_pre_hook(_Attend(self), with_kwargs=True))
 
     def _adopt(self, plan: Plan) -> None:
         prefix = self._family.prefix
@@ -139,6 +142,21 @@ class Pruning:
     def flops_ratio(self) -> float:
         full = (self._patches + self._family.prefix,) * self._blocks
         return self._costs.of(self.tokens) / self._costs.of(full)
+
+    @property
+    def trace(self) -> Tensor | None:
+        found = self._found.get(len(self.plan.stages) - 1)
+        return None if found is None else found.kept
+
+    @property
+    def owner(self) -> Tensor | None:
+        found = self._found.get(len(self.plan.stages) - 1)
+        return None if found is None else found.owner
+
+    @property
+    def mass(self) -> Tensor | None:
+        found = self._found.get(len(self.plan.stages) - 1)
+        return None if found is None else found.mass
 
     def __str__(self) -> str:
         return self.plan.describe(
@@ -164,21 +182,21 @@ class Pruning:
             return tokens, None
         stage = behind[-1]
         if stages[stage] == i:
-            before = self.masses.get(stage - 1) if stage else None
+            before = self._found[stage - 1] if stage else None
             t = tokens.shape[1]
-            count = self._count(stage, t)
-            scores = self._scores(block, tokens, before) if count < t else None
-            pruned = self.plan.apply(tokens, prefix, count=count, scores=scores, mass=before)
-            if stage and self.trace is not None and self.owner is not None:
-                self.trace = self.trace.gather(1, pruned.kept)
-                moved = pruned.owner.gather(1, self.owner.clamp(min=0))
-                self.owner = torch.where(self.owner < 0, self.owner, moved)
-            else:
-                self.trace, self.owner = pruned.kept, pruned.owner
-            self.masses[stage], tokens = pruned.mass, pruned.tokens
+            count, mass = self._count(stage, t), None if before is None else before.mass
+            scores = self._scores(block, tokens, mass) if count < t else None
+            pruned = self.plan.apply(tokens, prefix, count=count, scores=scores, mass=mass)
+            kept, owner = pruned.kept, pruned.owner
+            if before is not None:
+                kept = before.kept.gather(1, kept)
+                moved = owner.gather(1, before.owner.clamp(min=0))
+                owner = torch.where(before.owner < 0, before.owner, moved)
+            tokens = pruned.tokens
+            self._found[stage] = pruned._replace(tokens=tokens[:, :0], kept=kept, owner=owner)
         if not self.plan.mass or self.tokens[-1] == self._patches + prefix:  # nothing is pruned
             return tokens, None
-        return tokens, self.masses[stage].log()[:, None, None].to(tokens.dtype)
+        return tokens, self._found[stage].mass.log()[:, None, None].to(tokens.dtype)
 
     def _count(self, stage: int, t: int) -> int:
         """How many of t remain: of an image of another size than the configuration's, the same part."""
@@ -193,9 +211,10 @@ class Pruning:
         score, prefix = self.plan.score, self._family.prefix
         if score not in MODEL_SCORES:
             return None
+        mass = mass if self.plan.mass else None
         tokens = tokens.detach()
         if score == "probe":
-            return _probe_scores(self._head[0], tokens, prefix, mass)
+            return _probe_scores(self._tower.head, self._tower.post_layernorm(tokens), prefix, mass)
         normed = getattr(block, self._family.norm)(tokens)
         attention = getattr(block, self._family.attention)
         width = attention.head_dim
@@ -207,7 +226,7 @@ class Pruning:
         values = heads(attention.v_proj(normed)) if score == "value" else None
         return attention_scores(
             query, heads(attention.k_proj(normed)), width**-0.5, prefix=prefix, values=values,
-            mass=mass if self.plan.mass else None,
+            mass=mass,
         )  # fmt: skip
 
 
@@ -238,12 +257,31 @@ class _Weigh:
         self.pruning = pruning
 
     def __call__(self, tower: nn.Module, args: tuple, output: Any) -> Any:
-        prefix = self.pruning._family.prefix
-        mass = self.pruning.masses[len(self.pruning.plan.stages) - 1][:, prefix:]
-        patches = output.last_hidden_state[:, prefix:]
-        patches = patches * (mass / mass.mean(1, keepdim=True))[..., None].to(patches.dtype)
-        output.last_hidden_state = torch.cat([output.last_hidden_state[:, :prefix], patches], 1)
+        prefix, mass = self.pruning._family.prefix, self.pruning.mass
+        tokens = output[0]
+        if mass is None or mass.shape[1] != tokens.shape[1]:
+            return output
+        weight = torch.ones_like(mass)
+        weight[:, prefix:] = mass[:, prefix:] / mass[:, prefix:].mean(1, keepdim=True)
+        tokens = tokens * weight[..., None].to(tokens.dtype)
+        if isinstance(output, tuple):
+            return (tokens, *output[1:])
+        output.last_hidden_state = tokens
         return output
+
+
+class _Attend:
+    """Before a pooling head's attention: its probe, too, counts a token for all that it took in."""
+
+    def __init__(self, pruning: Pruning):
+        self.pruning = pruning
+
+    def __call__(self, attention: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mass, tokens = self.pruning.mass, args[1]
+        if mass is None or mass.shape[1] != tokens.shape[1]:
+            return args, kwargs
+        bias = mass.log().to(tokens.dtype).repeat_interleave(attention.num_heads, 0)[:, None]
+        return args, kwargs | {"attn_mask": bias}  # (b heads, 1, t)
 
 
 def show(image: Any, handle: Pruning, row: int = 0) -> Any:
@@ -316,11 +354,17 @@ def _probe_scores(head: Any, tokens: Tensor, prefix: int, mass: Tensor | None) -
     return attention_scores(heads(query), heads(keys), width**-0.5, prefix=prefix, mass=mass)
 
 
-def _width_of_mlp(block: nn.Module) -> int:
-    """The wider side of the block's first linear map that is no square."""
-    return max(
-        max(m.weight.shape) for m in block.modules() if isinstance(m, nn.Linear)
-    )  # fmt: skip
+def _pair(size: Any) -> tuple[int, int]:
+    """Rows and columns of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _width_of_mlp(family: _Family, block: nn.Module) -> int:
+    """The width m for which an MLP of two maps, 2 c m weights, is as large as the block's."""
+    maps = [
+        m for name, m in block.named_modules() if isinstance(m, nn.Linear) and family.attention not in name
+    ]
+    return sum(m.weight.numel() for m in maps) // (2 * maps[0].in_features)
 
 
 def _find_tower(check: Checker, model: nn.Module) -> tuple[_Family, Any]:

@@ -99,7 +99,8 @@ def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "Merged
     outputs, inputs = linear.weight.shape
     for name, t in (("A", A), ("B", B)):
         check.that(isinstance(t, Tensor), name, "be a tensor", type(t).__name__, error=TypeError)
-    check.that(A.dim() == 2 and A.shape[1] == inputs, "A", f"have shape (r, {inputs})", tuple(A.shape))
+    fits = A.dim() == 2 and A.shape[1] == inputs and len(A) > 0
+    check.that(fits, "A", f"have shape (r, {inputs}) with r > 0", tuple(A.shape))
     check.that(B.shape == (outputs, len(A)), "B", f"have shape {(outputs, len(A))}", tuple(B.shape))
     return MergedLora(linear, A, B, alpha)
 
@@ -109,7 +110,8 @@ class MergedLora:
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, alpha: float):
-        self._linear, self._before = linear, linear.weight.detach().clone()
+        self._linear = linear
+        self._before: Tensor | None = linear.weight.detach().clone()
         wide = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         update = alpha / len(A) * (B.to(wide) @ A.to(wide))
         linear.weight.copy_(linear.weight.to(wide) + update.to(linear.weight.device))
@@ -117,7 +119,9 @@ class MergedLora:
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the map. A second call does nothing more."""
-        self._linear.weight.copy_(self._before)
+        if self._before is not None:
+            self._linear.weight.copy_(self._before)
+            self._before = None
 
     def __enter__(self) -> "MergedLora":
         return self

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from projecta._checks import Checker
 from projecta.scan import selective_scan
+from projecta.scan._arguments import FLOATS
 
 INITS = ("lin", "inv", "real")
 DISCRETISATIONS = ("zoh", "bilinear")
@@ -51,30 +52,31 @@ def discretise(
 ) -> tuple[Tensor, Tensor]:
     """log A_bar and B_bar, both (d, n), for steps delta (d,) and rates A (d, n); B is ones if not given.
 
-    The logarithm, since powers of A_bar are wanted: A_bar^t = exp(t log A_bar).
+    The logarithm, since powers of A_bar are wanted: A_bar^t = exp(t log A_bar). It is complex for real A and
+    "bilinear", which turns rates beyond 2 / delta into alternating signs.
     """
     Checker("discretise").one_of("discretisation", discretisation, DISCRETISATIONS)
     z = delta[:, None] * A
     B_bar = delta[:, None] * (torch.ones_like(A) if B is None else B)
     if discretisation == "zoh":
-        small = z.abs() < 1e-4  # (exp(z) - 1) / z by its series, where the difference would cancel
-        safe = torch.where(small, torch.ones_like(z), z)
-        return z, B_bar * torch.where(small, 1 + z / 2, (safe.exp() - 1) / safe)
-    return torch.log(1 + z / 2) - torch.log(1 - z / 2), B_bar / (1 - z / 2)
+        safe = torch.where(z == 0, torch.ones_like(z), z)
+        return z, B_bar * torch.where(z == 0, 1.0, torch.expm1(safe) / safe)
+    half = (z if z.is_complex() else torch.complex(z, torch.zeros_like(z))) / 2
+    log = torch.log1p(half) - torch.log1p(-half)
+    log = torch.complex(log.real.clamp(min=-1e4), log.imag)  # of 0, too: 0^0 is 1
+    return log, B_bar / (1 - z / 2)
 
 
 def s4d_kernel(log_A_bar: Tensor, B_bar: Tensor, C: Tensor, l: int) -> Tensor:
     """K (d, l) = 2 Re(sum over n of C B_bar A_bar^t), t = 0...l - 1.
 
     t is written r s + q, so that no (d, n, l) tensor is formed: powers for all r and all q, then one product
-    of matrices. Powers are taken in float64: their phase grows with t.
+    of matrices.
     """
     side = max(1, math.isqrt(max(l - 1, 0)) + 1)
-    wide = torch.complex128 if log_A_bar.is_complex() else torch.float64
-    exponent = log_A_bar.to(wide)[..., None]  # (d, n, 1)
-    q = torch.arange(side, device=C.device, dtype=torch.float64)
-    fine = (exponent * q).exp().to(C.dtype)  # (d, n, s)
-    coarse = (exponent * (side * q)).exp().to(C.dtype) * (C * B_bar)[..., None]
+    q = torch.arange(side, device=C.device)
+    fine = _powers(log_A_bar, q, C.dtype)  # (d, n, s)
+    coarse = _powers(log_A_bar, side * q, C.dtype) * (C * B_bar)[..., None]
     kernel = (coarse.mT @ fine).flatten(1)[:, :l]
     return 2 * kernel.real if kernel.is_complex() else kernel
 
@@ -96,7 +98,7 @@ def s4d_scan(
     """Run the module's formula over a sequence.
 
     Args:
-        u: input (b, d, l), float32 or narrower.
+        u: input (b, d, l), float16, bfloat16, float32 or float64.
         delta: step sizes (d,), positive.
         A, B, C: (d, n), complex64 or float32; B is ones if not given. D: (d,).
         discretisation: "zoh" or "bilinear".
@@ -117,8 +119,9 @@ def s4d_scan(
     """
     check = Checker("s4d_scan")
     check.tensor("u", u)
+    check.dtype("u", u, FLOATS)
     check.that(u.dim() == 3, "u", "have shape (b, d, l)", tuple(u.shape))
-    b, d, l = u.shape
+    b, d = u.shape[:2]
     check.tensor("A", A, u.device)
     check.that(A.dim() == 2 and A.shape[0] == d, "A", f"have shape (d, n) with d = {d}", tuple(A.shape))
     for name, t, shape, names in (
@@ -133,40 +136,61 @@ def s4d_scan(
             rule = "be complex where A is, and only there"
             check.that(t.is_complex() == A.is_complex(), name, rule, t.dtype, error=TypeError)
     check.one_of("mode", mode, ("convolution", "recurrence"))
-    log_A_bar, B_bar = discretise(delta, A, B, discretisation)
-    if mode == "recurrence":  # delta u B is what the scan adds at a step: B_bar = delta B
-        steps = delta[None, :, None].expand(b, d, l)
-        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        return selective_scan(
-            u, steps.to(wide), log_A_bar / delta[:, None], B_bar / delta[:, None], C, D,
-            return_last_state=return_last_state, initial_state=initial_state, backend=backend,
-        )  # fmt: skip
-    wide = torch.float64 if A.dtype in (torch.float64, torch.complex128) else torch.float32
-    x = u.to(wide)
-    size = 2 * l
+    double = torch.float64 in (u.dtype, delta.dtype, A.real.dtype)
+    wide, kind = (torch.float64, torch.complex128) if double else (torch.float32, torch.complex64)
+    kind = kind if A.is_complex() else wide
+    delta, x = delta.to(wide), u.to(wide)
+    A, C = A.to(kind), C.to(kind)
+    B, initial_state = (t if t is None else t.to(kind) for t in (B, initial_state))
+    state = A.new_zeros(b, *A.shape) if initial_state is None else initial_state
+    with torch.autocast(u.device.type, enabled=False):
+        log_A_bar, B_bar = discretise(delta, A, B, discretisation)
+        if not u.numel():
+            y, last = x.clone(), state.clone()
+        elif mode == "recurrence":
+            y, last = _recur(x, delta, log_A_bar, B_bar, C, state, backend)
+        else:
+            y, last = _convolve(x, log_A_bar, B_bar, C, initial_state, return_last_state)
+        if D is not None:
+            y = y + D[:, None].to(wide) * x
+    return (y.to(u.dtype), last) if return_last_state else y.to(u.dtype)
+
+
+def _recur(x, delta, log_A_bar, B_bar, C, state, backend):
+    """By the selective scan, which adds delta u B at a step, and reads 2 Re(C h) where A is complex."""
+    steps, real = delta[None, :, None].expand(x.shape), not C.is_complex()
+    rates, B = log_A_bar / delta[:, None], B_bar / delta[:, None]
+    if rates.is_complex() and real:  # alternating signs: as complex numbers
+        B, C, state = (torch.complex(t, torch.zeros_like(t)) for t in (B, C / 2, state))
+    y, last = selective_scan(
+        x, steps, rates, B, C, return_last_state=True, initial_state=state, backend=backend
+    )  # fmt: skip
+    return y, last.real if real and last.is_complex() else last
+
+
+def _convolve(x, log_A_bar, B_bar, C, state, with_last):
+    """By FFT; the last state, if asked for, is one more sum over time."""
+    l, size = x.shape[-1], 2 * x.shape[-1]
     kernel = s4d_kernel(log_A_bar, B_bar, C, l)
     y = torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(kernel, n=size), n=size)[..., :l]
-    if initial_state is not None:
-        shift = torch.ones_like(B_bar) * log_A_bar.exp()
-        free = _powers(log_A_bar, l, C.dtype) * (C * shift)[..., None]  # (d, n, l)
-        carried = torch.einsum("bdn,dnl->bdl", initial_state.to(C.dtype), free)
-        y = y + (2 * carried.real if carried.is_complex() else carried)
-    if D is not None:
-        y = y + D[:, None] * x
-    y = y.to(u.dtype)
-    if not return_last_state:
-        return y
-    back = _powers(log_A_bar, l, C.dtype).flip(-1)  # A_bar^(l - 1 - t)
+    t = torch.arange(l, device=x.device)
+    if state is not None:
+        free = torch.einsum("bdn,dnl->bdl", state * C, _powers(log_A_bar, t + 1, C.dtype))
+        y = y + (2 * free.real if free.is_complex() else free)
+    if not with_last:
+        return y, None
+    back = _powers(log_A_bar, l - 1 - t, C.dtype)
     last = torch.einsum("bdl,dnl->bdn", x.to(back.dtype), back) * B_bar
-    if initial_state is not None:
-        last = last + initial_state * (l * log_A_bar).exp()
+    if state is not None:
+        last = last + state * _powers(log_A_bar, t.new_tensor([l]), C.dtype)[..., 0]
     return y, last
 
 
-def _powers(log_A_bar: Tensor, l: int, dtype: torch.dtype) -> Tensor:
+def _powers(log_A_bar: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A_bar^t (d, n, len(t)), worked out in float64: the phase grows with t."""
     wide = torch.complex128 if log_A_bar.is_complex() else torch.float64
-    t = torch.arange(l, device=log_A_bar.device, dtype=torch.float64)
-    return (log_A_bar.to(wide)[..., None] * t).exp().to(dtype)
+    powers = (log_A_bar.to(wide)[..., None] * t.double()).exp()
+    return (powers if dtype.is_complex else powers.real).to(dtype)
 
 
 class S4DBlock(nn.Module):
@@ -208,10 +232,10 @@ class S4DBlock(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """delta (d,), A (d, n) and C (d, n)."""
-        decay = -self.log_decay.exp()
+        delta, decay, C = self.log_delta.float().exp(), -self.log_decay.float().exp(), self.C.float()
         if self.frequency is None:
-            return self.log_delta.exp(), decay, self.C[..., 0]
-        return self.log_delta.exp(), torch.complex(decay, self.frequency), torch.view_as_complex(self.C)
+            return delta, decay, C[..., 0]
+        return delta, torch.complex(decay, self.frequency.float()), torch.view_as_complex(C.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """y (b, l, d) of x (b, l, d)."""
@@ -229,7 +253,8 @@ class S4DBlock(nn.Module):
         """y (b, d) of one token x (b, d), and the state after it."""
         delta, A, C = self.matrices()
         log_A_bar, B_bar = discretise(delta, A, None, self.discretisation)
-        state = log_A_bar.exp() * state + B_bar * x[..., None]
+        A_bar = _powers(log_A_bar, torch.ones(1, device=x.device), C.dtype)[..., 0]
+        state = A_bar * state + B_bar * x[..., None].float()
         y = (C * state).sum(-1)
-        y = (2 * y.real if y.is_complex() else y) + self.D * x
-        return F.glu(self.out(F.gelu(y))), state
+        y = (2 * y.real if y.is_complex() else y) + self.D.float() * x
+        return F.glu(self.out(F.gelu(y.to(x.dtype)))), state

@@ -12,7 +12,6 @@ kept token those nearest to it; `bipartite` merges the most similar pairs, whate
 2210.09461). All of them leave the same number of tokens.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,12 +33,27 @@ def _score_distance(patches: Tensor, seed: int) -> Tensor:
 
 
 def _score_random(patches: Tensor, seed: int) -> Tensor:
-    scores = torch.rand(patches.shape[1], generator=torch.Generator().manual_seed(seed))
-    return scores.to(patches.device).expand(patches.shape[:2])
+    """A hash of the index: the same on every device, and nothing is copied to it."""
+    x = torch.arange(1, patches.shape[1] + 1, device=patches.device) * 0x9E3779B1 + seed * 0x85EBCA77
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (x ^ (x >> 16)).expand(patches.shape[:2])
 
 
 def _score_grid(patches: Tensor, seed: int) -> Tensor:
-    return _dither(patches.shape[1]).to(patches.device).expand(patches.shape[:2])
+    """The highest k are spread evenly over a square image, for every k: Bayer's ordered dither.
+
+    If the patches are no square, they are taken for one row.
+    """
+    count = patches.shape[1]
+    side = math.isqrt(count)
+    columns = side if side * side == count else count
+    at = torch.arange(count, device=patches.device)
+    y, x = at // columns, at % columns
+    rank = torch.zeros_like(at)
+    for bit in range(columns.bit_length()):  # the lowest bits of the position decide most
+        rank = rank * 4 + 2 * ((x ^ y) >> bit & 1) + (y >> bit & 1)
+    return (-rank).expand(patches.shape[:2])
 
 
 SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -141,7 +155,8 @@ class Plan:
         check.that(0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
         stages = self.stages
         for at in stages:
-            check.that(isinstance(at, int), "at", "be an integer or several", repr(self.at), error=TypeError)
+            rule = "be an integer or a tuple of integers"
+            check.that(isinstance(at, int), "at", rule, repr(self.at), error=TypeError)
             check.that(at >= 0, "at", "be at least 0", self.at)
         ascending = len(stages) > 0 and list(stages) == sorted(set(stages))
         check.that(ascending, "at", "name one block or several, ascending", self.at)
@@ -164,8 +179,8 @@ class Plan:
         """A plan by name.
 
         "input": the longest, before block 0. "early": the rest squeezed into what the class token attends to,
-        before block 4. "evit3": EViT's three stages. "merge": pairs merged before every other of 12 blocks, by
-        FLOPs: the closest to the full tower for its arithmetic (docs/vtp.md).
+        before block 4. "evit3": EViT's three stages. "merge": pairs merged before every other of 12 blocks,
+        `keep` of the FLOPs: the closest to the full tower for its arithmetic (docs/vtp.md).
 
         >>> Plan.preset("early").fuse
         'squeeze'
@@ -190,6 +205,7 @@ class Plan:
         check = Checker("Plan")
         check.that(self.stages[-1] < blocks, "at", f"be below the number of blocks, {blocks}", self.at)
         patches = tokens - prefix
+        check.that(patches > 0, "tokens", f"be more than the prefix, {prefix}", tokens)
         if self.semantics != "flops":
             return self._schedule(self.keep, tokens, blocks, prefix)
         full = costs.of((tokens,) * blocks)
@@ -267,9 +283,10 @@ class Plan:
         check.that(tokens.dim() == 3, "tokens", "have shape (b, t, c)", tuple(tokens.shape))
         b, t, _ = tokens.shape
         kept = self.tokens_kept(t, prefix) if count is None else count
-        check.that(prefix < kept <= t or t == prefix, "count", f"lie in {prefix + 1}...{t}", kept)
+        check.that(prefix < kept <= t or kept == t, "count", f"lie in {prefix + 1}...{t}", kept)
         if mass is None:
             mass = torch.ones(b, t, dtype=_wide(tokens.dtype), device=tokens.device)
+        check.that(mass.shape == (b, t), "mass", f"have shape {(b, t)}", tuple(mass.shape))
         if kept == t:
             everyone = torch.arange(t, device=tokens.device).expand(b, t)
             return Pruned(tokens, everyone, mass, everyone)
@@ -323,15 +340,6 @@ def attention_scores(
     if values is not None:
         shares = shares * torch.linalg.vector_norm(values, dim=-1, dtype=wide)
     return shares.mean(1)[:, prefix:]
-
-
-def select_tokens(scores: Tensor, count: int) -> Tensor:
-    """Indices (b, count), ascending, of the highest of the scores (b, t); of equal scores the first.
-
-    >>> select_tokens(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2)
-    tensor([[1, 3]])
-    """
-    return scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -389,8 +397,6 @@ def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int) -> Pruned
         now = tokens.shape[1]
         even = torch.arange(prefix, now, 2, device=tokens.device)
         odd = torch.arange(prefix + 1, now, 2, device=tokens.device)
-        if not len(odd):
-            break
         similar, partner = (_unit(tokens[:, even]) @ _unit(tokens[:, odd]).mT).max(-1)
         count = min(now - kept, len(even))
         chosen = similar.argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -405,20 +411,3 @@ def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int) -> Pruned
         owner = place.scatter(1, rest, into).gather(1, owner)
         index = index.gather(1, stay)
     return Pruned(tokens, index, mass, owner)
-
-
-@functools.cache
-def _dither(patches: int) -> Tensor:
-    """Scores whose highest k are spread evenly over a square image, for every k: Bayer's ordered dither.
-
-    If the patches are no square, they are taken for one row.
-    """
-    side = math.isqrt(patches)
-    rows, columns = (side, side) if side * side == patches else (1, patches)
-    bits = max(rows, columns).bit_length()
-    y, x = (torch.arange(size) for size in (rows, columns))
-    y, x = y[:, None].expand(rows, columns), x[None, :].expand(rows, columns)
-    rank = torch.zeros(rows, columns, dtype=torch.int64)
-    for bit in range(bits):  # the lowest bits of the position decide most
-        rank = rank * 4 + 2 * ((x ^ y) >> bit & 1) + (y >> bit & 1)
-    return -rank.flatten().to(torch.float32)

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
@@ -210,13 +211,19 @@ def test_attention_is_worked_out_ahead(kind, score):
 
 
 def test_the_probe_is_the_pooling_heads_attention():
+    """Before the last block, of an identity: what the head then pays."""
     model, seen = other(SiglipVisionModel), []
-    removal = model.encoder.layers[1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    torch.nn.init.uniform_(model.post_layernorm.weight, 0.2, 2)
+    for name in ("self_attn.out_proj", "mlp.fc2"):
+        layer = model.encoder.layers[2].get_submodule(name)
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    removal = model.head.attention.register_forward_pre_hook(lambda m, args: seen.append(args))
     states(model)
     removal.remove()
-    probe = model.head.probe.expand(2, -1, -1)
-    _, truth = model.head.attention(probe, seen[0], seen[0])
-    with prune(model, Plan(keep=0.25, at=1, score="probe")) as handle:
+    with torch.inference_mode():
+        _, truth = model.head.attention(*seen[0])
+    with prune(model, Plan(keep=0.25, at=2, score="probe")) as handle:
         states(model)
         assert handle.trace.tolist() == truth[:, 0].topk(4).indices.sort().values.tolist()
 
@@ -243,38 +250,93 @@ def test_mass_stands_for_copies(kind):
             got = twice
             for block in blocks:
                 got = block(got, None)
-    assert handle.masses[0].tolist() == [[1.0] * prefix + [2.0] * (9 - prefix)]
+    assert handle.mass.tolist() == [[1.0] * prefix + [2.0] * (9 - prefix)]
     torch.testing.assert_close(
         got, torch.cat([truth[:, :prefix], truth[:, prefix::2]], 1), rtol=1e-4, atol=1e-5
     )
 
 
-@pytest.mark.parametrize("kind", HEADED)
+@pytest.mark.parametrize("kind", [*HEADED, SiglipVisionModel])
 def test_heads_count_tokens_by_their_mass(kind):
-    """What averages patches weighs them: with all tokens equal, fusing changes nothing."""
+    """A patch copied nine times, and merged again, changes nothing that a head makes of the tower."""
     model = other(kind)
     tower = next(m for m in model.modules() if isinstance(m, TOWERS))
-    removal = tower.embeddings.register_forward_hook(
-        lambda m, args, out: out.index_fill(1, torch.arange(2, 5), 0.5)
-    )
-    with torch.inference_mode():
-        before = model(pixel_values=PIXELS).logits
-        with prune(model, Plan(keep=0.75, at=2, fuse="squeeze", mass=True)) as handle:
-            after = model(pixel_values=PIXELS).logits
+    prefix = 0 if isinstance(tower, SiglipVisionModel) else 1
+
+    def copies(module, args, out):
+        return torch.cat(
+            [
+                out[:, : prefix + 1].repeat_interleave(torch.tensor([1] * prefix + [9]), 1),
+                out[:, prefix + 9 :],
+            ],
+            1,
+        )
+
+    def score(patches):  # of the copies, all but the first go
+        return torch.tensor([9.0] + [0.0] * 8 + [9.0] * 7).expand(patches.shape[:2])
+
+    def answer():
+        with torch.inference_mode():
+            output = model(pixel_values=PIXELS)
+            return output.logits if "logits" in output else output.pooler_output
+
+    removal = tower.embeddings.register_forward_hook(copies)
+    before = answer()
+    with prune(model, Plan(keep=0.5, at=1, score=score, fuse="squeeze", mass=True)) as handle:
+        after = answer()
+        assert sorted(set(handle.mass[0].tolist())) == [1.0, 9.0]
     removal.remove()
-    assert after.shape == before.shape
-    if kind is CLIPForImageClassification or kind is SiglipForImageClassification:
-        mass, prefix = handle.masses[0], 0 if kind is SiglipForImageClassification else 1
-        with prune(model, Plan(keep=0.75, at=2, fuse="squeeze", mass=True)) as handle:
-            handle._removals[-1].remove()
-            with torch.inference_mode():
-                mine = tower(PIXELS).last_hidden_state[:, prefix:]
-                weights = handle.masses[0][:, prefix:, None]
-                truth = model.classifier((mine * weights).sum(1) / weights.sum(1))
-                handle.remove()
-        with prune(model, Plan(keep=0.75, at=2, fuse="squeeze", mass=True)), torch.inference_mode():
-            torch.testing.assert_close(model(pixel_values=PIXELS).logits, truth, rtol=1e-4, atol=1e-5)
-        assert mass.max() > 1
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_subclass_is_its_family():
+    class Mine(CLIPForImageClassification):
+        pass
+
+    model = make(CLIPForImageClassification)
+    model.__class__ = Mine
+    with prune(model, Plan(keep=0.5, fuse="mean")) as handle:
+        assert len(handle._removals) == 4
+
+
+def test_images_that_are_no_square_and_outputs_that_are_tuples():
+    model = ViTModel(ViTConfig(**SMALL | {"image_size": (32, 64)})).eval()
+    with prune(model, Plan(keep=0.5)) as handle, torch.inference_mode():
+        assert (
+            model(pixel_values=torch.randn(1, 3, 32, 64)).last_hidden_state.shape[1] == 17 == handle.tokens[0]
+        )
+    model = make(CLIPForImageClassification)
+    with prune(model, Plan(keep=0.5, fuse="mean")):
+        expected = embed(model)
+        tower = next(m for m in model.modules() if isinstance(m, CLIPVisionModel))
+        one, two = (tower(PIXELS, return_dict=kind)[0] for kind in (True, False))
+    torch.testing.assert_close(one, two)
+    assert expected.shape == (2, 2)
+
+
+def test_flops_follow_the_maps_of_the_mlp():
+    for config in (
+        Dinov2Config(**SMALL | {"use_swiglu_ffn": True}), ViTConfig(**SMALL | {"intermediate_size": 16})
+    ):  # fmt: skip
+        model = (Dinov2Model if isinstance(config, Dinov2Config) else ViTModel)(config)
+        block = model.encoder.layer[0] if isinstance(config, Dinov2Config) else model.layers[0]
+        maps = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
+        with prune(model, Plan()) as handle:
+            assert handle._costs.of((1,)) - handle._costs.fixed == 2 * maps + 4 * 32
+
+
+def test_blocks_may_be_checkpointed_with_their_hooks():
+    found = []
+    for checkpointed in (False, True):
+        model = make(CLIPVisionModel)
+        x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with prune(model, Plan(keep=0.25, at=(0, 2), score="cls", fuse="squeeze", mass=True)):
+            y = x
+            for block in model.encoder.layers:
+                y = checkpoint(block, y, None, use_reentrant=False) if checkpointed else block(y, None)
+            y.square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 EARLY = Plan.preset("early", at=1)
@@ -298,6 +360,20 @@ def test_half_precision(dtype):
     assert torch.nn.functional.cosine_similarity(half.float(), truth).min() > 0.99
 
 
+@pytest.mark.parametrize("score", ["grid", "random", "distance"])
+def test_scores_compile_and_export_before_any_eager_run(score):
+    model = make(CLIPVisionModel)
+    prune(model, Plan(keep=0.5, score=score))
+    exported = torch.export.export(model, (), {"pixel_values": PIXELS})
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(
+            pixel_values=PIXELS
+        ).pooler_output
+    expected = embed(model)
+    torch.testing.assert_close(exported.module()(pixel_values=PIXELS).pooler_output, expected)
+    torch.testing.assert_close(compiled, expected)
+
+
 def test_early_compiles_and_exports():
     model = make(CLIPVisionModel)
     prune(model, EARLY)
@@ -311,9 +387,9 @@ def test_early_compiles_and_exports():
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     found = []
-    for checkpoint in (False, True):
+    for enabled in (False, True):
         model = make(CLIPVisionModel).train()
-        if checkpoint:
+        if enabled:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable()
         with prune(model, Plan(keep=0.25, at=(0, 2), score="cls", fuse="squeeze", mass=True)):

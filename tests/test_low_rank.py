@@ -64,8 +64,11 @@ def test_merged_is_the_sum_and_unmerged_the_same_bits(dtype):
         linear(x).float(), apart, rtol=1e-2 if dtype == torch.float16 else 1e-5, atol=1e-2
     )
     merged.unmerge()
-    merged.unmerge()
     assert torch.equal(linear.weight, before)
+    with torch.no_grad():
+        linear.weight.fill_(7)
+    merged.unmerge()  # again: nothing happens
+    assert (linear.weight == 7).all()
 
 
 def test_misuse_is_named_in_one_line():
@@ -74,7 +77,9 @@ def test_misuse_is_named_in_one_line():
         factorise(nn.Conv2d(1, 1, 1), 1)
     with pytest.raises(ValueError, match=r"^factorise: rank must lie in 1\.\.\.3; got 4\.$"):
         factorise(linear, 4)
-    with pytest.raises(ValueError, match=r"^merge_lora: A must have shape \(r, 4\); got \(2, 3\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"^merge_lora: A must have shape \(r, 4\) with r > 0; got \(2, 3\)\.$"
+    ):
         merge_lora(linear, torch.ones(2, 3), torch.ones(3, 2), 1.0)
     with pytest.raises(ValueError, match=r"^merge_lora: B must have shape \(3, 2\); got \(2, 3\)\.$"):
         merge_lora(linear, torch.ones(2, 4), torch.ones(2, 3), 1.0)

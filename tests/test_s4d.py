@@ -87,10 +87,45 @@ def test_the_kernel_is_the_answer_to_an_impulse():
     torch.testing.assert_close(s4d_scan(**a, mode="recurrence")[0], kernel, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_of_nearly_zero_do_not_cancel():
-    delta = torch.tensor([1e-6])
-    _, B_bar = discretise(delta, torch.tensor([[-1.0]]))
-    assert B_bar.item() == pytest.approx(1e-6, rel=1e-5)
+@pytest.mark.parametrize("discretisation", DISCRETISATIONS)
+@pytest.mark.parametrize("step", [0.0, 1e-6, 2e-4, 1e-3, 0.1])
+def test_small_steps_do_not_cancel(step, discretisation):
+    A = torch.tensor([[-1.0 + 0j, -0.5 + 3j]])
+    wide = discretise(torch.tensor([step], dtype=torch.float64), A.to(torch.complex128), None, discretisation)
+    for got, truth in zip(discretise(torch.tensor([step]), A, None, discretisation), wide, strict=True):
+        torch.testing.assert_close(got.to(torch.complex128), truth, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["convolution", "recurrence"])
+def test_bilinear_turns_fast_real_rates_into_alternating_signs(mode):
+    a = make("real", l=20, n=8, dtype=torch.float64)
+    a["delta"] = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    truth, last = written_out(**a, discretisation="bilinear")
+    y, end = s4d_scan(**a, discretisation="bilinear", mode=mode, return_last_state=True)
+    torch.testing.assert_close(y, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(end, last, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["convolution", "recurrence"])
+@pytest.mark.parametrize(("b", "l"), [(2, 0), (0, 4)])
+def test_nothing_in_nothing_out(mode, b, l):
+    a = make(b=b, l=l)
+    y, last = s4d_scan(**a, mode=mode, return_last_state=True)
+    assert y.shape == (b, 3, l)
+    assert last.shape == (b, 3, 4)
+    assert (last == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_autocast(dtype):
+    block, x = S4DBlock(6, 8).to(dtype), torch.randn(2, 9, 6, dtype=dtype)
+    assert block(x).dtype == dtype
+    y, _ = block.step(x[:, 0], block.init_state(2))
+    torch.testing.assert_close(y, block(x)[:, 0], rtol=2e-2, atol=2e-2)
+    a = make("real", l=64)
+    expected = s4d_scan(**a)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(s4d_scan(**a), expected)
 
 
 @pytest.mark.parametrize("discretisation", DISCRETISATIONS)

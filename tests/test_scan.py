@@ -576,3 +576,12 @@ def test_a_wrong_step_argument_is_named():
         ValueError, match=r"^selective_state_update: B must have shape \(b, n\) = \(1, 3\) or"
     ):
         selective_state_update(state, v, v, -torch.ones(2, 3), torch.ones(1, 4), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_shapes_can_be_asked_for_without_memory(gradients):
+    arguments = {name: t.to("meta").requires_grad_(gradients) for name, t in make_scan().items()}
+    y, last = selective_scan(**arguments, return_last_state=True, backend="vectorised")
+    assert y.is_meta
+    assert y.shape == arguments["u"].shape
+    assert last.shape == arguments["initial_state"].shape

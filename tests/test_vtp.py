@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from projecta.vtp import FUSIONS, SCORES, VIT_B16, Plan, attention_scores, select_tokens
+from projecta.vtp import FUSIONS, SCORES, VIT_B16, Plan, attention_scores
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1.0, 197), (0.7, 139), (0.5, 99), (0.001, 2)])
@@ -182,6 +182,12 @@ def test_scores_must_fit():
         Plan(score="cls").apply(tokens)
     with pytest.raises(ValueError, match=r"^Plan\.apply: scores must have shape \(1, 8\); got \(1, 9\)\.$"):
         Plan(score="cls").apply(tokens, scores=torch.zeros(1, 9))
+    with pytest.raises(ValueError, match=r"^Plan\.apply: mass must have shape \(1, 9\); got \(1, 8\)\.$"):
+        Plan().apply(tokens, mass=torch.ones(1, 8))
+    with pytest.raises(ValueError, match=r"^Plan\.apply: count must lie in 2\.\.\.1; got 0\.$"):
+        Plan().apply(tokens[:, :1], count=0)
+    with pytest.raises(ValueError, match=r"^Plan: tokens must be more than the prefix, 1; got 1\.$"):
+        Plan().describe(1, 12)
     with pytest.raises(ValueError, match=r"^Plan\.apply: count must lie in 2\.\.\.9; got 10\.$"):
         Plan().apply(tokens, count=10)
 
@@ -199,7 +205,8 @@ def test_keeping_all_returns_the_tensor_itself():
 
 
 def test_equal_scores_keep_the_first():
-    assert select_tokens(torch.zeros(1, 6), 3).tolist() == [[0, 1, 2]]
+    tokens = torch.tensor([[[0.0], [1.0], [3.0], [2.0], [3.0], [3.0]]])
+    assert Plan(keep=0.4).apply(tokens).kept.tolist() == [[0, 2, 4]]
 
 
 ERRORS = {
@@ -218,6 +225,7 @@ ERRORS = {
         ValueError,
         "fuse must be one of 'drop', 'mean', 'cluster', 'squeeze', 'bipartite'; got 'melt'.",
     ),
+    "at list": ({"at": [3, 6]}, TypeError, "at must be an integer or a tuple of integers; got [3, 6]."),
     "at none": ({"at": ()}, ValueError, "at must name one block or several, ascending; got ()."),
     "at order": ({"at": (3, 1)}, ValueError, "at must name one block or several, ascending; got (3, 1)."),
     "mass": (

@@ -2,8 +2,8 @@
 
 A backend gives three functions over the canonical arguments (see `projecta.scan`):
 
-    forward(inputs, delta_softplus, saved) -> (y, last_state)      fills `saved` if it is not empty
-    backward(grad_y, grad_last, saved, inputs, delta_softplus) -> nine gradients, None where an input is None
+    forward(inputs, delta_softplus, y, last_state, saved)       writes the last three; `saved` may be empty
+    backward(grad_y, grad_last, saved, inputs, delta_softplus, grads)   writes `grads`, None where an input is
     saved_shape(inputs, sequences, every) -> the shape of what the backward pass needs besides the inputs
 
 and gets a callable with the signature of `reference.selective_scan` that autograd,
@@ -63,6 +63,7 @@ def _plain(tensors: Inputs) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(t is None or (type(t) in _KINDS and not (t.is_conj() or t.is_neg())) for t in tensors)
         and not torch.jit.is_tracing()
+        and tensors.u.device.type != "meta"
     )
 
 

@@ -118,6 +118,7 @@ class _Layout:
         self.slabs = -(-self.l // SLAB)
         self.processors = _processors(u.device)
         self.size = u.element_size()
+        self.least = min(t.element_size() for t in (u, inputs.delta, inputs.z) if t is not None)
         self.plan = plan(
             self.sequences, self.d, self.l, self.n, self.g, self.packed, saved.numel() > 0, self.size == 4,
             self.processors,
@@ -157,7 +158,7 @@ class _Layout:
         whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % width == 0
         options = self.flags | {
             "LANES": self.lanes, "CHANNELS": 32 // self.lanes, "N": self.padded, "WARPS": self.warps,
-            "WIDE": SLAB * block // self.lanes * self.size >= 4, "WHOLE": whole, "num_warps": self.warps,
+            "WIDE": SLAB * block // self.lanes * self.least >= 4, "WHOLE": whole, "num_warps": self.warps,
             "maxnreg": REGISTERS,
         }  # fmt: skip
         return grid, sizes, options
@@ -441,6 +442,7 @@ def selective_scan(
 ):  # fmt: skip
     """As `reference.selective_scan`, in float32 with real A."""
     _check_real("selective_scan", A)
+    delta, z = (t.float() if t is not None and t.dtype == torch.float64 else t for t in (delta, z))
     return _scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
     )  # fmt: skip
