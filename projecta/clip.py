@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker
-from projecta.vtp import MODEL_SCORES, Costs, Plan, Pruned, attention_scores
+from projecta.vtp import MODEL_SCORES, Costs, Plan, attention_scores
 
 
 class _Family(NamedTuple):
@@ -113,7 +113,7 @@ class Pruning:
         embedding = 2 * self._patches * config.num_channels * high * wide * config.hidden_size
         self._costs = Costs(config.hidden_size, _width_of_mlp(family, blocks[0]), embedding)
         self._tower = tower
-        self._found: dict[int, Pruned] = {}  # by stage; `kept` and `owner` as counted before the first
+        self._found: dict[int, _Found] = {}  # by stage
         self._adopt(plan)
         self._removals = [
             block.register_forward_pre_hook(_Hook(self, i), with_kwargs=True)
@@ -193,7 +193,7 @@ class Pruning:
                 moved = owner.gather(1, before.owner.clamp(min=0))
                 owner = torch.where(before.owner < 0, before.owner, moved)
             tokens = pruned.tokens
-            self._found[stage] = pruned._replace(tokens=tokens[:, :0], kept=kept, owner=owner)
+            self._found[stage] = _Found(kept, pruned.mass, owner)
         if not self.plan.mass or self.tokens[-1] == self._patches + prefix:  # nothing is pruned
             return tokens, None
         return tokens, self._found[stage].mass.log()[:, None, None].to(tokens.dtype)
@@ -228,6 +228,14 @@ class Pruning:
             query, heads(attention.k_proj(normed)), width**-0.5, prefix=prefix, values=values,
             mass=mass,
         )  # fmt: skip
+
+
+class _Found(NamedTuple):
+    """What became of the tokens before the first stage: as in `vtp.Pruned`, but for the tokens."""
+
+    kept: Tensor
+    mass: Tensor
+    owner: Tensor
 
 
 class _Hook:
