@@ -135,9 +135,11 @@ class _Layout:
         if self.states and inputs.z is not None:
             self.states -= _words(u)
         rows = self.states // (self.padded * self.d)
-        self.every = 1  # slabs between saved states; where two choices save as many rows, they lie alike
-        while self.states and rows != _rows_saved(u, self.packed, self.sequences, SLAB * self.every):
-            self.every *= 2
+        for self.every in (1, 2, 4):  # slabs between saved states; two choices of as many rows lie alike
+            if not self.states or rows == _rows_saved(u, self.packed, self.sequences, SLAB * self.every):
+                break
+        else:
+            fail("scan_triton", "every", "be 8, 16 or 32", f"{rows} rows of states")
         self.launches: dict = {}
 
     def along_time(self) -> tuple:
