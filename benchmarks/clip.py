@@ -17,16 +17,9 @@ ROWS = {  # what to give Plan, beside keep
     "merging": {"at": tuple(range(12)), "fuse": "bipartite", "mass": True, "semantics": "flops"},
 }
 CASES = (
-    "full",
-    "input 0.7",
-    "input 0.5",
-    "early 0.7",
-    "early 0.5",
-    "evit3 0.7",
-    "evit3 0.5",
-    "merge 0.7",
+    "full", "input 0.7", "input 0.5", "early 0.7", "early 0.5", "evit3 0.7", "evit3 0.5", "merge 0.7",
     "merge 0.5",
-)
+)  # fmt: skip
 CONTROLS = (
     "aligned", "resized 0.7", "resized 0.5", "checkerboard 0.7", "checkerboard 0.5", "random 0.7",
     "random 0.5", "merging 0.7", "merging 0.5",

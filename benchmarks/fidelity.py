@@ -57,6 +57,10 @@ def rows() -> dict[str, dict]:
         where = "blocks " + " ".join(map(str, at)) if isinstance(at, tuple) else f"block {at}"
         label = f"equal FLOPs: {fuse if fuse == 'bipartite' else f'{score}, {fuse}'}, {where}"
         table[label] = {"score": score, "at": at, "fuse": fuse, "mass": True, "semantics": "flops"}
+    early = {"score": "cls", "at": 4, "fuse": "squeeze", "mass": True}
+    table["as many FLOPs as cls, squeeze, block 4: bipartite, blocks 0 2 4 6 8 10"] = {
+        "at": (0, 2, 4, 6, 8, 10), "fuse": "bipartite", "mass": True, "semantics": "flops", "like": early,
+    }  # fmt: skip
     return table
 
 
@@ -89,7 +93,9 @@ def measure(name: str, row: dict, keep: float) -> dict[str, float]:
     views, seen by the full model, is its own; how many of the most salient patches were kept; FLOPs."""
     prune, Plan = common.require("projecta.clip", "prune"), common.require("projecta.vtp", "Plan")
     model, pixels, saliency = real.dinov2(), _images(name)[0], None
-    options = {k: v for k, v in row.items() if k not in ("resize", "align")}
+    options = {k: v for k, v in row.items() if k not in ("resize", "align", "like")}
+    if "like" in row:
+        keep = _flops(Plan(keep=keep, **row["like"]).schedule(TOKENS, real.BLOCKS, PREFIX))
     if row.get("resize"):
         side = {0.7: 13, 0.5: 11}[keep]  # 66 % and 47 % of the patches
         small = torch.nn.functional.interpolate(

@@ -143,20 +143,20 @@ class Pruning:
         full = (self._patches + self._family.prefix,) * self._blocks
         return self._costs.of(self.tokens) / self._costs.of(full)
 
+    def _last(self, name: str) -> Tensor | None:
+        return getattr(self._found.get(len(self.plan.stages) - 1), name, None)
+
     @property
     def trace(self) -> Tensor | None:
-        found = self._found.get(len(self.plan.stages) - 1)
-        return None if found is None else found.kept
+        return self._last("kept")
 
     @property
     def owner(self) -> Tensor | None:
-        found = self._found.get(len(self.plan.stages) - 1)
-        return None if found is None else found.owner
+        return self._last("owner")
 
     @property
     def mass(self) -> Tensor | None:
-        found = self._found.get(len(self.plan.stages) - 1)
-        return None if found is None else found.mass
+        return self._last("mass")
 
     def __str__(self) -> str:
         return self.plan.describe(
@@ -185,7 +185,8 @@ class Pruning:
             before = self._found[stage - 1] if stage else None
             t = tokens.shape[1]
             count, mass = self._count(stage, t), None if before is None else before.mass
-            scores = self._scores(block, tokens, mass) if count < t else None
+            scored = count < t and self.plan.fuse != "bipartite"  # merging pairs asks for no score
+            scores = self._scores(block, tokens, mass) if scored else None
             pruned = self.plan.apply(tokens, prefix, count=count, scores=scores, mass=mass)
             kept, owner = pruned.kept, pruned.owner
             if before is not None:
@@ -218,16 +219,10 @@ class Pruning:
         normed = getattr(block, self._family.norm)(tokens)
         attention = getattr(block, self._family.attention)
         width = attention.head_dim
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, width)).transpose(1, 2)
-
-        query = heads(attention.q_proj(normed if score == "received" else normed[:, :1]))
-        values = heads(attention.v_proj(normed)) if score == "value" else None
-        return attention_scores(
-            query, heads(attention.k_proj(normed)), width**-0.5, prefix=prefix, values=values,
-            mass=mass,
-        )  # fmt: skip
+        query = _heads(attention.q_proj(normed if score == "received" else normed[:, :1]), width)
+        keys = _heads(attention.k_proj(normed), width)
+        values = _heads(attention.v_proj(normed), width) if score == "value" else None
+        return attention_scores(query, keys, width**-0.5, prefix=prefix, values=values, mass=mass)
 
 
 class _Found(NamedTuple):
@@ -308,6 +303,7 @@ def show(image: Any, handle: Pruning, row: int = 0) -> Any:
     assert handle.trace is not None
     assert handle.owner is not None
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     prefix = handle._family.prefix
     if isinstance(image, Tensor):
@@ -326,7 +322,7 @@ def show(image: Any, handle: Pruning, row: int = 0) -> Any:
     axes.set_axis_off()
     for patch in (~kept).nonzero()[:, 0].tolist():
         y, x = divmod(patch, side)
-        box = axes.add_patch(_rectangle(x * width, y * height, width, height))
+        box = axes.add_patch(Rectangle((x * width, y * height), width, height))
         box.set(facecolor="black", alpha=0.7, linewidth=0)
         into = int(owner[patch + prefix])
         if into >= prefix:
@@ -341,25 +337,20 @@ def show(image: Any, handle: Pruning, row: int = 0) -> Any:
     return figure
 
 
-def _rectangle(x: float, y: float, width: float, height: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), width, height)
-
-
 def _probe_scores(head: Any, tokens: Tensor, prefix: int, mass: Tensor | None) -> Tensor:
     """What SigLIP's pooling head would pay these tokens."""
     attention = head.attention
     q, k, _ = attention.in_proj_weight.chunk(3)
     q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)
     width = attention.head_dim
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, width)).transpose(1, 2)
-
     query = nn.functional.linear(head.probe, q, q_bias).expand(len(tokens), -1, -1)
     keys = nn.functional.linear(tokens, k, k_bias)
-    return attention_scores(heads(query), heads(keys), width**-0.5, prefix=prefix, mass=mass)
+    return attention_scores(_heads(query, width), _heads(keys, width), width**-0.5, prefix=prefix, mass=mass)
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """(b, t, h e) as (b, h, t, e)."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -59,12 +59,7 @@ def _score_grid(patches: Tensor, seed: int) -> Tensor:
 SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "norm": _score_norm, "distance": _score_distance, "random": _score_random, "grid": _score_grid
 }  # fmt: skip
-MODEL_SCORES = (
-    "cls",
-    "value",
-    "received",
-    "probe",
-)  # see `attention_scores`; whoever has the model gives them
+MODEL_SCORES = ("cls", "value", "received", "probe")  # by `attention_scores`, from whoever has the model
 FUSIONS = ("drop", "mean", "cluster", "squeeze", "bipartite")
 SEMANTICS = ("tokens", "stage", "flops")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -210,12 +205,8 @@ class Plan:
             return self._schedule(self.keep, tokens, blocks, prefix)
         full = costs.of((tokens,) * blocks)
         least = costs.of(self._schedule(1e-9, tokens, blocks, prefix)) / full
-        check.that(
-            least <= self.keep,
-            "keep",
-            f"be at least {least:.3f} of the FLOPs, pruning at {self.at}",
-            self.keep,
-        )
+        rule = f"be at least {least:.3f} of the FLOPs, pruning at {self.at}"
+        check.that(least <= self.keep, "keep", rule, self.keep)
         low, high = 0, patches  # the most patches that fit
         while low < high:
             middle = (low + high + 1) // 2
@@ -303,13 +294,8 @@ class Plan:
         if callable(self.score):
             return self.score(patches)
         if self.score in MODEL_SCORES:
-            fail(
-                "Plan.apply",
-                "scores",
-                f"be given for score {self.score!r}",
-                "None",
-                "It needs a model's block.",
-            )
+            rule = f"be given for score {self.score!r}"
+            fail("Plan.apply", "scores", rule, "None", "It needs a model's block.")
         return SCORES[self.score](patches, self.seed)
 
     def _open(self, kept: int) -> int:

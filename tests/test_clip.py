@@ -325,6 +325,19 @@ def test_flops_follow_the_maps_of_the_mlp():
             assert handle._costs.of((1,)) - handle._costs.fixed == 2 * maps + 4 * 32
 
 
+@pytest.mark.parametrize("fuse", ["drop", "squeeze", "bipartite"])
+def test_stages_count_from_the_first(fuse):
+    """What remains after three stages owns itself, and weighs what it owns, in the tokens of the embedding."""
+    model = make(CLIPVisionModel)
+    with prune(model, Plan(keep=0.25, at=(0, 1, 2), fuse=fuse)) as handle:
+        embed(model)
+        for kept, owner, mass in zip(handle.trace, handle.owner, handle.mass, strict=True):
+            assert (kept.diff() > 0).all()
+            assert owner[kept].tolist() == list(range(5))
+            assert torch.bincount(owner[owner >= 0]).tolist() == mass.tolist()
+            assert (owner.min() < 0) == (fuse == "drop")
+
+
 def test_blocks_may_be_checkpointed_with_their_hooks():
     found = []
     for checkpointed in (False, True):

@@ -29,7 +29,7 @@ CASES = {
     "whole slabs": {"l": 48, "d": 16, "n": 16, "b": 1},
     "whole blocks": {"l": 64, "d": 16, "n": 16, "b": 1},
     "whole blocks of time": {"l": 512, "d": 4, "n": 2, "b": 1, "dtype": HALF},
-    "three chunks": {"l": 200, "d": 3, "n": 2, "b": 1},
+    "three chunks of two rows": {"l": 136, "d": 3, "n": 2, "b": 2},
     **{f"states {n}": {"n": n, "d": 3, "l": 11} for n in (1, 16, 17, 64)},
     "groups": {"g": 2, "d": 20, "l": 11},
     "constant B": {"constant": "B", "l": 11},

@@ -556,7 +556,7 @@ def _taken_on(
     t_end, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
     V: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """The states after a slab, from those before it; the same arithmetic as in `forward_states`."""
+    """The states after a slab, from those before it, as in `forward_states` (to rounding: compiled apart)."""
     t1, then = slab * STEPS + lane * V, ()
     loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, V), _load(at_u, t1, ul, l, WIDE, WHOLE, V)
     own = _own(loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE)

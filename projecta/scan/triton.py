@@ -126,6 +126,7 @@ class _Layout:
         self.padded = _padded(self.n)
         self.lanes = _lanes(self.n)
         self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
+        self.width = 32 * self.warps // self.lanes  # its channels
         # slabs in a block of the loops over time: 16 bytes of an array for each lane
         self.unroll = 1 if self.n > 32 else 8 // self.size
         self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
@@ -155,9 +156,8 @@ class _Layout:
 
     def over_states(self, block: int, parts: int) -> tuple:
         """The same of a kernel that takes so many chunks of time in blocks of so many slabs."""
-        width = 32 * self.warps // self.lanes
-        grid, sizes = self.cut(width, parts)
-        whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % width == 0
+        grid, sizes = self.cut(self.width, parts)
+        whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % self.width == 0
         options = self.flags | {
             "LANES": self.lanes, "CHANNELS": 32 // self.lanes, "N": self.padded, "WARPS": self.warps,
             "WIDE": SLAB * block // self.lanes * self.least >= 4, "WHOLE": whole, "num_warps": self.warps,
@@ -167,8 +167,7 @@ class _Layout:
 
     def cut(self, width: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Grid and sizes of programs of so many channels, and so many chunks of time."""
-        per_group = self.d // self.g
-        tiles = -(-per_group // width)
+        per_group, tiles = self.d // self.g, self.tiles(width)
         count = self.sequences * parts * self.g * tiles
         processors = min(self.processors, count)
         sizes = (
@@ -176,6 +175,10 @@ class _Layout:
             processors,
         )  # fmt: skip
         return (-(-count // processors) * processors,), sizes
+
+    def tiles(self, width: int) -> int:
+        """Programs of so many channels that share a group."""
+        return -(-(self.d // self.g) // width)
 
     def words(self, *tensors: Tensor | None) -> bool:
         """Whether all of them can be read 16 bytes at a time."""
@@ -370,7 +373,7 @@ def _launch_backward(
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + padded * (1 + steady_B + steady_C)
     totals = _room(u, over * layout.d * width)
-    tiles = -(-(layout.d // layout.g) // (32 * layout.warps // layout.lanes))
+    tiles = layout.tiles(layout.width)
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * slabs * padded * 2 * SLAB
     sums = _room(u, tiles * each_row)
 
