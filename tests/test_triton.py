@@ -8,6 +8,7 @@ import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -285,7 +286,95 @@ def _check_launches():
         backend._start(launches, kernel, (tensor, None), lambda: ((7,), (3,), options))
     assert [entry[0] for entry in log] == ["compiled", "built", "compiled", "compiled", "built"]
     assert log[0][1:] == ((7,), (x, None, 3), options)
-    assert log[4][1:] == ((7, 1, 1), (x, None, 3, 2, 4))
+    assert log[4][1:] == ((7, 1, 1), (x.data_ptr(), None, 3, 2, 4))
+
+
+def _check_repeats():
+    """A call alike but for its values goes to the launches of the first, with its own tensors in their places."""
+    from projecta import selective_scan
+    from projecta.scan import _repeat
+    from projecta.scan import triton as backend
+
+    log = []
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.name, self.arg_names = kernel.__name__, kernel.arg_names
+
+        def __getitem__(self, grid):
+            def compile_(*arguments, **options):
+                at = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in arguments]
+                rest = [options[name] for name in self.arg_names[len(at) :]]
+                log.append((f"compiled {self.name}", (*at, *rest)))
+                return {grid if len(grid) == 3 else (*grid, 1, 1)[:3]: self.run}
+
+            return compile_
+
+        def run(self, *arguments):
+            log.append((self.name, arguments))
+
+    def inputs(b=1, d=1536, l=64, n=16, dtype=HALF, constant=False):
+        u, delta, z = (torch.randn(b, d, l).to(dtype) for _ in range(3))
+        B, C = (torch.randn(b, n, l).to(dtype) for _ in range(2))
+        return {
+            "u": u, "delta": delta, "A": -torch.rand(d, n), "B": torch.randn(d, n) if constant else B, "C": C,
+            "D": torch.ones(d), "z": z, "delta_bias": torch.ones(d),
+        }  # fmt: skip
+
+    def call(**arguments):
+        del log[:]
+        found = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
+        return found, list(log)
+
+    names = "arrange", "forward_times", "forward_states"
+    stubs = {name: Kernel(getattr(backend._kernels, name)) for name in names}
+    with (
+        mock.patch.multiple(backend._kernels, **stubs),
+        mock.patch.object(backend, "_processors", return_value=132),
+        mock.patch.dict(_repeat._launches, clear=True),
+        mock.patch.dict(backend._known, clear=True),
+    ):
+        for case, expected in (
+            ({}, ["forward_times"]),
+            ({"dtype": torch.float32}, ["arrange", "forward_times"]),
+            ({"dtype": torch.float32, "constant": True}, ["arrange", "forward_times"]),
+            ({"b": 8, "l": 40}, ["arrange", "forward_states"]),
+            ({"d": 64, "l": 1024}, ["arrange", "forward_states", "forward_states"]),
+        ):
+            first, second = inputs(**case), inputs(**case)
+            (y, last), compiled = call(**first)
+            assert [name for name, _ in compiled] == [f"compiled {name}" for name in expected]
+            moved = {t.data_ptr(): second[name].data_ptr() for name, t in first.items()}
+            old, found = (y, last), []
+            (y, last), found = call(**second)
+            assert [name for name, _ in found] == expected
+            assert (y.shape, y.dtype, last.shape) == (old[0].shape, old[0].dtype, old[1].shape)
+            moved |= {o.data_ptr(): t.data_ptr() for o, t in zip(old, (y, last), strict=True)}
+            for (name, before), (_, after) in zip(compiled, found, strict=True):
+                for parameter, x, at in zip(stubs[name.split()[1]].arg_names, before, after, strict=False):
+                    if parameter in ("B", "C", "to_B", "to_C", "carried", "spans") and x not in moved:
+                        assert (x is None) == (at is None), parameter  # room of the call's own
+                    else:
+                        assert at == moved.get(x, x), (name, parameter)
+            rows = [dict(zip(stubs[name].arg_names, at, strict=False)) for name, at in found]
+            for row in rows[1:]:  # each kernel reads what `arrange` has written
+                assert (row["B"], row["C"]) == (rows[0]["to_B"], rows[0]["to_C"])
+        first = inputs()
+        whole = len(_repeat._launches)
+        for change in ({"u": first["u"].mT.contiguous().mT}, {"D": first["D"].half()}, {"z": None}):
+            assert call(**{**first, **change})[1]
+        assert len(_repeat._launches) == whole + 2  # D in another type is copied each time
+        for name, wrong in (("delta", first["delta"][..., 1:]), ("D", first["D"][1:]), ("u", [1])):
+            with pytest.raises((ValueError, TypeError), match=rf"^selective_scan: {name} must"):
+                call(**{**first, name: wrong})
+        with pytest.raises(ValueError, match=r"^selective_scan: save_every must"):
+            call(**first, save_every=9)
+    graded = torch.ones(3, requires_grad=True)
+    assert _repeat.kind_of((graded,)) is None  # a gradient wants an operator,
+    assert _repeat.kind_of((graded.detach(),)) is not None
+    seen = []  # and so does a transform
+    torch.func.vmap(lambda t: seen.append(_repeat.kind_of((t,))) or t)(torch.ones(3))
+    assert seen == [None]
 
 
 def _check_plan():
@@ -318,6 +407,10 @@ def test_the_table_of_plans(compiler):
 
 def test_launches_after_the_first(compiler):
     compiler.submit(_check_launches).result(timeout=300)
+
+
+def test_a_repeated_call_is_one_launch(interpreter):
+    interpreter.submit(_check_repeats).result(timeout=300)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

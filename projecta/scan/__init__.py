@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from projecta._checks import Checker
+from projecta.scan import _repeat
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
+from projecta.scan._operator import Inputs
 
 SAVE_EVERY = (8, 16, 32)
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
@@ -104,6 +106,14 @@ def selective_scan(
     >>> selective_scan(u, delta, A, B, C)[0, 0]
     tensor([1.0000, 1.3679, 1.5032])
     """
+    kind = None
+    if not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
+        given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        kind = _repeat.kind_of(given, bool(delta_softplus), save_every)
+        launch = None if kind is None else _repeat.known(kind[0])
+        if kind is not None and launch is not None:
+            found = launch(u, A, kind[1])
+            return found if return_last_state else found[0]
     check = Checker("selective_scan")
     A, B, C, initial_state = canonical_arguments(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
@@ -113,6 +123,9 @@ def selective_scan(
     y, last_state = module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
     )
+    if kind is not None and hasattr(module, "repeat"):  # "auto" may have taken another backend
+        canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+        _repeat.learn(kind[0], module.repeat(Inputs(*given), canonical, delta_softplus))
     return (y, last_state) if return_last_state else y
 
 
@@ -209,6 +222,17 @@ def selective_state_update(
     if wide.data_ptr() != state.data_ptr():  # another dtype, or strides that cannot be flattened
         state.copy_(wide.view(state.shape))
     return y.view(x.shape)
+
+
+def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the call may be one that backend "triton" can do in one launch."""
+    return (
+        cu_seqlens is None
+        and isinstance(u, Tensor)
+        and u.device.type == _ONLY["triton"]
+        and u.dtype != torch.float64
+        and backend in ("triton", "auto" if u.is_cuda else "triton")
+    )
 
 
 _loaded: dict[str, ModuleType] = {}

@@ -25,6 +25,7 @@ from projecta.scan._lanes import (
     WARP,
     barrier,
     collected,
+    compensated,
     constant,
     exp2,
     fetched,
@@ -397,33 +398,41 @@ def forward_times(
         constant_B = tl.load(B + held, lane < n, 0.0)
     if STEADY_C:
         constant_C = tl.load(C + held, lane < n, 0.0)
+    t1, next_B, next_C = lane * T, (), ()
+    if not STEADY_B:
+        next_B = _sixteen(at_B, t1, lane, l, NATIVE, WHOLE, not PIN)
+    if not STEADY_C:
+        next_C = _sixteen(at_C, t1, lane, l, NATIVE, WHOLE, not PIN)
+    next_s, next_u = _load(at_s, t1, sl, l, WIDE, WHOLE, T), _load(at_u, t1, ul, l, WIDE, WHOLE, T)
     for block in range(0, blocks):
         t1 = block * SIZE + lane * T
-        next_B, next_C = (), ()
-        row_B, row_C = at_B + block * ahead, at_C + block * ahead
-        if not STEADY_B:
-            next_B = _sixteen(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
-        if not STEADY_C:
-            next_C = _sixteen(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
-        loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, T), _load(at_u, t1, ul, l, WIDE, WHOLE, T)
+        onward = tl.where(block + 1 < blocks, SIZE, 0)  # the last block is loaded twice
+        loaded_u = next_u
         if WIDE:
             later = tl.minimum(t1 + SIZE, l - 1)
             prefetch(at_s + later)
             prefetch(at_u + later)
             if z is not None:
                 prefetch(at_z + tl.minimum(t1, l - 1))
-        own = _own(loaded_s, loaded_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
+        own = _own(next_s, next_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
         span, outputs = zero, repeat(zero, T)
         for i in tl.static_range(T):
             span += own[i]
+        row_B, row_C = at_B + block * ahead, at_C + block * ahead
         for state in tl.range(0, n, loop_unroll_factor=2):
-            now_B, now_C = next_B, next_C
-            row_B += tl.where(state + 1 < n, turn_B, 0)
-            row_C += tl.where(state + 1 < n, turn_C, 0)
+            now_B, now_C, final = next_B, next_C, state + 1 == n
+            row_B += tl.where(final, turn_B - n * turn_B, turn_B)
+            row_C += tl.where(final, turn_C - n * turn_C, turn_C)
+            t2 = t1
+            if NATIVE:
+                t2 += tl.where(final, onward, 0)
+            else:
+                row_B += tl.where(final, onward, 0)
+                row_C += tl.where(final, onward, 0)
             if not STEADY_B:
-                next_B = _sixteen(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
+                next_B = _sixteen(row_B, t2, lane, l, NATIVE, WHOLE, not PIN)
             if not STEADY_C:
-                next_C = _sixteen(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
+                next_C = _sixteen(row_C, t2, lane, l, NATIVE, WHOLE, not PIN)
             rate = shuffled(rates, state)
             if PIN:
                 rate += pin(state, lane)
@@ -445,6 +454,8 @@ def forward_times(
                 h = decays[i] * h + gains[i]
                 new = new + (outputs[i] + h * Cs[i],)
             outputs = new
+        t2 = t1 + onward
+        next_s, next_u = _load(at_s, t2, sl, l, WIDE, WHOLE, T), _load(at_u, t2, ul, l, WIDE, WHOLE, T)
         loaded_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, T)
         values = _outputs(outputs, skip, loaded_u, loaded_z, u, z, WIDE)
         _store(y + at_y, t1, yl, values[T:], 0, l, every, WIDE, WHOLE, T)
@@ -648,7 +659,7 @@ def backward(
         at_z, to_z = z + row * zb + channel * zd, dz + row * dzb + channel * dzd
     own_bias = zero if bias is None else tl.load(bias + channel)
     skip = zero if D is None else tl.load(D + channel)
-    total_D, total_bias = zero, zero
+    total_D, total_bias, lost_D, lost_bias = zero, zero, zero, zero
     p, rates, constant_B, constant_C, total_A, total_B, total_C = (), (), (), (), (), (), ()
     for j in tl.static_range(K):
         row_n = j * LANES + lane
@@ -721,7 +732,7 @@ def backward(
                 inside = real & (t1 + i >= t_start) & (t1 + i < t_end)
                 step, slope = tl.where(inside, step, 0.0), tl.where(inside, slope, 0.0)
                 value, grad = tl.where(inside, value, 0.0), tl.where(inside, grad, 0.0)
-            total_D += grad * value
+            total_D, lost_D = compensated(total_D, lost_D, grad * value)
             own_s, own_x, own_g = own_s + (step,), own_x + (step * value,), own_g + (grad,)
             own_u, own_slope = own_u + (value,), own_slope + (slope,)
         steps = spread(own_s, leader, 0, V, STEPS, 2)
@@ -789,7 +800,7 @@ def backward(
         for i in tl.static_range(V):
             change = (of_A[i] * LN_2 + own_u[i] * of_B[i]) * own_slope[i]
             outs_u, outs_s = outs_u + (skip * own_g[i] + own_s[i] * of_B[i],), outs_s + (change,)
-            total_bias += change
+            total_bias, lost_bias = compensated(total_bias, lost_bias, change)
         _store(to_u, t1, dul, outs_u, t_start, t_end, real, WIDE, WHOLE, V)
         _store(to_s, t1, dsl, outs_s, t_start, t_end, real, WIDE, WHOLE, V)
         if z is not None:

@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-_KINDS = (Tensor, torch.nn.Parameter)
+KINDS = (Tensor, torch.nn.Parameter)
 DIFFERENTIABLE = 9  # all but cu_seqlens
 
 
@@ -56,13 +56,20 @@ def _register(name: str, function: Callable, shapes: Callable) -> Callable:
     return getattr(torch.ops.projecta, name.split("::")[1]).default
 
 
-def _plain(tensors: Inputs) -> bool:
-    """Whether nothing looks on that must see an operator: no trace, mode, transform or kind of tensor."""
+def unwatched() -> bool:
+    """Whether nothing looks on that must see an operator: no trace, mode or transform."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(t is None or (type(t) in _KINDS and not (t.is_conj() or t.is_neg())) for t in tensors)
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _plain(tensors: Inputs) -> bool:
+    """Whether neither something that looks on nor a kind of tensor wants an operator."""
+    return (
+        unwatched()
+        and all(t is None or (type(t) in KINDS and not (t.is_conj() or t.is_neg())) for t in tensors)
         and tensors.u.device.type != "meta"
     )
 
