@@ -83,8 +83,14 @@ def _errors(case, mode):
     from projecta import selective_scan
     from projecta.scan import triton as backend
 
-    backend.plan = functools.partial(_plan, mode)
-    backend._known.clear()  # made by another plan
+    with (
+        mock.patch.object(backend, "plan", functools.partial(_plan, mode)),
+        mock.patch.dict(backend._known, clear=True),  # made by another plan
+    ):
+        return _errors_of(selective_scan, case)
+
+
+def _errors_of(selective_scan, case):
     torch.manual_seed(0)
     arguments = make_scan(**CASES[case])
     wide = {name: widen(t) for name, t in arguments.items()}

@@ -166,7 +166,7 @@ def _own(
     for i in tl.static_range(len(s)):
         step, value = s[i] + bias, v[i]
         if SOFTPLUS:
-            step = softplus(step)
+            step = softplus(step, u.dtype.element_ty == tl.float32)
         if not WHOLE:
             inside = (t1 + i >= t_start) & (t1 + i < t_end)
             step, value = tl.where(inside, step, 0.0), tl.where(inside, value, 0.0)
@@ -398,41 +398,33 @@ def forward_times(
         constant_B = tl.load(B + held, lane < n, 0.0)
     if STEADY_C:
         constant_C = tl.load(C + held, lane < n, 0.0)
-    t1, next_B, next_C = lane * T, (), ()
-    if not STEADY_B:
-        next_B = _sixteen(at_B, t1, lane, l, NATIVE, WHOLE, not PIN)
-    if not STEADY_C:
-        next_C = _sixteen(at_C, t1, lane, l, NATIVE, WHOLE, not PIN)
-    next_s, next_u = _load(at_s, t1, sl, l, WIDE, WHOLE, T), _load(at_u, t1, ul, l, WIDE, WHOLE, T)
     for block in range(0, blocks):
         t1 = block * SIZE + lane * T
-        onward = tl.where(block + 1 < blocks, SIZE, 0)  # the last block is loaded twice
-        loaded_u = next_u
+        next_B, next_C = (), ()
+        row_B, row_C = at_B + block * ahead, at_C + block * ahead
+        if not STEADY_B:
+            next_B = _sixteen(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
+        if not STEADY_C:
+            next_C = _sixteen(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
+        loaded_s, loaded_u = _load(at_s, t1, sl, l, WIDE, WHOLE, T), _load(at_u, t1, ul, l, WIDE, WHOLE, T)
         if WIDE:
             later = tl.minimum(t1 + SIZE, l - 1)
             prefetch(at_s + later)
             prefetch(at_u + later)
             if z is not None:
                 prefetch(at_z + tl.minimum(t1, l - 1))
-        own = _own(next_s, next_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
+        own = _own(loaded_s, loaded_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
         span, outputs = zero, repeat(zero, T)
         for i in tl.static_range(T):
             span += own[i]
-        row_B, row_C = at_B + block * ahead, at_C + block * ahead
         for state in tl.range(0, n, loop_unroll_factor=2):
-            now_B, now_C, final = next_B, next_C, state + 1 == n
-            row_B += tl.where(final, turn_B - n * turn_B, turn_B)
-            row_C += tl.where(final, turn_C - n * turn_C, turn_C)
-            t2 = t1
-            if NATIVE:
-                t2 += tl.where(final, onward, 0)
-            else:
-                row_B += tl.where(final, onward, 0)
-                row_C += tl.where(final, onward, 0)
+            now_B, now_C = next_B, next_C
+            row_B += tl.where(state + 1 < n, turn_B, 0)
+            row_C += tl.where(state + 1 < n, turn_C, 0)
             if not STEADY_B:
-                next_B = _sixteen(row_B, t2, lane, l, NATIVE, WHOLE, not PIN)
+                next_B = _sixteen(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
             if not STEADY_C:
-                next_C = _sixteen(row_C, t2, lane, l, NATIVE, WHOLE, not PIN)
+                next_C = _sixteen(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
             rate = shuffled(rates, state)
             if PIN:
                 rate += pin(state, lane)
@@ -454,8 +446,6 @@ def forward_times(
                 h = decays[i] * h + gains[i]
                 new = new + (outputs[i] + h * Cs[i],)
             outputs = new
-        t2 = t1 + onward
-        next_s, next_u = _load(at_s, t2, sl, l, WIDE, WHOLE, T), _load(at_u, t2, ul, l, WIDE, WHOLE, T)
         loaded_z = () if z is None else _load(at_z, t1, zl, l, WIDE, WHOLE, T)
         values = _outputs(outputs, skip, loaded_u, loaded_z, u, z, WIDE)
         _store(y + at_y, t1, yl, values[T:], 0, l, every, WIDE, WHOLE, T)
@@ -531,7 +521,7 @@ def carry(
         for i in tl.static_range(V):
             step, grad = s[i] + own_bias, g[i]
             if SOFTPLUS:
-                step = softplus(step)
+                step = softplus(step, False)
             if z is not None:
                 grad = grad * gate[i] * sigmoid(gate[i])
             if not WHOLE:
@@ -723,7 +713,7 @@ def backward(
             slope = zero + 1.0
             if SOFTPLUS:
                 slope = sigmoid(step)
-                step = softplus(step)
+                step = softplus(step, False)
             if z is not None:
                 open = sigmoid(gate[i])
                 own_gate = own_gate + (grad * ys[i] * open * (1.0 + gate[i] * (1.0 - open)),)
@@ -754,7 +744,7 @@ def backward(
                     gain = tl.where(inside, gain, 0.0)
                 state = decay * state + gain
                 states, decays = states + (state,), decays + (decay,)
-            grad, of_A, of_B, of_C = p[j], total_A[j], total_B[j], total_C[j]
+            grad, of_A, of_B, of_C = p[j], zero, zero, zero  # a slab's sums: fewer roundings than one by one
             news_B, news_A, over_B, over_C = (), (), (), ()
             for i in tl.static_range(STEPS - 1, -1, -1):
                 sent = grads[i] * Cs[i]
@@ -773,8 +763,8 @@ def backward(
                 news_A = (sums_A[i] + rate * change,) + news_A
                 of_A += steps[i] * change
             sums_B, sums_A = news_B, news_A
-            then, new_A = then + (grad,), new_A + (of_A,)
-            new_B, new_C = new_B + (of_B,), new_C + (of_C,)
+            then, new_A = then + (grad,), new_A + (total_A[j] + of_A,)
+            new_B, new_C = new_B + (total_B[j] + of_B,), new_C + (total_C[j] + of_C,)
             if S > 0:
                 row_j = summed(over_B + over_C, index, 1, 2, 2 * STEPS)
                 row_j = summed(row_j, index, 2 * LANES, CHANNELS // 2, STEPS)
@@ -924,7 +914,7 @@ def step(
     if bias is not None:
         delta += tl.load(bias + channel, real, 0.0)
     if SOFTPLUS:
-        delta = softplus(delta)
+        delta = softplus(delta, False)
     held = channel[:, None] * n + state_n
     at_B = row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
     at_C = row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
