@@ -1,4 +1,4 @@
-"""The multi-resolution scan: forward, by update periods and length."""
+"""The multi-resolution scan beside the full one: forward, and forward and backward, by theta and length."""
 
 import functools
 
@@ -6,82 +6,108 @@ import torch
 
 from benchmarks import common
 
-PERIODS = {  # of the 16 states, fastest last
-    "every 1": [1] * 16,
-    "every 1-8": [1, 2, 4, 8] * 4,
-    "every 16": [16] * 16,
-}
+THETAS = {"compound, every token": 1e-9, "theta 0.1": 0.1, "theta 0.5": 0.5}
+CASES = ("full scan", *THETAS)
 VERSION = common.version(__file__)
 
 
-@functools.cache
-def _scan(periods: str, l: int, d: int):
-    """A call of the scan, checked against the reference in float64."""
-    mrss_scan = common.require("projecta", "mrss_scan")
+def _inputs(l: int, d: int) -> dict[str, torch.Tensor]:
+    """As `common.scan_inputs`, with the steps that a Mamba layer begins with: .001 to .1, sorted."""
     inputs = common.scan_inputs(1, d, l)
-
-    @torch.inference_mode()
-    def run(inputs, backend):
-        return mrss_scan(
-            **inputs, delta_softplus=True, periods=PERIODS[periods], decay="compound", backend=backend
-        )
-
-    truth = run(common.pick_channels(inputs), "reference")
-    got = run(inputs, "vectorised").index_select(1, common.channel_rows(d).to(common.device()))
-    common.check_close(f"periods {periods}", got, truth, 1e-4)
-    return functools.partial(run, inputs, "vectorised")
+    steps = torch.logspace(-3, -1, d, device=common.device())
+    inputs["delta_bias"] = steps + torch.log(-torch.expm1(-steps))
+    return inputs
 
 
-class _Forward(common.Suite):
-    """b = 1, d = 256, n = 16, float32, compound decay, backend "vectorised", inputs as in `scan`."""
+@functools.cache
+def _scan(case: str, l: int, d: int, backward: bool):
+    """A call of a scan, checked against the reference in float64."""
+    inputs, grad = _inputs(l, d), common.randn(1, d, l, seed=5)
+    if case == "full scan":
+        scan, options = common.require("projecta", "selective_scan"), {}
+    else:
+        scan, choose = (common.require("projecta.mrss", name) for name in ("mrss_scan", "choose_periods"))
+        steps = torch.nn.functional.softplus(inputs["delta"] + inputs["delta_bias"][:, None])
+        try:
+            table = choose(
+                inputs["A"], theta=THETAS[case], step=steps.square().mean((0, 2)).sqrt(), vector=(16, 4)
+            )
+        except TypeError as error:
+            common.skip(f"this commit's choose_periods takes no step sizes ({error})")
+        options = {"periods": table}
 
-    params = (tuple(PERIODS), common.LENGTHS)
-    param_names = ("periods", "length")
+    def run(inputs, grad, **options):
+        leaves = {name: t.requires_grad_(backward) for name, t in inputs.items()}
+        with torch.set_grad_enabled(backward):
+            y = scan(**leaves, delta_softplus=True, **options)
+        return (y, *torch.autograd.grad(y, list(leaves.values()), grad)) if backward else (y,)
+
+    rows = common.channel_rows(d)
+    few = {name: t.cpu()[rows] for name, t in options.items()}
+    truth = run(common.pick_channels(inputs), grad.cpu()[:, rows].double(), **few, backend="reference")
+    got = run(inputs, grad, **options)
+    common.check_close(
+        case, got[0].detach().index_select(1, rows.to(common.device())), truth[0].detach(), 1e-4
+    )
+    if backward:
+        found = got[1].index_select(1, rows.to(common.device()))
+        common.check_close(f"{case} du", found, truth[1], 1e-4)
+    return functools.partial(run, inputs, grad, **options)
+
+
+class _Case(common.Suite):
+    """b = 1, d = 256, n = 16, float32, compound decay, backend "auto"."""
+
+    params = (CASES, common.LENGTHS)
+    param_names = ("case", "length")
     version = VERSION
     d = 256
+    backward = False
+
+    def setup(self, case, length):
+        if isinstance(self, _Peak):
+            common.return_freed_memory()
+        _scan(case, length, self.d, self.backward)
 
 
-class Mrss(_Forward):
-    def setup(self, periods, length):
-        _scan(periods, length, self.d)
-
-    def time_forward(self, periods, length):
-        _scan(periods, length, self.d)()
+class _Peak:
+    """Marks the suites of memory."""
 
 
-class MrssPeak(_Forward):
-    def setup(self, periods, length):
-        common.return_freed_memory()
-        _scan(periods, length, self.d)
-
-    def track_peak_forward(self, periods, length):
-        return common.peak_mib(_scan(periods, length, self.d))
+class Mrss(_Case):
+    def time_forward(self, case, length):
+        _scan(case, length, self.d, backward=False)()
 
 
-class _Long(common.Suite):
+class MrssPeak(_Case, _Peak):
+    def track_peak_forward(self, case, length):
+        return common.peak_mib(_scan(case, length, self.d, backward=False))
+
+
+class MrssGrad(_Case):
+    backward = True
+
+    def time_forward_backward(self, case, length):
+        _scan(case, length, self.d, backward=True)()
+
+
+class _Long(_Case):
     """At the width of mamba-130m, to 65,536 steps."""
 
-    params = (tuple(PERIODS), common.LONG_LENGTHS)
-    param_names = ("periods", "length")
-    version = VERSION
+    params = (CASES, common.LONG_LENGTHS)
     timeout = 1200
     d = 1536
 
+    def setup(self, case, length):
+        common.require_full()
+        super().setup(case, length)
+
 
 class FullMrss(_Long):
-    def setup(self, periods, length):
-        common.require_full()
-        _scan(periods, length, self.d)
-
-    def time_forward(self, periods, length):
-        _scan(periods, length, self.d)()
+    def time_forward(self, case, length):
+        _scan(case, length, self.d, backward=False)()
 
 
-class FullMrssPeak(_Long):
-    def setup(self, periods, length):
-        common.require_full()
-        common.return_freed_memory()
-        _scan(periods, length, self.d)
-
-    def track_peak_forward(self, periods, length):
-        return common.peak_mib(_scan(periods, length, self.d))
+class FullMrssPeak(_Long, _Peak):
+    def track_peak_forward(self, case, length):
+        return common.peak_mib(_scan(case, length, self.d, backward=False))

@@ -13,6 +13,7 @@ both. Everything stays (b, l, d_inner) in memory; the scan takes the transposed 
 
 import math
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projecta import mrss as multi
 from projecta._checks import Checker
+from projecta.mrss import MrssState, choose_periods, mrss_scan, mrss_update
 from projecta.scan import BACKENDS, require_backend, selective_scan, selective_state_update
 
 
@@ -28,11 +31,11 @@ class State(NamedTuple):
     """What a block remembers of a sequence.
 
     conv: the last inputs of the convolution (b, d_inner, d_conv - 1). ssm: the state of the scan (b, d_inner,
-    d_state).
+    d_state), or with MRSS a `MrssState`.
     """
 
     conv: Tensor
-    ssm: Tensor
+    ssm: Tensor | MrssState
 
 
 class MambaBlock(nn.Module):
@@ -47,6 +50,8 @@ class MambaBlock(nn.Module):
             dt_scale / sqrt(dt_rank).
         conv_bias, bias: whether the convolution, and in_proj and out_proj, have a bias.
         backend: of the scan, as in `projecta.selective_scan`.
+        mrss: scan by `projecta.mrss_scan` (compound decay), with the periods that this theta gives at the
+            initial step sizes, which are then sorted; 0.5, say. The periods are a buffer of the module.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -75,6 +80,7 @@ class MambaBlock(nn.Module):
         bias: bool = False,
         *,
         backend: str = "auto",
+        mrss: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -84,8 +90,9 @@ class MambaBlock(nn.Module):
             check.that(size >= 1, name, "be at least 1", size)
         check.that(0 < dt_min <= dt_max, "dt_min", f"lie in (0, dt_max] = (0, {dt_max}]", dt_min)
         check.one_of("dt_init", dt_init, ("random", "constant"))
-        _check_backend(check, backend)
-        self.backend = backend
+        _check_backend(check, backend, mrss is not None)
+        check.that(mrss is None or mrss > 0, "mrss", "be above 0", mrss)
+        self.backend, self.mrss = backend, mrss
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
@@ -112,6 +119,9 @@ class MambaBlock(nn.Module):
             spread = math.log(dt_max) - math.log(dt_min)
             steps = torch.exp(torch.rand(self.d_inner, device=device) * spread + math.log(dt_min))
             steps = steps.clamp(min=dt_init_floor)
+            if mrss is not None:  # so that neighbours can share their periods
+                steps = steps.sort().values
+                self.register_buffer("periods", choose_periods(rates, theta=mrss, step=steps))
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus's inverse
             self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 
@@ -119,10 +129,9 @@ class MambaBlock(nn.Module):
         """The state before the first token: zeros."""
         weight = self.conv1d.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return State(
-            weight.new_zeros(batch, self.d_inner, self.d_conv - 1),
-            torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=wide),
-        )
+        zeros = torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=wide)
+        ssm = zeros if self.mrss is None else MrssState.start(zeros)
+        return State(weight.new_zeros(batch, self.d_inner, self.d_conv - 1), ssm)
 
     def forward(
         self, hidden_states: Tensor, state: State | None = None, return_state: bool = False
@@ -138,7 +147,10 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
         x, z = self.in_proj(hidden_states).chunk(2, -1)
         conv, ssm = (None, None) if state is None else state
-        y, last = _scan(self, _convolve(self, x, conv), z, ssm, self.backend)
+        if self.mrss is not None and ssm is None and return_state:
+            ssm = self.initial_state(len(x)).ssm
+        periods: Any = None if self.mrss is None else self.periods
+        y, last = _scan(self, _convolve(self, x, conv), z, ssm, self.backend, periods)
         output = self.out_proj(y)
         if not return_state:
             return output
@@ -151,15 +163,15 @@ class MambaBlock(nn.Module):
     def step(self, hidden_states: Tensor, state: State) -> Tensor:
         """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
         check = Checker("MambaBlock.step")
-        check.shape("hidden_states", hidden_states, (len(state.ssm), self.d_model), "(b, d_model)")
+        check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
         x, z = self.in_proj(hidden_states).chunk(2, -1)
         window = torch.cat([state.conv, x[..., None]], -1)
         state.conv.copy_(window[..., 1:])
         return self.out_proj(_step(self, window, z, state.ssm, self.backend))
 
 
-def _check_backend(check: Checker, backend: str) -> None:
-    check.one_of("backend", backend, ("auto", *BACKENDS))
+def _check_backend(check: Checker, backend: str, by_mrss: bool = False) -> None:
+    check.one_of("backend", backend, ("auto", *(multi.BACKENDS if by_mrss else BACKENDS)))
     if backend != "auto":
         require_backend(check, backend)
 
@@ -190,8 +202,12 @@ def _convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
 
 def _select(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """delta (..., d) before its bias, the bias, B and C (..., n) of x (..., d)."""
+    return _split(layer, layer.x_proj(x))
+
+
+def _split(layer: Any, projected: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     n = layer.A_log.shape[1]
-    dt, B, C = layer.x_proj(x).tensor_split((-2 * n, -n), -1)
+    dt, B, C = projected.tensor_split((-2 * n, -n), -1)
     if hasattr(layer, "dt_layernorm"):  # falcon_mamba, jamba
         dt, B, C = layer.dt_layernorm(dt), layer.b_layernorm(B), layer.c_layernorm(C)
     plain = type(layer.dt_proj) is nn.Linear and "forward" not in vars(layer.dt_proj)
@@ -205,19 +221,21 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _scan(
-    layer: Any, x: Tensor, z: Tensor, initial_state: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """y (b, l, d) and the last state, of x and z (b, l, d)."""
+    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, periods: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if there are `periods`."""
     delta, bias, B, C = _select(layer, x)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
     A, D = -torch.exp(_wide(layer.A_log)), _wide(layer.D)
-    y, last_state = selective_scan(
-        u, delta, A, B, C, D, z, bias, True, True, initial_state=initial_state, backend=backend
-    )
+    options = {"initial_state": initial_state, "backend": backend}
+    if periods is None:
+        y, last_state = selective_scan(u, delta, A, B, C, D, z, bias, True, True, **options)
+    else:
+        y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, periods=periods, **options)
     return y.transpose(1, 2), last_state
 
 
-def _step(layer: Any, window: Tensor, z: Tensor, state: Tensor, backend: str) -> Tensor:
+def _step(layer: Any, window: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
     """y (b, d) of the last columns (b, d, d_conv) and z (b, d); `state` is overwritten."""
     x = (window * layer.conv1d.weight.squeeze(1)).sum(-1)
     if layer.conv1d.bias is not None:
@@ -225,6 +243,8 @@ def _step(layer: Any, window: Tensor, z: Tensor, state: Tensor, backend: str) ->
     x = _activate(layer, x)
     delta, bias, B, C = _select(layer, x)
     A, D = -torch.exp(_wide(layer.A_log)), _wide(layer.D)
+    if isinstance(state, MrssState):
+        return mrss_update(state, x, delta, A, B, C, D, z, bias, True, periods=layer.periods)
     return selective_state_update(state, x, delta, A, B, C, D, z, bias, True, backend=backend)
 
 
@@ -235,7 +255,53 @@ _MIXERS = {  # the layers of transformers that `accelerate` knows, by the module
 }
 
 
-def accelerate(model: nn.Module, *, backend: str = "auto") -> "Acceleration":
+class Calibration(NamedTuple):
+    """What `calibrate` finds: theta, and the root mean square of each channel's steps (d_inner,) by layer."""
+
+    theta: float
+    steps: dict[str, Tensor]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any], theta: float = 0.1) -> Calibration:
+    """Run a Hugging Face Mamba model over `batches`, and note the step sizes that its layers take.
+
+    Args:
+        model: as for `accelerate`. batches: token ids (b, l), or dictionaries of the model's arguments.
+        theta: how far a state may decay within a block of `mrss_scan`.
+
+    Returns:
+        What to give `accelerate` as `mrss`.
+    """
+    check = Checker("calibrate")
+    check.that(theta > 0, "theta", "be above 0", theta)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, layer in _mixers(check, model):
+
+        def note(module: nn.Module, args: tuple, output: Tensor, name: str = name, layer: Any = layer):
+            delta, bias, _, _ = _split(layer, output)
+            steps = F.softplus(delta.float() if bias is None else delta.float() + bias.float())
+            squares = steps.square().flatten(0, -2).sum(0)
+            sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
+            counts[name] = counts.get(name, 0) + steps.numel() // steps.shape[-1]
+
+        hooks.append(layer.x_proj.register_forward_hook(note))
+    try:
+        with accelerate(model):
+            for batch in batches:
+                model(**batch) if isinstance(batch, dict) else model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check.that(bool(sums), "batches", "hold at least one batch", "none")
+    return Calibration(theta, {name: (sums[name] / counts[name]).sqrt() for name in sums})
+
+
+def accelerate(
+    model: nn.Module, *, mrss: "float | Calibration | None" = None, backend: str = "auto"
+) -> "Acceleration":
     """Run the Mamba layers of a Hugging Face model on projecta's scan, until the handle's `remove()`.
 
     Weights, names, caches and `generate` stay as they are. One result differs, for the better: a call with a
@@ -244,6 +310,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> "Acceleration":
     Args:
         model: any model with Mamba-1 layers of transformers (mamba, falcon_mamba, jamba). Only this instance
             changes. A second call changes nothing more.
+        mrss: read several tokens by `projecta.mrss_scan`, with the periods that a `Calibration` gives; a
+            number is its theta, at the steps that the biases alone give. A layer's channels are sorted by
+            step size, in its weights, until `remove()`. Single tokens are still decoded by the full update.
         backend: of the scan and the step, as in `projecta.selective_scan`.
 
     Returns:
@@ -260,14 +329,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> "Acceleration":
     2
     """
     check = Checker("accelerate")
-    known = tuple(getattr(sys.modules[at], name) for at, name in _MIXERS.items() if at in sys.modules)
-    mixers = [layer for layer in model.modules() if isinstance(layer, known)]
-    families = ", ".join(name.split(".")[2] for name in _MIXERS)
-    check.that(
-        bool(mixers), "model", f"have Mamba-1 layers of transformers ({families})", type(model).__name__,
-        error=TypeError,
-    )  # fmt: skip
-    _check_backend(check, backend)
+    named = _mixers(check, model)
+    mixers = [mixer for _, mixer in named]
+    _check_backend(check, backend, mrss is not None)
     for mixer in mixers:
         current = vars(mixer).get("forward")
         if isinstance(current, _Forward):
@@ -281,7 +345,66 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> "Acceleration":
                 current is None and not hasattr(mixer.conv1d, "_hf_hook"), "model",
                 "have layers with their own forward, and weights in place", "a wrapped or offloaded layer",
             )  # fmt: skip
-    return Acceleration(mixers, backend)
+    order: list[Tensor | None] = [None] * len(mixers)
+    if mrss is not None:
+        fresh = not any(isinstance(vars(mixer).get("forward"), _Forward) for mixer in mixers)
+        check.that(
+            fresh, "mrss", "be None on an accelerated model", mrss, "Call remove() of its handle first."
+        )
+        theta, steps = mrss if isinstance(mrss, Calibration) else (mrss, {})
+        check.that(theta > 0, "mrss", "be above 0", theta)
+        for i, (name, mixer) in enumerate(named):
+            order[i] = _sort_order(check, mixer, steps.get(name), isinstance(mrss, Calibration), name)
+    handle = Acceleration(mixers, backend)
+    for (name, mixer), rank in zip(named, order, strict=True):
+        if rank is not None:
+            step = steps.get(name)
+            step = F.softplus(mixer.dt_proj.bias.detach().float()) if step is None else step.to(rank.device)
+            _permute(mixer, rank)
+            A = torch.exp(mixer.A_log.detach().float())
+            mixer.forward.order = rank
+            mixer.forward.periods = choose_periods(A, theta=theta, step=step[rank]).cpu()
+    return handle
+
+
+def _mixers(check: Checker, model: nn.Module) -> list[tuple[str, Any]]:
+    known = tuple(getattr(sys.modules[at], name) for at, name in _MIXERS.items() if at in sys.modules)
+    mixers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, known)]
+    families = ", ".join(name.split(".")[2] for name in _MIXERS)
+    check.that(
+        bool(mixers), "model", f"have Mamba-1 layers of transformers ({families})", type(model).__name__,
+        error=TypeError,
+    )  # fmt: skip
+    return mixers
+
+
+def _sort_order(check: Checker, mixer: Any, step: Tensor | None, calibrated: bool, name: str) -> Tensor:
+    """The layer's channels by step size."""
+    check.that(
+        step is not None or not calibrated, "mrss", "be a calibration of this model", f"none of layer {name}"
+    )
+    plain = all(
+        type(getattr(mixer, part)) is nn.Linear for part in ("in_proj", "x_proj", "dt_proj", "out_proj")
+    )
+    check.that(
+        plain and mixer.A_log.is_floating_point(), "model",
+        "have layers of plain weights, whose channels can be sorted, for mrss", "others",
+    )  # fmt: skip
+    return (mixer.dt_proj.bias.detach().float() if step is None else step).argsort(stable=True)
+
+
+@torch.no_grad()
+def _permute(layer: Any, order: Tensor) -> None:
+    """Put a layer's channels (d_inner) into another order, in place; what it computes stays the same."""
+    both = torch.cat([order, order + len(order)])  # in_proj gives x, then z
+    for module, rows in ((layer.in_proj, both), (layer.conv1d, order), (layer.dt_proj, order)):
+        for t in (module.weight, module.bias):
+            if t is not None:
+                t.copy_(t[rows.to(t.device)])
+    for t in (layer.A_log, layer.D):
+        t.copy_(t[order.to(t.device)])
+    for t in (layer.x_proj.weight, layer.out_proj.weight):
+        t.copy_(t[:, order.to(t.device)])
 
 
 class Acceleration:
@@ -291,7 +414,8 @@ class Acceleration:
         self._mixers = mixers
         self._first = not self.layers
         for mixer in mixers:
-            mixer.forward = _Forward(mixer, backend)
+            if not isinstance(vars(mixer).get("forward"), _Forward):
+                mixer.forward = _Forward(mixer, backend)
 
     @property
     def layers(self) -> int:
@@ -300,7 +424,10 @@ class Acceleration:
     def remove(self) -> None:
         """Give the layers their own forward back. A second call does nothing."""
         for mixer in self._mixers:
-            if isinstance(vars(mixer).get("forward"), _Forward):
+            forward = vars(mixer).get("forward")
+            if isinstance(forward, _Forward):
+                if forward.order is not None:
+                    _permute(mixer, forward.order.argsort())
                 del mixer.forward
 
     def __enter__(self) -> "Acceleration":
@@ -316,6 +443,8 @@ class _Forward:
 
     def __init__(self, mixer: Any, backend: str):
         self.mixer, self.backend = mixer, backend
+        self.order: Tensor | None = None  # of the channels, and
+        self.periods: Tensor | None = None  # those of their states, with MRSS
 
     def __call__(
         self,
@@ -347,7 +476,7 @@ class _Forward:
         if ssm is not None and x.requires_grad:
             ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
         convolved = _convolve(mixer, x, conv)
-        y, last = _scan(mixer, _masked(convolved, mask), z, ssm, self.backend)
+        y, last = _scan(mixer, _masked(convolved, mask), z, ssm, self.backend, self.periods)
         if cache_params is not None:
             width = mixer.conv_kernel_size
             cache_params.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)

@@ -12,24 +12,53 @@ keeps exp's values at 0 (1) and far out (0). The inputs of a block are decayed f
 end, (p - 1) / 2 steps: with period 1 nothing is left to decay and the formula is the selective scan's.
 
 Blocks start with each sequence; a short last block ends with it (its own length then stands for p in the
-returned state).
+returned state). A sequence that comes in pieces, or token by token, is carried by a `MrssState`, which holds
+unfinished blocks as they are: the result is that of one scan.
 """
 
 import itertools
 import math
+from importlib import import_module
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from projecta._checks import Checker
-from projecta.scan import reference, selective_scan, vectorised
+from projecta.scan import available_backends, reference, require_backend, selective_scan, vectorised
 from projecta.scan._arguments import canonical_arguments
+from projecta.scan._operator import Inputs
 
-BACKENDS = ("reference", "vectorised")
+BACKENDS = ("reference", "vectorised", "cpu")
 DECAYS = ("compound", "exact")
-PERIODS = (1, 2, 4, 8, 16)  # what `choose_periods` chooses from
+PERIODS = (1, 4, 8, 16)  # what `choose_periods` chooses from; 2 costs the kernels as much as 1
+VECTOR = (16, 4)  # adjacent channels and states that share a period, so that a vector of them is one update
 SEGMENT_ELEMENTS = 2_000_000  # elements of (t, b, d, n) in flight
+
+
+class MrssState(NamedTuple):
+    """What a sequence leaves behind in the middle of blocks.
+
+    h: the states as of their blocks' starts. acc: what has arrived since. span: the sum of delta since; all
+    (b, d, n). length: tokens since, (d, n). Float32, float64 for float64 inputs; length int64.
+    """
+
+    h: Tensor
+    acc: Tensor
+    span: Tensor
+    length: Tensor
+
+    @classmethod
+    def start(cls, h: Tensor) -> "MrssState":
+        """At the start of every block, from the states h (b, d, n).
+
+        >>> MrssState.start(torch.zeros(1, 2, 3)).length.shape
+        torch.Size([2, 3])
+        """
+        length = torch.zeros(h.shape[1:], dtype=torch.int64, device=h.device)
+        return cls(h.clone(), torch.zeros_like(h), torch.zeros_like(h.real), length)
 
 
 def mrss_scan(
@@ -44,20 +73,23 @@ def mrss_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
-    initial_state: Tensor | None = None,
+    initial_state: "Tensor | MrssState | None" = None,
     cu_seqlens: Tensor | None = None,
     periods: Tensor | list[int] | None = None,
     decay: str = "compound",
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> "Tensor | tuple[Tensor, Tensor | MrssState]":
     """Scan as `selective_scan` does, with each state updated once per its period; the formula is this
     module's.
 
     Args:
         periods: update periods in tokens, integers >= 1, (n,) or (d, n). None: `choose_periods(A,
             delta_bias)`.
-        decay: "compound" or "exact". Periods all 1 and "exact" together are `selective_scan`, bit for bit.
-        backend: "reference" (a loop over time), "vectorised", or "auto", which is "vectorised".
+        decay: "compound" or "exact". Periods all 1 with "exact" are `selective_scan`, bit for bit.
+        initial_state: as in `selective_scan`, or a `MrssState`, from which the sequence goes on; then the
+            last state is one as well.
+        backend: "reference" (a loop over time), "vectorised", "cpu" (kernels; periods of 1, 2, 4, 8 or 16
+            that 64 bytes of adjacent channels and 4 states share), or "auto": "cpu" where it can.
         The other arguments, the result and the errors are those of `projecta.selective_scan`; complex A needs
         "exact".
 
@@ -67,58 +99,134 @@ def mrss_scan(
     tensor([0.1000, 0.1902, 0.2902, 0.3451])
     """
     check = Checker("mrss_scan")
-    A, B, C, initial_state = canonical_arguments(
+    if isinstance(initial_state, MrssState):
+        check.that(cu_seqlens is None, "cu_seqlens", "be None with a MrssState", "a tensor")
+        y, state = _scan_piece(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, periods, decay, backend
+        )
+        return (y, state) if return_last_state else y
+    A, B, C, first = canonical_arguments(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )
     check.one_of("decay", decay, DECAYS)
     check.that(decay == "exact" or not A.is_complex(), "decay", "be 'exact' with complex A", repr(decay))
     check.one_of("backend", backend, ("auto", *BACKENDS))
     table = _check_periods(check, periods, A, delta_bias, delta_softplus)
+    backend, in_vectors = _choose(check, backend, u, A, B, C, table)
     shape = (delta, A, B, C, D, z, delta_bias, delta_softplus)
     if backend != "reference" and decay == "exact" and bool((table == 1).all()):
         return selective_scan(
-            u,
-            *shape,
-            return_last_state,
-            initial_state=initial_state,
-            cu_seqlens=cu_seqlens,
-            backend="vectorised",
+            u, *shape, return_last_state, initial_state=first, cu_seqlens=cu_seqlens, backend=backend
         )
-    scan_one = _scan_reference if backend == "reference" else _scan_vectorised
+    if in_vectors is not None:
+        tensors = (u, delta, A, B, C, D, z, delta_bias, first, cu_seqlens)
+        y, last = _OnCpu.apply(in_vectors, decay == "exact", delta_softplus, *tensors)
+        return (y, last) if return_last_state else y
+    scan_one, each = _scan_vectorised, lambda function, *along: function(*along)
+    if backend == "reference":
+        scan_one, each = _scan_reference, reference.by_token
     bounds = [0, u.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()
     rows = len(u) if cu_seqlens is None else 1  # of the batch, in each sequence of the list
-    if initial_state is None:
-        initial_state = A.new_zeros(rows * (len(bounds) - 1), *A.shape)
+    if first is None:
+        first = A.new_zeros(rows * (len(bounds) - 1), *A.shape)
     real = A.real.dtype if A.is_complex() else A.dtype
-    ys, states = [u[..., :0]], [initial_state[:0]]
-    for (start, stop), h in zip(itertools.pairwise(bounds), initial_state.split(rows), strict=True):
+    ys, states = [u[..., :0]], [first[:0]]
+    for (start, stop), h in zip(itertools.pairwise(bounds), first.split(rows), strict=True):
         x, step = u[..., start:stop].to(real), delta[..., start:stop]
-        step = reference.step_size(step, delta_bias, delta_softplus, real)
+        step = each(lambda t: reference.step_size(t, delta_bias, delta_softplus, real), step)
         B_cut, C_cut = (t if t.dim() == 2 else t[..., start:stop] for t in (B, C))
         with torch.autocast(u.device.type, enabled=False):  # the state is float32 whatever surrounds it
             y, h = scan_one(x, step, A, B_cut, C_cut, h, table, decay)
         gate = None if z is None else z[..., start:stop]
-        ys.append(reference.skip_and_gate(y, x, D, gate).to(u.dtype))
+        ys.append(each(lambda y, x, z: reference.skip_and_gate(y, x, D, z), y, x, gate).to(u.dtype))
         states.append(h)
     y = torch.cat(ys, -1)
     return (y, torch.cat(states)) if return_last_state else y
 
 
-def choose_periods(
-    A: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = True, theta: float = 0.5
+def mrss_update(
+    state: MrssState,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    periods: Tensor | list[int] | None = None,
+    decay: str = "compound",
 ) -> Tensor:
-    """The largest period p of `PERIODS` with |A| delta p <= theta for each state, (d, n), at the step that
-    the bias alone gives.
+    """Advance `state` by one token, overwriting it; `mrss_scan` of the tokens so far gives the same outputs.
 
-    >>> choose_periods(-torch.tensor([[0.01, 0.1, 1.0]]), torch.tensor([1.0]))
+    Args:
+        x, dt, z: (b, d). B, C: (b, n) or (b, g, n). The others as in `mrss_scan`.
+
+    Returns:
+        y (b, d), of x's dtype.
+
+    >>> state = MrssState.start(torch.zeros(1, 2, 1))
+    >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
+    >>> torch.cat([mrss_update(state, x, 0.1 * x, A, B, B, periods=[2])[:, :1] for _ in range(4)], 1)
+    tensor([[0.1000, 0.1902, 0.2902, 0.3451]])
+    """
+    check = Checker("mrss_update")
+    check.that(isinstance(state, MrssState), "state", "be a MrssState", type(state).__name__, error=TypeError)
+    check.tensor("x", x)
+    check.that(x.dim() == 2, "x", "have shape (b, d)", tuple(x.shape))
+    token = [None if t is None else t[..., None] for t in (x, dt, B, C, z)]
+    A, B, C, _ = canonical_arguments(
+        check, token[0], token[1], A, token[2], token[3], D, token[4], dt_bias, None, None
+    )
+    check.one_of("decay", decay, DECAYS)
+    table = _check_periods(check, periods, A, dt_bias, dt_softplus)
+    y, new = _piece_by_reference(
+        token[0], token[1], A, B, C, D, token[4], dt_bias, dt_softplus, state, table, decay
+    )
+    for old, t in zip(state, new, strict=True):
+        old.copy_(t)
+    return y[..., 0]
+
+
+def choose_periods(
+    A: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    theta: float = 0.5,
+    *,
+    step: Tensor | None = None,
+    vector: tuple[int, int] = VECTOR,
+) -> Tensor:
+    """The largest period p of `PERIODS` with |A| step p <= theta for each state, (d, n).
+
+    Args:
+        A: (d, n). delta_bias, delta_softplus: as in `mrss_scan`; the step is the one that the bias alone
+            gives,
+        step: unless it is given: (d,), the root mean square of each channel's steps, say.
+        theta: how far a state may decay within a block. Smaller is slower and more accurate.
+        vector: so many adjacent channels and states get the least of their periods. (1, 1): each its own.
+
+    >>> choose_periods(-torch.tensor([[0.01, 0.1, 1.0]]), torch.tensor([1.0]), vector=(1, 1))
     tensor([[16,  2,  1]])
     """
-    bias = torch.zeros(A.shape[0], device=A.device) if delta_bias is None else delta_bias.detach().float()
-    step = F.softplus(bias) if delta_softplus else bias.abs()
-    speed = (A.detach().abs() * step[:, None])[..., None]  # (d, n, 1), per token
+    if step is None:
+        bias = torch.zeros(A.shape[0], device=A.device) if delta_bias is None else delta_bias.detach().float()
+        step = F.softplus(bias) if delta_softplus else bias.abs()
+    speed = _in_tiles(A.detach().abs() * step[:, None], vector).amax((1, 3))  # per token
     ladder = torch.tensor(PERIODS, device=A.device)
-    fits = speed * ladder <= theta
-    return torch.where(fits, ladder, 1).amax(-1)
+    periods = torch.where(speed[..., None] * ladder <= theta, ladder, 1).amax(-1)
+    whole = periods.repeat_interleave(vector[0], 0).repeat_interleave(vector[1], 1)
+    return whole[: A.shape[0], : A.shape[1]]
+
+
+def _in_tiles(t: Tensor, vector: tuple[int, int]) -> Tensor:
+    """(d, n) as (tiles, channels, tiles, states); the last row and column are repeated to fill them."""
+    (d, n), (channels, states) = t.shape, vector
+    rows = torch.arange(-(-d // channels) * channels, device=t.device).clamp_max(d - 1)
+    columns = torch.arange(-(-n // states) * states, device=t.device).clamp_max(n - 1)
+    return t[rows][:, columns].unflatten(1, (-1, states)).unflatten(0, (-1, channels))
 
 
 def decay_factor(exponent: Tensor, decay: str) -> Tensor:
@@ -127,6 +235,68 @@ def decay_factor(exponent: Tensor, decay: str) -> Tensor:
         return torch.exp(exponent)
     root = (exponent / 4).add_(1).clamp_min_(0)
     return root.square().square() if root.requires_grad else root.square_().square_()
+
+
+def _choose(check, backend, u, A, B, C, table) -> tuple[str, np.ndarray | None]:
+    """The backend, and for "cpu" the periods as its kernels take them."""
+    g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
+    found, able = None, u.device.type == "cpu" and not available_backends()["cpu"]
+    if backend in ("auto", "cpu") and able:
+        found = None if A.is_complex() else _in_vectors(table, g, 64 // A.element_size())
+    if backend == "cpu":
+        require_backend(check, backend, u.device.type)
+        check.that(not A.is_complex(), "A", "be real for backend 'cpu'", A.dtype, error=TypeError)
+        check.that(
+            found is not None, "periods",
+            f"be 1, 2, 4, 8 or 16, and equal in {64 // A.element_size()} adjacent channels of a group and 4 "
+            "states, for backend 'cpu'", "others", "Take those of choose_periods, or backend='vectorised'.",
+        )  # fmt: skip
+    if backend == "auto":
+        backend = "vectorised" if found is None else "cpu"
+    return backend, found
+
+
+def _in_vectors(table: Tensor, g: int, width: int) -> np.ndarray | None:
+    """The periods of each vector of channels and four states, flat, if these share them; else None."""
+    kernels = _kernels()
+    if not table.numel() or not bool((kernels.CHUNK % table == 0).all()):
+        return None
+    tiles = [_in_tiles(part, (width, kernels.UNROLL)) for part in table.chunk(g)]
+    if not all(torch.equal(t.amin((1, 3)), t.amax((1, 3))) for t in tiles):
+        return None
+    return torch.cat([t[:, 0, :, 0] for t in tiles]).flatten().long().numpy()
+
+
+def _kernels() -> Any:
+    """Of backend "cpu": numba is imported when it is needed."""
+    return import_module("projecta.scan.cpu")
+
+
+class _OnCpu(torch.autograd.Function):
+    """The scan in the kernels of backend "cpu"."""
+
+    @staticmethod
+    def forward(ctx, periods, exact, delta_softplus, *tensors):
+        inputs = Inputs(*tensors)
+        y, last, saved = _kernels().lazy_forward(
+            inputs, delta_softplus, periods, exact, any(ctx.needs_input_grad)
+        )
+        ctx.save_for_backward(saved, *tensors)
+        ctx.rest = periods, exact, delta_softplus
+        ctx.set_materialize_grads(False)
+        ctx.last_shape = last.shape
+        return y, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_last):
+        saved, *tensors = ctx.saved_tensors
+        inputs, (periods, exact, delta_softplus) = Inputs(*tensors), ctx.rest
+        grad_y = torch.zeros_like(inputs.u) if grad_y is None else grad_y
+        grad_last = inputs.A.new_zeros(ctx.last_shape) if grad_last is None else grad_last
+        grads = Inputs(*(None if t is None else torch.empty_like(t) for t in tensors[:9]))
+        _kernels().lazy_backward(grad_y, grad_last, saved, inputs, delta_softplus, grads, periods, exact)
+        return None, None, None, *grads
 
 
 def _check_periods(check, periods, A, delta_bias, delta_softplus) -> Tensor:
@@ -150,11 +320,18 @@ def _check_periods(check, periods, A, delta_bias, delta_softplus) -> Tensor:
 
 
 def _scan_reference(x, delta, A, B, C, h, periods, decay):
-    """The module's formula, one token after the other."""
+    """The module's formula, one token after the other; a short last block ends with the sequence."""
+    y, state = _tokens(x, delta, A, B, C, MrssState.start(h), periods, decay)
+    h, acc, S, length = state
+    last = torch.where(length > 0, _end_block(A, S, h, acc, length.clamp_min(1), decay), h)
+    return y, last
+
+
+def _tokens(x, delta, A, B, C, state, periods, decay):
+    """y, and what the tokens leave behind."""
     d = x.shape[1]
     periods = periods.to(x.device)
-    S, acc = torch.zeros_like(h.real), torch.zeros_like(h)  # (b, d, n)
-    length = torch.zeros_like(periods, dtype=delta.dtype)  # tokens in the block so far, (d, n)
+    h, acc, S, length = state
     ys = []
     for x_t, delta_t, B_t, C_t in zip(*reference.over_time(x, delta, B, C), strict=True):
         S = S + delta_t[..., None]
@@ -164,12 +341,60 @@ def _scan_reference(x, delta, A, B, C, h, periods, decay):
         h, acc = torch.where(ends, _end_block(A, S, h, acc, length, decay), h), torch.where(ends, 0, acc)
         S, length = torch.where(ends, 0, S), torch.where(ends, 0, length)
         ys.append(reference.read_out(h + acc, reference.for_channels(C_t, d)))
-    last = torch.where(length > 0, _end_block(A, S, h, acc, length.clamp_min(1), decay), h)
-    return torch.stack(ys, -1) if ys else x, last
+    return (torch.stack(ys, -1) if ys else x), MrssState(h, acc, S, length)
+
+
+def _scan_piece(u, delta, A, B, C, D, z, delta_bias, softplus, state, periods, decay, backend):
+    """On from a state: token by token to where all blocks start, and from the last such place on."""
+    check = Checker("mrss_scan")
+    canonical = canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, None, None)
+    check.one_of("decay", decay, DECAYS)
+    check.one_of("backend", backend, ("auto", *BACKENDS))
+    b, (d, n) = len(u), A.shape
+    for name, t in state._asdict().items():
+        expected = (d, n) if name == "length" else (b, d, n)
+        check.that(
+            tuple(t.shape) == expected, f"initial_state.{name}", f"have shape {expected}", tuple(t.shape)
+        )
+    table = _check_periods(check, periods, A, delta_bias, softplus)
+    common, l = math.lcm(*table.unique().tolist()) if table.numel() else 1, u.shape[-1]
+    lengths = state.length.cpu()
+    starts = (k for k in range(common) if bool(((lengths + k) % table == 0).all()))
+    head = l if backend == "reference" else min(l, next(starts, l))
+    ys, tail = [], head + (l - head) // common * common
+    for start, stop in ((0, head), (head, tail), (tail, l)):
+        if start == stop:
+            continue
+        along = [None if t is None else t[..., start:stop] for t in (u, delta, z)]
+        if start == head and head < tail:
+            weights = (t if t.dim() == 2 else t[..., start:stop] for t in canonical[1:3])
+            y, h = mrss_scan(
+                along[0], along[1], canonical[0], *weights, D, along[2], delta_bias, softplus, True,
+                initial_state=state.h, periods=table, decay=decay, backend=backend,
+            )  # fmt: skip
+            state = MrssState.start(h)
+        else:
+            weights = (t if t.dim() == 2 else t[..., start:stop] for t in canonical[1:3])
+            y, state = _piece_by_reference(
+                along[0], along[1], canonical[0], *weights, D, along[2], delta_bias, softplus, state, table,
+                decay,
+            )  # fmt: skip
+        ys.append(y)
+    return (torch.cat(ys, -1) if ys else torch.empty_like(u)), state
+
+
+def _piece_by_reference(u, delta, A, B, C, D, z, delta_bias, softplus, state, table, decay):
+    real = A.real.dtype if A.is_complex() else A.dtype
+    x = u.to(real)
+    step = reference.by_token(lambda t: reference.step_size(t, delta_bias, softplus, real), delta)
+    y, state = _tokens(x, step, A, B, C, state, table, decay)
+    y = reference.by_token(lambda y, x, z: reference.skip_and_gate(y, x, D, z), y, x, z)
+    return y.to(u.dtype), state
 
 
 def _end_block(A, S, h, acc, length, decay):
     """f(A S) h + f(A S (p - 1) / (2 p)) acc, for a block of p = length tokens."""
+    length = length.to(S.dtype)
     return decay_factor(A * S, decay) * h + decay_factor(A * S * ((length - 1) / (2 * length)), decay) * acc
 
 

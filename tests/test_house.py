@@ -14,7 +14,7 @@ ARROWS = {  # room: the rooms that it may import
     "_checks": set(),
     "scan": {"_checks"},
     "mrss": {"_checks", "scan"},
-    "mamba": {"_checks", "scan"},
+    "mamba": {"_checks", "mrss", "scan"},
     "low_rank": {"_checks"},
     "s4d": {"_checks", "scan"},
     "vtp": {"_checks"},

@@ -1,6 +1,7 @@
 """The Mamba block, and Hugging Face models on projecta's scan."""
 
 import copy
+import functools
 import io
 import re
 import warnings
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from projecta import BackendUnavailable
-from projecta.mamba import MambaBlock, accelerate
+from projecta import BackendUnavailable, mrss_scan
+from projecta.mamba import Calibration, MambaBlock, accelerate, calibrate
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
@@ -372,3 +373,83 @@ def test_block_compiles_and_trains_in_one_graph():
 def test_errors_of_the_block(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+# --- the multi-resolution scan
+
+
+def test_calibration_notes_the_steps_that_layers_take(model):
+    found = calibrate(model, [tokens(), left_padded()], theta=0.2)
+    assert found.theta == 0.2
+    mixers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "dt_proj")}
+    assert set(found.steps) == set(mixers)
+    name, layer = next(iter(mixers.items()))
+    seen = []
+    hook = layer.x_proj.register_forward_hook(lambda _, args, out: seen.append(out))
+    with torch.no_grad():  # the stock model
+        model(tokens())
+    hook.remove()
+    dt = seen[0][..., : layer.dt_proj.in_features]
+    dt = layer.dt_layernorm(dt) if hasattr(layer, "dt_layernorm") else dt
+    steps = nn.functional.softplus(layer.dt_proj(dt)).detach()
+    close(calibrate(model, [tokens()]).steps[name], steps.square().mean((0, 1)).sqrt())
+    with pytest.raises(ValueError, match="calibrate: batches must hold at least one batch"):
+        calibrate(model, [])
+
+
+def test_mrss_in_a_model_and_out_again(model):
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        truth = model(tokens(2, 40)).logits
+        errors = []
+        for theta in (1.0, 0.1, 1e-9):
+            found = calibrate(model, [tokens(2, 40)], theta)
+            with accelerate(model, mrss=found) as handle:
+                assert handle.layers
+                assert any(not torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+                errors.append((model(tokens(2, 40)).logits - truth).abs().max().item())
+                model.generate(tokens(2, 5), max_new_tokens=3, do_sample=False)
+            assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+        assert torch.equal(model(tokens(2, 40)).logits, truth)
+    assert errors[0] >= errors[2]  # every state at every token: the compound decay's error is left
+
+
+def test_mrss_with_exact_steps_is_the_stock_model(mamba, monkeypatch):
+    """Sorted channels compute what unsorted ones do: with the exact decay at every token nothing changes."""
+    exact = functools.partial(mrss_scan, decay="exact")
+    monkeypatch.setattr("projecta.mamba.mrss_scan", exact)
+    with torch.no_grad():
+        truth = mamba(tokens()).logits
+        with accelerate(mamba, mrss=1e-9):
+            close(mamba(tokens()).logits, truth, 1e-5)
+
+
+def test_mrss_refusals(mamba):
+    for wrong, message in (
+        (0.0, "accelerate: mrss must be above 0; got 0.0."),
+        (Calibration(0.1, {}), "accelerate: mrss must be a calibration of this model; got none of layer"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            accelerate(mamba, mrss=wrong)
+    with accelerate(mamba), pytest.raises(ValueError, match="mrss must be None on an accelerated model"):
+        accelerate(mamba, mrss=0.1)
+    mamba.backbone.layers[1].mixer.x_proj = nn.Sequential(mamba.backbone.layers[1].mixer.x_proj)
+    with pytest.raises(ValueError, match="have layers of plain weights"):
+        accelerate(mamba, mrss=0.1)
+
+
+def test_a_block_with_mrss_streams_as_it_scans():
+    torch.manual_seed(0)
+    block = MambaBlock(32, mrss=0.5)
+    assert len(block.periods.unique()) > 2
+    again = MambaBlock(32, mrss=0.5)
+    again.load_state_dict(block.state_dict())
+    assert torch.equal(again.periods, block.periods)
+    x = torch.randn(2, 37, 32)
+    truth = block(x)
+    y, state = block(x[:, :19], return_state=True)
+    steps = [block.step(x[:, t], state) for t in range(19, 30)]
+    rest = block(x[:, 30:], state)
+    close(torch.cat([y, torch.stack(steps, 1), rest], 1), truth)
+    truth.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())

@@ -1,13 +1,15 @@
 """The multi-resolution scan: its two backends against each other, and the properties that it promises."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from projecta import mrss_scan, selective_scan
-from projecta.mrss import choose_periods
-from tests.cases import make_scan, run_with_gradients
+from projecta.mrss import MrssState, choose_periods, mrss_update
+from tests.cases import make_scan, run_with_gradients, widen
 
 CASES = {
     "plain": {},
@@ -94,8 +96,111 @@ def test_the_error_vanishes_with_the_step(decay):
 
 def test_chosen_periods_follow_the_time_constant():
     A, bias = -torch.tensor([[0.001, 0.1, 1.0]]), torch.tensor([0.5413])  # softplus: 1
-    assert choose_periods(A, bias, theta=0.5).tolist() == [[16, 4, 1]]
-    assert choose_periods(A, bias, theta=0.1).tolist() == [[16, 1, 1]]
+    assert choose_periods(A, bias, theta=0.5, vector=(1, 1)).tolist() == [[16, 4, 1]]
+    assert choose_periods(A, bias, theta=0.1, vector=(1, 1)).tolist() == [[16, 1, 1]]
+    assert choose_periods(A, bias, theta=0.5).tolist() == [[1, 1, 1]]  # the three go together
+    A, step = -torch.ones(40, 6), torch.linspace(0.01, 0.3, 40)
+    table = choose_periods(A, theta=0.5, step=step)
+    assert table[:, 0].tolist() == [4] * 16 + [1] * 24
+    assert (A.abs() * step[:, None] * table <= 0.5).all()
+
+
+VECTORS = {  # what the kernels take: some periods for each 64 bytes of channels and four states
+    "plain": {"d": 20, "l": 101, "n": 8},
+    "groups": {"d": 40, "l": 33, "n": 5, "g": 2},
+    "constant": {"d": 9, "l": 50, "constant": "BC"},
+    "packed": {"b": 1, "d": 16, "l": 70, "packed": [0, 5, 5, 16, 17, 64, 70]},
+    "empty": {"l": 0},
+    "no options": {"d": 9, "l": 40, "without": ("D", "z", "delta_bias", "initial_state")},
+}
+
+
+def vector_periods(d, n, g, width):
+    k = d // g
+    table = torch.tensor([1, 2, 4, 8, 16])[torch.randint(0, 5, (g, -(-k // width), -(-n // 4)))]
+    table = table.repeat_interleave(width, 1)[:, :k].flatten(0, 1)
+    return table.repeat_interleave(4, 1)[:, :n]
+
+
+@pytest.mark.parametrize("decay", ["exact", "compound"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", VECTORS)
+def test_the_kernels_agree_with_the_loop(case, dtype, decay):
+    torch.manual_seed(0)
+    arguments = make_scan(**VECTORS[case], dtype=dtype)
+    wide = {name: widen(t) for name, t in arguments.items()}
+    (d, n), tolerance = (
+        arguments["A"].shape,
+        {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 1e-2},
+    )
+    width = 8 if dtype == torch.float64 else 16
+    for periods in (torch.full((d, n), 1), vector_periods(d, n, VECTORS[case].get("g") or 1, width)):
+        options = {"periods": periods, "decay": decay}
+        truth = run_with_gradients(mrss_scan, wide, **options, backend="reference")
+        got = run_with_gradients(mrss_scan, arguments, **options, backend="cpu")
+        for name, expected in truth.items():
+            limit = tolerance[dtype] * expected.abs().max().item() if expected.numel() else 0
+            torch.testing.assert_close(
+                widen(got[name]), expected, rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_auto_takes_the_kernels_where_periods_allow_it():
+    arguments = make_scan(d=16, n=4)
+    for periods, backend in (
+        ([4, 4, 4, 4], "cpu"),
+        ([4, 4, 4, 2], "vectorised"),
+        ([3, 3, 3, 3], "vectorised"),
+    ):
+        got = mrss_scan(**arguments, periods=periods)
+        assert torch.equal(got, mrss_scan(**arguments, periods=periods, backend=backend))
+    with pytest.raises(
+        ValueError, match="periods must be 1, 2, 4, 8 or 16, and equal in 16 adjacent channels"
+    ):
+        mrss_scan(**arguments, periods=[4, 4, 4, 2], backend="cpu")
+
+
+def pieces(arguments, cuts, backend, **options):
+    """The scan in pieces, one state carried through."""
+    b, (d, n) = len(arguments["u"]), arguments["A"].shape
+    state, ys = MrssState.start(torch.zeros(b, d, n, dtype=torch.float64)), []
+    for start, stop in itertools.pairwise(cuts):
+        cut = {
+            k: v[..., start:stop] if k in ("u", "delta", "z", "B", "C") else v for k, v in arguments.items()
+        }
+        y, state = mrss_scan(**cut, return_last_state=True, initial_state=state, backend=backend, **options)
+        ys.append(y)
+    return torch.cat(ys, -1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 50), max_size=5), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_pieces_and_tokens_are_the_scan(cuts, periods):
+    torch.manual_seed(0)
+    arguments = make_scan(l=50, dtype=torch.float64, without=("initial_state",))
+    options = {"periods": periods, "delta_softplus": True}
+    cuts = [0, *sorted(cuts), 50]
+    truth = mrss_scan(**arguments, **options, backend="reference")
+    assert torch.equal(pieces(arguments, cuts, "reference", **options), truth)
+    torch.testing.assert_close(
+        pieces(arguments, cuts, "vectorised", **options), truth, rtol=1e-11, atol=1e-11
+    )
+    state = MrssState.start(torch.zeros(2, 4, 3, dtype=torch.float64))
+    for t in range(50):
+        u, delta, z, B, C = (arguments[name][..., t] for name in ("u", "delta", "z", "B", "C"))
+        y = mrss_update(
+            state, u, delta, arguments["A"], B, C, arguments["D"], z, arguments["delta_bias"], True,
+            periods=periods,
+        )  # fmt: skip
+        assert torch.equal(y, truth[..., t])
+
+
+def test_pieces_in_the_kernels():
+    arguments = make_scan(d=16, l=77, n=8, dtype=torch.float64, without=("initial_state",))
+    options = {"periods": [1, 1, 1, 1, 16, 16, 16, 16], "delta_softplus": True}
+    truth = mrss_scan(**arguments, **options, backend="cpu")
+    got = pieces(arguments, [0, 1, 3, 33, 50, 55, 77], "cpu", **options)
+    torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-11)
 
 
 ERRORS = {
@@ -105,7 +210,11 @@ ERRORS = {
     ),
     "periods' values": ({"periods": [0, 1, 2]}, ValueError, "periods must be at least 1; got 0."),
     "periods' dtype": ({"periods": [1.0, 1, 2]}, TypeError, "periods must be integers; got torch.float32."),
-    "backend": ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised'; got 'gpu'."),
+    "backend": ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'vectorised', 'cpu'; got 'gpu'."),
+    "a state's shape": (
+        {"initial_state": MrssState.start(torch.zeros(2, 4, 2))}, ValueError,
+        "initial_state.h must have shape (2, 4, 3); got (2, 4, 2).",
+    ),
     "delta": (
         {"delta": torch.zeros(2, 4, 3)}, ValueError, "delta must have shape (b, d, l) = (2, 4, 33) like u; got (2, 4, 3).",
     ),

@@ -43,10 +43,11 @@ TABLES = (
     Table("s4d_memory", "S4D: peak memory over inputs", "memory_mib", 1.0, "mode", {
         "s4d.S4dPeak.track_peak_forward": "forward",
     }),
-    Table("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "periods", {
+    Table("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "case", {
         "mrss.Mrss.time_forward": "forward", "mrss.FullMrss.time_forward": "forward, d 1536",
+        "mrss.MrssGrad.time_forward_backward": "forward+backward",
     }),
-    Table("mrss_memory", "Multi-resolution scan: peak memory over inputs", "memory_mib", 1.0, "periods", {
+    Table("mrss_memory", "Multi-resolution scan: peak memory over inputs", "memory_mib", 1.0, "case", {
         "mrss.MrssPeak.track_peak_forward": "forward",
         "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
     }),

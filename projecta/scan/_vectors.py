@@ -413,6 +413,18 @@ def fma(typing, x, y, z):
 
 
 @intrinsic
+def line(typing, x, y):
+    """max(0, 1 + x y); NaN where x y is."""
+
+    def lower(context, builder, sig, args):
+        emit = _Emit(builder, x.scalar)
+        value, zero = emit.fma(*args, emit.kind.constant(1)), emit.kind.constant(0)
+        return builder.select(builder.fcmp_unordered(">", value, zero), value, zero)
+
+    return x(x, x), lower
+
+
+@intrinsic
 def exp2_product(typing, x, y):
     """2^(x y) for |x y| below 126 (float64: 1022): `magnitude_below` says whether that holds."""
 

@@ -17,11 +17,12 @@ order.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from projecta.scan import reference
-from projecta.scan._layout import CHUNK, UNROLL, Layout, flat, memory, saved_shape
+from projecta.scan import _lazy, reference
+from projecta.scan._layout import CHUNK, UNROLL, Layout, flat, in_large_pages, memory, saved_shape
 from projecta.scan._operator import Inputs, define
 from projecta.scan._threads import compiled, inner, run
 from projecta.scan._vectors import (
@@ -243,6 +244,14 @@ def _limits(rates, at, n):
 
 
 @inner
+def _unit(periods, exact):
+    """What exponents are counted in, as a factor of A: powers of 2, or quarters for the compound decay."""
+    if periods is not None and exact is None:
+        return 0.25
+    return LOG2_E
+
+
+@inner
 def _forward_room(n):
     """Vectors that a thread of `_forward` works in: S X Y Z, H, A, B, C, bias, D and span."""
     return 4 * (TILE + SKEW) + 4 * n + 3
@@ -251,9 +260,13 @@ def _forward_room(n):
 @compiled
 def _forward(
     counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, y, sy, A, B, C, D, bias, room, looks, spans, start_state, last_state, saved,
+    u, su, delta, sd, z, sz, y, sy, A, B, C, D, bias, room, looks, periods, exact, spans, start_state,
+    last_state, saved,
 ):  # fmt: skip
-    """Item i is block i % blocks of sequence i // blocks; `spans` takes the sums of delta, if it has room."""
+    """Item i is block i % blocks of sequence i // blocks; `spans` takes the sums of delta, if it has room.
+
+    `periods`, if not None, has those of each block and four rows; `exact` is None for the compound decay.
+    """
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     width, blocks, d = lanes(bias), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
@@ -264,14 +277,15 @@ def _forward(
     B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
     ahead = looks[16 * thread :]
     save, lines = saved.size > 0, address(saved, 0) % BYTES == 0
-    turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
+    unit = _unit(periods, exact)
+    turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
     while item < items:
         sequence, block = item // blocks, item % blocks
         row, group, lane = sequences[sequence], block // per_group, block % per_group * width
         channel, channels = group * k + lane, min(width, k - lane)
         w, states = (row * g + group) * l * n, (sequence * d + channel) * rows
-        _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, 0)
+        _fetch(A, channel * rows, channels, rows, n, unit, turn, rates, 0)
         limits = _limits(rates, 0, n)
         if steady_B is not None:
             _fetch(B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, 0)
@@ -313,7 +327,12 @@ def _forward(
                         else:
                             store(saved, to + q, load(H, q))
                 more, v = min(stride, steps - t), w + t0 * n
-                if rotate is not None:
+                if periods is not None:
+                    _lazy.advance(
+                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, periods,
+                        block * (n // UNROLL), exact, steady_B, steady_C,
+                    )  # fmt: skip
+                elif rotate is not None:
                     _advance(
                         S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, 1, 1, steady_B,
                         steady_C,
@@ -454,7 +473,7 @@ def _backward_room(n, size):
 @compiled
 def _backward(
     counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, spans, last_grad, saved,
+    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, periods, exact, spans, last_grad, saved,
     du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC, sums_B, sums_C,
 ):  # fmt: skip
     """Item i is superblock i % supers of sequence i // supers.
@@ -477,7 +496,8 @@ def _backward(
     fits = ends[6 * size * width :]
     B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
     ahead = looks[16 * size * thread :]
-    turn = 1.0 / (2 * math.pi) if rotate is not None else LOG2_E
+    unit = _unit(periods, exact)
+    turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
     while item < items:
         sequence, superblock = item // supers, item % supers
@@ -491,7 +511,7 @@ def _backward(
         for i in range(count):
             lane, own, e = (block0 + i) * width, i * held, 6 * i * width
             channel, channels = group * k + lane, min(width, k - lane)
-            _fetch(A, channel * rows, channels, rows, n, LOG2_E, turn, rates, own)
+            _fetch(A, channel * rows, channels, rows, n, unit, turn, rates, own)
             store(ends, e + 5 * width, _limits(rates, own, n))
             _fetch(last_grad, (sequence * d + channel) * rows, channels, rows, n, 1.0, 1.0, carries, own)
             _fetch(bias, channel, channels, 1, 1, 1.0, 1.0, ends, e)
@@ -550,7 +570,14 @@ def _backward(
                     sink_B, pb, tb = (collect_B, 0, held) if steady_B is None else (held_B, own, 0)
                     sink_C, pc, tc = (collect_C, 0, held) if steady_C is None else (held_C, own, 0)
                     for q in range(0, n, UNROLL):
-                        if rotate is not None:
+                        if periods is not None:
+                            _lazy.retrace(
+                                T, i * tiles, area, at, here, rates, own, B_here, C_here,
+                                w + (t0 + at) * n, n, q, saved, before, hs, carries, sums_A,
+                                sink_B, pb, tb, sink_C, pc, tc, periods[(block * n + q) // UNROLL], exact,
+                                steady_B, steady_C, ahead, 16 * i, ahead_states,
+                            )  # fmt: skip
+                        elif rotate is not None:
                             _retrace(
                                 T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
                                 saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
@@ -582,7 +609,7 @@ def _backward(
                 for t in range(o, o + steps * width, width):
                     s, grad, x_grad = load(T, t), load(T, t + 2 * area), load(T, t + 4 * area)
                     value = load(T, t + 6 * area)
-                    grad_delta = fma(x_grad, value, load(T, t + 5 * area) * (1.0 / LOG2_E))
+                    grad_delta = fma(x_grad, value, load(T, t + 5 * area) * (1.0 / unit))
                     if softplus:
                         grad_delta = grad_delta * load(T, t + 8 * area)
                     sum_D, sum_bias = fma(grad, value, sum_D), sum_bias + grad_delta
@@ -618,6 +645,7 @@ def _backward(
 
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
     layout, start, none = Layout(inputs, delta_softplus), inputs.initial_state, saved[:0]
+    in_large_pages(y, saved)
     if layout.pieces == 1:
         _forward_run(layout, y, start, last_state, saved, none)
         return
@@ -634,12 +662,13 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
 
 
 def _forward_run(
-    layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor
-) -> None:
+    layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor,
+    periods: np.ndarray | None = None, exact: int | None = None,
+) -> None:  # fmt: skip
     vectors = _forward_room.py_func(layout.padded)
     run(
-        _forward, layout.sequences * layout.blocks, layout.work, *layout.arguments(y, vectors), flat(spans),
-        flat(saved[:0] if start is None else start), flat(last), flat(saved),
+        _forward, layout.sequences * layout.blocks, layout.work, *layout.arguments(y, vectors), periods,
+        exact, flat(spans), flat(saved[:0] if start is None else start), flat(last), flat(saved),
     )  # fmt: skip
 
 
@@ -647,6 +676,7 @@ def _backward_pass(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
 ) -> None:
     layout, none = Layout(inputs, delta_softplus), saved[:0]
+    in_large_pages(*grads)
     if layout.pieces == 1:
         _backward_run(layout, grad_y, grad_last, saved, grads, grads.initial_state, none)
         return
@@ -665,7 +695,7 @@ def _backward_pass(
 
 def _backward_run(
     layout: Layout, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
-    grad_start: Tensor | None, spans: Tensor,
+    grad_start: Tensor | None, spans: Tensor, periods: np.ndarray | None = None, exact: int | None = None,
 ) -> None:  # fmt: skip
     inputs, s, d = layout.inputs, layout.sequences, layout.inputs.A.shape[0]
 
@@ -680,8 +710,8 @@ def _backward_run(
     ]
     vectors = _backward_room.py_func(layout.padded, int(layout.sizes[6]))
     run(
-        _backward, s * layout.supers, layout.work, *layout.arguments(grad_y, vectors), flat(spans),
-        flat(grad_last.contiguous()), flat(saved), *memory(grads.u), *memory(grads.delta),
+        _backward, s * layout.supers, layout.work, *layout.arguments(grad_y, vectors), periods, exact,
+        flat(spans), flat(grad_last.contiguous()), flat(saved), *memory(grads.u), *memory(grads.delta),
         *memory(grads.u if grads.z is None else grads.z),
         flat(saved[:0] if grad_start is None else grad_start),
         *map(flat, (dA, dD, dbias, *constant, *sums)),
@@ -698,6 +728,34 @@ def _backward_run(
         else:
             over = part.sum(2)[..., : layout.rows]
             grad.copy_(layout.gradient(over, conjugate).transpose(2, 3))
+
+
+def lazy_forward(
+    inputs: Inputs, delta_softplus: bool, periods: np.ndarray, exact: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`projecta.mrss_scan`: y, the last states, and what `lazy_backward` needs if `save`.
+
+    `periods` has those of each vector of channels and four states in turn; they divide `CHUNK`.
+    """
+    layout, (u, _, A) = Layout(inputs, delta_softplus, whole=True), inputs[:3]
+    saved = A.new_empty(saved_shape(inputs, layout.sequences, 1) if save else 0)
+    y, last = torch.empty_like(u), A.new_empty(layout.sequences, *A.shape)
+    start, none = inputs.initial_state, saved[:0]
+    in_large_pages(y, saved)
+    _forward_run(layout, y, start, last, saved, none, periods, 1 if exact else None)
+    return y, last, saved
+
+
+def lazy_backward(
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
+    periods: np.ndarray, exact: bool,
+) -> None:  # fmt: skip
+    """Writes `grads`, None where an input is."""
+    layout, none = Layout(inputs, delta_softplus, whole=True), saved[:0]
+    in_large_pages(*grads)
+    _backward_run(
+        layout, grad_y, grad_last, saved, grads, grads.initial_state, none, periods, 1 if exact else None
+    )
 
 
 selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)

@@ -11,7 +11,7 @@ What this is not: fast, or frugal with memory in training.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
     d = u.shape[1]
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     x = u.to(real)
-    delta = step_size(delta, delta_bias, delta_softplus, real)
+    delta = by_token(lambda t: step_size(t, delta_bias, delta_softplus, real), delta)
     state = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state  # (b, d, n)
     ys = []
     for x_t, delta_t, B_t, C_t in zip(*over_time(x, delta, B, C), strict=True):
@@ -61,7 +61,21 @@ def _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
         state = A_bar * state + B_bar_u
         ys.append(read_out(state, for_channels(C_t, d)))  # (b, d)
     y = torch.stack(ys, -1) if ys else x
-    return skip_and_gate(y, x, D, z).to(u.dtype), state
+    y = by_token(lambda y, x, z: skip_and_gate(y, x, D, z), y, x, z)
+    return y.to(u.dtype), state
+
+
+def by_token(function: Callable, *along: Tensor | None) -> Tensor:
+    """`function` of one token (b, d, 1) after the other.
+
+    A token's result then has the same bits whatever is computed beside it: exp and its kin round differently
+    in a vector and in what is left over.
+    """
+    if not along[0].shape[-1]:  # type: ignore[union-attr]
+        return function(*along)
+    steps = range(along[0].shape[-1])  # type: ignore[union-attr]
+    cut = ([None if t is None else t[..., i : i + 1].contiguous() for t in along] for i in steps)
+    return torch.cat([function(*token) for token in cut], -1)
 
 
 def over_time(x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> list[Sequence[Tensor]]:
