@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from projecta import mrss_scan, selective_scan
-from projecta.mrss import MrssState, choose_periods, mrss_update
+from projecta.mrss import MrssState, choose_periods, decay_factor, error_bound, mrss_update
 from tests.cases import make_scan, run_with_gradients, widen
 
 CASES = {
@@ -103,6 +103,34 @@ def test_chosen_periods_follow_the_time_constant():
     table = choose_periods(A, theta=0.5, step=step)
     assert table[:, 0].tolist() == [4] * 16 + [1] * 24
     assert (A.abs() * step[:, None] * table <= 0.5).all()
+
+
+@pytest.mark.parametrize("decay", ["exact", "compound"])
+@settings(deadline=None, max_examples=40)
+@given(
+    st.floats(0.01, 4), st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 2**31), st.sampled_from([0.0, 1.0])
+)
+def test_the_error_stays_within_its_bound(decay, theta, p, seed, alike):
+    """For steps of any size and inputs of one sign or of both, as long as |A| S <= theta in every block."""
+    draw = torch.Generator().manual_seed(seed)
+    rates = torch.rand(1, generator=draw, dtype=torch.float64) * 5 + 0.1
+    delta = torch.rand(1, 1, 320, generator=draw, dtype=torch.float64) ** 4 + 1e-4
+    spans = delta.unflatten(-1, (-1, p)).sum(-1, keepdim=True)
+    delta = (delta.unflatten(-1, (-1, p)) / spans.amax() * (theta / rates)).flatten(-2)
+    u = torch.sign(torch.rand(1, 1, 320, generator=draw, dtype=torch.float64) - (0.5 if alike == 0 else 0))
+    one = torch.ones(1, 1, 320, dtype=torch.float64)
+    truth = selective_scan(u, delta, -rates[:, None], one, one, backend="reference")
+    got = mrss_scan(u, delta, -rates[:, None], one, one, periods=[p], decay=decay, backend="reference")
+    assert (got - truth).abs().max() <= error_bound(theta, decay) / rates
+
+
+def test_the_bound_vanishes_with_theta():
+    bounds = [error_bound(theta) for theta in (0.4, 0.04, 0.004)]
+    assert bounds[0] > 9 * bounds[1] > 80 * bounds[2] > 0
+    for theta in torch.linspace(0.01, 12, 500).tolist():  # what the bound takes for granted
+        z = torch.tensor(-theta, dtype=torch.float64)
+        lost = (torch.exp(z) - decay_factor(z, "compound")).item()
+        assert 0 <= lost <= theta**2 / 8
 
 
 VECTORS = {  # what the kernels take: some periods for each 64 bytes of channels and four states

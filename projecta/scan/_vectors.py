@@ -418,8 +418,7 @@ def line(typing, x, y):
 
     def lower(context, builder, sig, args):
         emit = _Emit(builder, x.scalar)
-        value, zero = emit.fma(*args, emit.kind.constant(1)), emit.kind.constant(0)
-        return builder.select(builder.fcmp_unordered(">", value, zero), value, zero)
+        return emit.larger(emit.kind.constant(0), emit.fma(*args, emit.kind.constant(1)))
 
     return x(x, x), lower
 
