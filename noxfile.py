@@ -1,4 +1,4 @@
-"""Sessions: bench (the main job), tests, quick, fidelity, lint. They need nothing but Python and nox."""
+"""Sessions: bench (the main job), tests, quick, fidelity, accuracy, lint. They need but Python and nox."""
 
 from pathlib import Path
 
@@ -65,6 +65,14 @@ def fidelity(session: nox.Session) -> None:
         session.run("python", "-m", "benchmarks.zero_shot")
     else:
         session.warn("zero-shot accuracy is left out: it wants Debian's package dataset-fashion-mnist")
+
+
+@nox.session(reuse_venv=True)
+def accuracy(session: nox.Session) -> None:
+    """Train small models with the full scan and with MRSS, five seeds a task: hours. Write the table."""
+    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"], "scikit-learn>=1.5")
+    install_project(session)
+    session.run("python", "-m", "benchmarks.tasks", *session.posargs)
 
 
 @nox.session(reuse_venv=True)

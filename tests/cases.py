@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-SUITES = ("scan", "s4d", "mrss", "models", "clip")
+SUITES = ("scan", "s4d", "mrss", "lengths", "models", "clip", "tasks")
 
 
 def make_scan(

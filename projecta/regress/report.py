@@ -4,6 +4,8 @@ What goes into which table is said by `TABLES`: a benchmark of the suites belong
 """
 
 import csv
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ class Table:
     scale: float  # from asv's unit to the column's
     by: str  # the parameter that tells the lines apart
     benchmarks: dict[str, str]  # asv's name: what the table calls it
+    slopes: bool = False  # whether each line's growth with length is fitted
 
 
 TABLES = (
@@ -51,6 +54,9 @@ TABLES = (
         "mrss.MrssPeak.track_peak_forward": "forward",
         "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
     }),
+    Table("length_time", "A layer's time against length", "time_ms", 1e3, "layer", {
+        "lengths.Lengths.time_forward": "forward", "lengths.FullLengths.time_forward": "forward",
+    }, slopes=True),
     Table("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
         "models.ModelPrefill.time_prefill": "prefill", "models.FullModelPrefill.time_prefill": "prefill",
         "models.ModelDecode.time_decode": "decode",
@@ -161,6 +167,18 @@ def length_rows(table: Table, measurements: Iterable[Measurement]) -> list[Row]:
     return sorted(rows, key=lambda row: (str(row["pass"]), str(row[table.by]), float(row["length"] or 0)))
 
 
+def slope(points: Iterable[tuple[Any, Any]], least: int = 1024) -> float | None:
+    """The power of the length that a time grows by: the slope of the log-log points from `least` steps on.
+
+    >>> slope([(1024, 1.0), (2048, 2.0), (4096, 4.0)])
+    1.0
+    """
+    long = [(math.log(x), math.log(y)) for x, y in points if x >= least and y > 0]
+    if len(long) < 2:
+        return None
+    return round(statistics.linear_regression(*zip(*long, strict=True)).slope, 2)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table.
 
@@ -189,6 +207,11 @@ def summary(measurements: Sequence[Measurement]) -> str:
         if wide:
             head = list(dict.fromkeys(name for row in wide.values() for name in row))
             head[2:] = sorted(head[2:], key=lambda name: int(name.removeprefix("l = ")))
+            if table.slopes:
+                for row in wide.values():
+                    points = [(int(n[4:]), float(row[n] or 0)) for n in head[2:] if row.get(n) is not None]
+                    row["power of l"] = slope(points)
+                head.append("power of l")
             parts.append(
                 f"{table.title}, {table.value}\n\n"
                 + markdown([{n: row.get(n) for n in head} for row in wide.values()])
@@ -228,7 +251,8 @@ def _plot_lengths(path: Path, table: Table, rows: Sequence[Row], measurements: S
         for line in dict.fromkeys(str(row[table.by]) for row in mine):
             points = [(row["length"], row[table.value]) for row in mine if row[table.by] == line]
             style = {"color": "0.5", "linestyle": "--"} if line == BOUND else {"marker": "o"}
-            axes.loglog(*zip(*points, strict=True), label=line, base=2, **style)
+            label = f"{line}: l^{slope(points)}" if table.slopes else line
+            axes.loglog(*zip(*points, strict=True), label=label, base=2, **style)
         axes.set_yscale("log", base=10)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("length (steps)")

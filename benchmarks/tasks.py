@@ -1,0 +1,272 @@
+"""Tasks that need memory: what a small Mamba learns with the full scan, with MRSS, and keeps post hoc.
+
+Two layers of width 64 and 16 states of transformers' Mamba on projecta's scan, trained from scratch: as it is
+("full"), with MRSS at theta 0.5 from the initial steps ("trained"), and the full model calibrated afterwards
+("post hoc", theta 0.1 and others). Seeds are fixed; nothing is tuned on either side.
+
+`python -m benchmarks.tasks` writes results/mrss_accuracy.csv and .png. The asv suite needs PROJECTA_FULL=1.
+"""
+
+import csv
+import functools
+import statistics
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import common
+
+SEEDS, JUDGED, BATCH, WIDTH, LAYERS = (0, 1, 2, 3, 4), 5120, 32, 64, 2
+TRAINED, POST_HOC = (0.5,), (0.05, 0.1, 0.25, 0.5)
+TESTED = 256  # tokens of a test of induction heads
+IGNORE = -100  # of cross_entropy: tokens that nobody asks about
+VERSION = common.version(__file__)
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Task(NamedTuple):
+    """draw(count, generator, test) gives token ids (b, l), and what to answer at each, or IGNORE."""
+
+    draw: Callable[[int, torch.Generator, bool], Batch]
+    vocabulary: int
+    steps: int
+    unit: str = "per cent right"
+
+
+def copying(count: int, draw: torch.Generator, test: bool, l: int = 96, asked: int = 12) -> Batch:
+    """Selective copying (Gu & Dao 2023, section 4.1.1): repeat the tokens that were hidden among blanks.
+
+    0 is blank, 1 asks, 2...15 are data.
+    """
+    ids = torch.zeros(count, l + asked, dtype=torch.long)
+    where = torch.rand(count, l, generator=draw).argsort(1)[:, :asked].sort(1).values
+    data = torch.randint(2, 16, (count, asked), generator=draw)
+    ids.scatter_(1, where, data)
+    ids[:, l:] = 1
+    answers = torch.full_like(ids, IGNORE)
+    answers[:, l:] = data
+    return ids, answers
+
+
+def induction(count: int, draw: torch.Generator, test: bool, l: int | None = None) -> Batch:
+    """Induction heads (section 4.1.2): what followed the marker 0 the first time? Trained at 64."""
+    l = l or (TESTED if test else 64)
+    ids = torch.randint(1, 16, (count, l), generator=draw)
+    first = torch.randint(0, l - 2, (count, 1), generator=draw)
+    ids.scatter_(1, first, 0)
+    ids[:, -1] = 0
+    answers = torch.full_like(ids, IGNORE)
+    answers[:, -1:] = ids.gather(1, first + 1)
+    return ids, answers
+
+
+def recall(count: int, draw: torch.Generator, test: bool, pairs: int = 6) -> Batch:
+    """Multi-query associative recall (Arora et al. 2023): pairs of key and value, then every key again.
+
+    Keys are 0...15, values 16...31; the value is asked at its key's second place.
+    """
+    keys = torch.rand(count, 16, generator=draw).argsort(1)[:, :pairs]
+    values = torch.randint(16, 32, (count, pairs), generator=draw)
+    again = torch.rand(count, pairs, generator=draw).argsort(1)
+    ids = torch.cat([torch.stack([keys, values], 2).flatten(1), keys.gather(1, again)], 1)
+    answers = torch.full_like(ids, IGNORE)
+    answers[:, 2 * pairs :] = values.gather(1, again)
+    return ids, answers
+
+
+@functools.cache
+def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(found.images).long()[order], torch.from_numpy(found.target).long()[order]
+
+
+def digits(count: int, draw: torch.Generator, test: bool) -> Batch:
+    """Scikit-learn's 1,797 digits pixel by pixel, moved by up to one pixel; the last 597 are the test."""
+    images, labels = _digits()
+    low, high = (1200, len(images)) if test else (0, 1200)
+    rows = torch.randint(low, high, (count,), generator=draw)
+    moves = torch.randint(-1, 2, (count, 2), generator=draw).tolist()
+    moved = [images[row].roll(tuple(move), (0, 1)).flatten() for row, move in zip(rows, moves, strict=True)]
+    ids = torch.cat([torch.stack(moved), torch.full((count, 1), 17)], 1)
+    answers = torch.full_like(ids, IGNORE)
+    answers[:, -1] = labels[rows]
+    return ids, answers
+
+
+@functools.cache
+def _sources() -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes of the standard library's modules: for training, and every eighth for the test."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    parts = [b"".join(p.read_bytes() for p in group) for group in ([*_without(paths, 8)], paths[::8])]
+    train, test = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
+    return train, test
+
+
+def _without(paths: list[Path], every: int):
+    return (path for i, path in enumerate(paths) if i % every)
+
+
+def language(count: int, draw: torch.Generator, test: bool, l: int = 256) -> Batch:
+    """Byte by byte through Python's standard library."""
+    text = _sources()[test]
+    starts = torch.randint(0, len(text) - l - 1, (count, 1), generator=draw)
+    window = text[starts + torch.arange(l + 1)].long()
+    return window[:, :-1], window[:, 1:]
+
+
+TASKS = {
+    "selective copying": Task(copying, 16, 1500),
+    "induction heads": Task(induction, 16, 1500),
+    "associative recall": Task(recall, 32, 2000),
+    "sequential digits": Task(digits, 18, 1500),
+    "language": Task(language, 256, 1000, "bits per byte"),
+}
+
+
+def build(task: Task, seed: int):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=task.vocabulary, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=16,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return MambaForCausalLM(config)
+
+
+def _loss(model, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    logits = model(ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE)
+
+
+def train(name: str, seed: int, mrss: float | None = None, steps: int | None = None):
+    """The model, and the handle that keeps it on the scan it was trained with."""
+    from projecta.mamba import accelerate
+
+    task = TASKS[name]
+    steps = steps or task.steps
+    model, draw = build(task, seed).train(), torch.Generator().manual_seed(seed)
+    handle = accelerate(model, mrss=mrss)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        loss = _loss(model, *task.draw(BATCH, draw, False))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    return model.eval(), handle
+
+
+@torch.inference_mode()
+def judge(name: str, model, count: int = JUDGED) -> float:
+    """Per cent of answers that are right, or bits per byte, on `count` sequences of the test set."""
+    task, draw = TASKS[name], torch.Generator().manual_seed(12345)
+    hits, answers_given, losses = 0, 0, []
+    for _ in range(0, count, 256):
+        ids, answers = task.draw(256, draw, True)
+        asked = answers != IGNORE
+        logits = model(ids, use_cache=False).logits[asked]
+        hits += int((logits.argmax(-1) == answers[asked]).sum())
+        answers_given += int(asked.sum())
+        losses.append(torch.nn.functional.cross_entropy(logits, answers[asked]).item())
+    if task.unit == "bits per byte":
+        return statistics.mean(losses) / 0.6931471805599453
+    return 100 * hits / answers_given
+
+
+def compare(name: str, seed: int, steps: int | None = None, count: int = JUDGED) -> dict[str, float]:
+    """Every way to scan: what it reaches."""
+    from projecta.mamba import accelerate, calibrate
+
+    task, found = TASKS[name], {}
+    model, handle = train(name, seed, steps=steps)
+    found["full"] = judge(name, model, count)
+    handle.remove()
+    draw = torch.Generator().manual_seed(seed + 1000)
+    batches = [task.draw(BATCH, draw, False)[0] for _ in range(8)]
+    for theta in POST_HOC:
+        with accelerate(model, mrss=calibrate(model, batches, theta)):
+            found[f"post hoc, theta {theta}"] = judge(name, model, count)
+    for theta in TRAINED:
+        model, _ = train(name, seed, mrss=theta, steps=steps)
+        found[f"trained, theta {theta}"] = judge(name, model, count)
+    return found
+
+
+class FullTasks(common.Suite):
+    """What a model trained with MRSS at theta 0.5 reaches, one seed."""
+
+    params = (tuple(TASKS), ("full", "trained, theta 0.5"))
+    param_names = ("task", "scan")
+    version = VERSION
+    timeout = 3600
+    unit = "per cent right, or bits per byte"
+
+    def setup(self, task, scan):
+        common.require_full()
+        common.require("projecta.mamba", "calibrate")
+
+    def track_reached(self, task, scan):
+        model, _ = train(task, 0, mrss=None if scan == "full" else 0.5)
+        return judge(task, model)
+
+
+def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
+    """What each way to scan loses against the full one, by task, every seed a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.2 * len(names), 3.4), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [(way, values) for task, way, values in rows if task == name]
+        full = dict(mine)["full"]
+        for i, (_, values) in enumerate(mine):
+            changes = [v - f for v, f in zip(values, full, strict=True)]
+            axis.plot(changes, [i] * len(changes), "o", alpha=0.6)
+        axis.set_yticks(range(len(mine)), [way for way, _ in mine])
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(f"change, {TASKS[name].unit}", fontsize=8)
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Every task, seed and way to scan; the table and the chart are written after each seed."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
+    found: dict[tuple[str, str], list[float]] = {}
+    for name in TASKS:
+        for seed in SEEDS:
+            for way, value in compare(name, seed).items():
+                found.setdefault((name, way), []).append(value)
+                print(f"{name}, seed {seed}: {way} {value:.3f} {TASKS[name].unit}", flush=True)
+            with (folder / "mrss_accuracy.csv").open("w", newline="") as file:
+                out = csv.writer(file)
+                out.writerow(
+                    ["task", "scan", "unit", "seeds", "mean", "change", "change, least", "change, most"]
+                )
+                for (task, way), values in found.items():
+                    changes = [v - f for v, f in zip(values, found[task, "full"], strict=False)]
+                    numbers = (statistics.mean(values), statistics.mean(changes), min(changes), max(changes))
+                    out.writerow([task, way, TASKS[task].unit, len(values), *(f"{v:.3f}" for v in numbers)])
+    rows = [(task, way, values) for (task, way), values in found.items()]
+    draw_chart(rows, folder / "mrss_accuracy.png")
+
+
+if __name__ == "__main__":
+    main()
