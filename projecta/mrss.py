@@ -287,13 +287,15 @@ def _choose(check, backend, u, A, B, C, table) -> tuple[str, np.ndarray | None]:
 
 def _in_vectors(table: Tensor, g: int, width: int) -> np.ndarray | None:
     """The periods of each vector of channels and four states, flat, if these share them; else None."""
-    kernels = _kernels()
-    if not table.numel() or not bool((kernels.CHUNK % table == 0).all()):
+    kernels, periods = _kernels(), table.numpy()
+    if not periods.size or periods.max() > kernels.CHUNK or (periods & (periods - 1)).any():
         return None
-    tiles = [_in_tiles(part, (width, kernels.UNROLL)) for part in table.chunk(g)]
-    if not all(torch.equal(t.amin((1, 3)), t.amax((1, 3))) for t in tiles):
-        return None
-    return torch.cat([t[:, 0, :, 0] for t in tiles]).flatten().long().numpy()
+    d, n = periods.shape
+    firsts = np.concatenate([np.arange(i, i + d // g, width) for i in range(0, d, d // g)])
+    found = periods[firsts][:, :: kernels.UNROLL]
+    sizes = np.diff(firsts, append=d)
+    again = found.repeat(sizes, 0).repeat(kernels.UNROLL, 1)[:, :n]
+    return found.astype(np.int64).ravel() if np.array_equal(again, periods) else None
 
 
 def _kernels() -> Any:
