@@ -20,7 +20,7 @@ def _inputs(l: int, d: int) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def _scan(case: str, l: int, d: int, backward: bool):
+def _scan(case: str, l: int, d: int, *, backward: bool):
     """A call of a scan, checked against the reference in float64."""
     inputs, grad = _inputs(l, d), common.randn(1, d, l, seed=5)
     if case == "full scan":
@@ -67,7 +67,7 @@ class _Case(common.Suite):
     def setup(self, case, length):
         if isinstance(self, _Peak):
             common.return_freed_memory()
-        _scan(case, length, self.d, self.backward)
+        _scan(case, length, self.d, backward=self.backward)
 
 
 class _Peak:

@@ -15,7 +15,7 @@ VERSION = common.version(__file__)
 
 
 @functools.cache
-def _scan(backend: str, l: int, d: int, backward: bool):
+def _scan(backend: str, l: int, d: int, *, backward: bool):
     """A call of the scan, checked against the reference in float64."""
     common.require_backend(backend)
     selective_scan = common.require("projecta", "selective_scan")

@@ -16,6 +16,12 @@ from benchmarks import common, scan
 from tests.cases import benchmarks, parameters
 
 
+def _misses(suite):
+    """How often what the suite's module keeps had to be made."""
+    kept = [f for f in vars(sys.modules[f"benchmarks.{suite}"]).values() if hasattr(f, "cache_info")]
+    return [f.cache_info().misses for f in kept]
+
+
 @pytest.mark.parametrize(
     ("suite", "kind", "method"),
     [*benchmarks("time_"), *benchmarks("track_")],
@@ -26,7 +32,10 @@ def test_every_benchmark_runs(suite, kind, method):
     chosen = parameters(kind)[0]
     if hasattr(instance, "setup"):
         instance.setup(*chosen)
+    prepared = _misses(suite)
     value = getattr(instance, method)(*chosen)
+    if method.startswith("time_"):
+        assert _misses(suite) == prepared, "setup prepares another call than the one that is timed"
     if method.startswith("track_"):
         assert np.isfinite(value)
         assert value >= 0
