@@ -20,7 +20,7 @@ NAMES = (
 )  # fmt: skip
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {} in grey", "one {}", "the {}")
 HELD_OUT = ("an image of a {}", "some grey {}")  # never seen in training: zero-shot prompts
-SEEDS, STEPS, BATCH, SIZE, JUDGED = (0, 1, 2), 300, 128, 32, 5000
+SEEDS, STEPS, BATCH, SIZE, JUDGED = (0, 1, 2), 1200, 128, 32, 5000
 ROWS = {
     "norm, drop, block 0": {"at": 0, "score": "norm"},
     "norm, squeeze, block 0": {"at": 0, "score": "norm", "fuse": "squeeze", "mass": True},

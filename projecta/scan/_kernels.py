@@ -650,13 +650,14 @@ def backward(
     own_bias = zero if bias is None else tl.load(bias + channel)
     skip = zero if D is None else tl.load(D + channel)
     total_D, total_bias, lost_D, lost_bias = zero, zero, zero, zero
-    p, rates, constant_B, constant_C, total_A, total_B, total_C = (), (), (), (), (), (), ()
+    p, rates, constant_B, constant_C, total_A, total_B, total_C, lost_A = (), (), (), (), (), (), (), ()
     for j in tl.static_range(K):
         row_n = j * LANES + lane
         here = row_n < n
         rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
         p = p + (tl.load(grad_last + (sequence * d + channel) * n + row_n, here & real, 0.0),)
         total_A, total_B, total_C = total_A + (zero,), total_B + (zero,), total_C + (zero,)
+        lost_A = lost_A + (zero,)
         if STEADY_B:
             constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
         if STEADY_C:
@@ -729,7 +730,7 @@ def backward(
         inputs = spread(own_x, leader, 0, V, STEPS, 2)
         grads = spread(own_g, leader, 0, V, STEPS, 2)
         sums_B, sums_A = repeat(zero, STEPS), repeat(zero, STEPS)
-        then, new_A, new_B, new_C, kept = (), (), (), (), ()
+        then, new_A, new_B, new_C, kept, new_lost = (), (), (), (), (), ()
         for j in tl.static_range(K):
             rate, state, row_n = rates[j], starts[j], j * LANES + lane
             at, in_room = slab.to(tl.int64) * S, room + slab % 2 * (S * 4) + row_n * (STEPS * 4)
@@ -763,7 +764,8 @@ def backward(
                 news_A = (sums_A[i] + rate * change,) + news_A
                 of_A += steps[i] * change
             sums_B, sums_A = news_B, news_A
-            then, new_A = then + (grad,), new_A + (total_A[j] + of_A,)
+            sum_A, lost = compensated(total_A[j], lost_A[j], of_A)
+            then, new_A, new_lost = then + (grad,), new_A + (sum_A,), new_lost + (lost,)
             new_B, new_C = new_B + (total_B[j] + of_B,), new_C + (total_C[j] + of_C,)
             if S > 0:
                 row_j = summed(over_B + over_C, index, 1, 2, 2 * STEPS)
@@ -780,7 +782,7 @@ def backward(
                 own_j, t = j * WARPS + index // WARP, slab * STEPS + first_sum % STEPS
                 to = to_sums + (slab.to(tl.int64) * N + own_j * LANES) * (2 * STEPS)
                 _write_sums(to, kept[j * R : (j + 1) * R], t, t_start, t_end, own_j < K, bounds, R)
-        p, total_A, total_B, total_C, starts = then, new_A, new_B, new_C, ()
+        p, total_A, total_B, total_C, lost_A, starts = then, new_A, new_B, new_C, new_lost, ()
         for j in tl.static_range(K):
             at_state = ((place + (before - origin) // EVERY) * N + j * LANES + lane) * d + channel
             starts = starts + (tl.load(saved + at_state),)
