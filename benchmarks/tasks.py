@@ -4,11 +4,13 @@ Two layers of width 64 and 16 states of transformers' Mamba on projecta's scan, 
 ("full"), with MRSS at theta 0.5 from the initial steps ("trained"), and the full model calibrated afterwards
 ("post hoc", theta 0.1 and others). Seeds are fixed; nothing is tuned on either side.
 
-`python -m benchmarks.tasks` writes results/mrss_accuracy.csv and .png. The asv suite needs PROJECTA_FULL=1.
+`python -m benchmarks.tasks` writes results/mrss_accuracy.csv and .png, from what each seed gave. The asv
+suite needs PROJECTA_FULL=1.
 """
 
 import csv
 import functools
+import io
 import statistics
 import sys
 import sysconfig
@@ -122,9 +124,9 @@ def language(count: int, draw: torch.Generator, test: bool, l: int = 256) -> Bat
 
 
 TASKS = {
-    "selective copying": Task(copying, 16, 1500),
+    "selective copying": Task(copying, 16, 4000),
     "induction heads": Task(induction, 16, 1500),
-    "associative recall": Task(recall, 32, 2000),
+    "associative recall": Task(recall, 32, 5000),
     "sequential digits": Task(digits, 18, 1500),
     "language": Task(language, 256, 1000, "bits per byte"),
 }
@@ -247,25 +249,49 @@ def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Every task, seed and way to scan; the table and the chart are written after each seed."""
+    """Every task, seed and way to scan. What a seed gave is written at once and not measured again.
+
+    `python -m benchmarks.tasks [FOLDER] [TASK...]`
+    """
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
-    found: dict[tuple[str, str], list[float]] = {}
-    for name in TASKS:
-        for seed in SEEDS:
-            for way, value in compare(name, seed).items():
-                found.setdefault((name, way), []).append(value)
-                print(f"{name}, seed {seed}: {way} {value:.3f} {TASKS[name].unit}", flush=True)
-            with (folder / "mrss_accuracy.csv").open("w", newline="") as file:
+    each = folder / "mrss_accuracy_seeds.csv"
+    known = _read(each)
+    for seed in SEEDS:
+        for name in sys.argv[2:] or TASKS:
+            if (name, TASKS[name].steps, seed) in known:
+                continue
+            found = compare(name, seed)
+            fresh = not each.exists()
+            with each.open("a", newline="") as file:
                 out = csv.writer(file)
-                out.writerow(
-                    ["task", "scan", "unit", "seeds", "mean", "change", "change, least", "change, most"]
-                )
-                for (task, way), values in found.items():
-                    changes = [v - f for v, f in zip(values, found[task, "full"], strict=False)]
-                    numbers = (statistics.mean(values), statistics.mean(changes), min(changes), max(changes))
-                    out.writerow([task, way, TASKS[task].unit, len(values), *(f"{v:.3f}" for v in numbers)])
-    rows = [(task, way, values) for (task, way), values in found.items()]
-    draw_chart(rows, folder / "mrss_accuracy.png")
+                if fresh:
+                    out.writerow(["task", "steps", "seed", "scan", "value"])
+                for way, value in found.items():
+                    out.writerow([name, TASKS[name].steps, seed, way, f"{value:.4f}"])
+                    print(f"{name}, seed {seed}: {way} {value:.3f} {TASKS[name].unit}", flush=True)
+    rows: dict[tuple[str, str], list[float]] = {}
+    for (name, _, _), found in sorted(_read(each).items()):
+        for way, value in found.items():
+            rows.setdefault((name, way), []).append(value)
+    with (folder / "mrss_accuracy.csv").open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["task", "scan", "unit", "seeds", "mean", "change", "change, least", "change, most"])
+        for (name, way), values in rows.items():
+            changes = [v - f for v, f in zip(values, rows[name, "full"], strict=True)]
+            numbers = (statistics.mean(values), statistics.mean(changes), min(changes), max(changes))
+            out.writerow([name, way, TASKS[name].unit, len(values), *(f"{v:.3f}" for v in numbers)])
+    draw_chart([(name, way, values) for (name, way), values in rows.items()], folder / "mrss_accuracy.png")
+
+
+def _read(path: Path) -> dict[tuple[str, int, int], dict[str, float]]:
+    """What each task, at as many steps as today, and seed gave, by the way to scan."""
+    found: dict[tuple[str, int, int], dict[str, float]] = {}
+    rows = csv.DictReader(io.StringIO(path.read_text()) if path.exists() else [])
+    for row in rows:
+        if row["task"] in TASKS and int(row["steps"]) == TASKS[row["task"]].steps:
+            key = row["task"], int(row["steps"]), int(row["seed"])
+            found.setdefault(key, {})[row["scan"]] = float(row["value"])
+    return found
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A block of p tokens keeps v = h + sum of x B, two operations per token and state
 
     h' = f(A S) h + f(A S (p - 1) / (2 p)) (v - h)          S: the block's sum of delta; x = delta u
 
-f is the exponential where `exact` is not None, else max(0, 1 + z / 4)^4: A comes as A log2 e, or A / 4. A
+f is the exponential where `exact` is not None, else max(0, 1 + z / 8)^8: A comes as A log2 e, or A / 8. A
 last block that is short reads v in its last token too. The formula, and its use: `projecta.mrss`.
 """
 
@@ -65,7 +65,8 @@ def _factor_and_slope(s, a, exact):
         return f, f
     q = line(s, a)
     square = q * q
-    return square * square, square * q
+    fourth = square * square
+    return fourth * fourth, fourth * square * q
 
 
 @inner

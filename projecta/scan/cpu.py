@@ -245,9 +245,9 @@ def _limits(rates, at, n):
 
 @inner
 def _unit(periods, exact):
-    """What exponents are counted in, as a factor of A: powers of 2, or quarters for the compound decay."""
+    """What exponents are counted in, as a factor of A: powers of 2, or eighths for the compound decay."""
     if periods is not None and exact is None:
-        return 0.25
+        return 0.125
     return LOG2_E
 
 
