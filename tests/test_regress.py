@@ -2,64 +2,22 @@
 
 import csv
 import json
-import signal
 import subprocess
 import sys
-import textwrap
-import time
-from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from rich.console import Console
 
 from projecta.regress import report, runner
-from projecta.regress.cli import cli
 from projecta.regress.store import Measurement, Project
-
-SUITE = """
-    class Sleep:
-        params = ([1, 2], ["a", "b"])
-        param_names = ["n", "word"]
-        version = "1"
-        number, repeat, rounds, warmup_time = 1, 1, 1, 0.0
-
-        def time_sleep(self, n, word):
-            import time
-            time.sleep(0.01 * n)
-
-        def track_size(self, n, word):
-            if word == "b" and n == 2:
-                raise RuntimeError("planted failure")
-            return n
-        track_size.unit = "MiB"
-"""
-
-
-def git(folder, *words):
-    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    return subprocess.run(
-        ["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True
-    ).stdout
+from tests.foreign import commit, git, make, run
 
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
     """An asv project that is not ours: two commits, benchmarks of its own, the interpreter at hand."""
-    config = {
-        "version": 1, "project": "foreign", "repo": ".", "branches": ["HEAD"], "environment_type": "existing",
-        "results_dir": ".asv/results", "html_dir": ".asv/html", "env_dir": ".asv/env",
-    }  # fmt: skip
-    (tmp_path / "asv.conf.json").write_text(json.dumps(config))
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/__init__.py").write_text("")
-    (tmp_path / "benchmarks/suite.py").write_text(textwrap.dedent(SUITE))
-    (tmp_path / ".gitignore").write_text(".asv\n__pycache__\n")
-    git(tmp_path, "init", "--quiet", "--initial-branch", "main")
+    make(tmp_path)
     for message in ("one", "two"):
-        (tmp_path / "file").write_text(message)
-        git(tmp_path, "add", "--all")
-        git(tmp_path, "commit", "--quiet", "--message", message)
+        commit(tmp_path, message)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / ".asv"))  # asv keeps its machine file there
     return tmp_path
@@ -68,7 +26,6 @@ def foreign(tmp_path, monkeypatch):
 def measure_with_asv(folder, commit="HEAD"):
     """As a user of asv would by hand."""
     commit = git(folder, "rev-parse", commit).strip()
-    (folder / ".asv").mkdir(exist_ok=True)
     asv = [sys.executable, "-m", "asv"]
     subprocess.run(
         [*asv, "machine", "--yes", "--machine", "desk"], check=True, capture_output=True, cwd=folder
@@ -183,11 +140,6 @@ def test_the_summary_is_markdown():
     assert "| forward | vectorised | 2.56 | 5.12 |" in text
 
 
-def run(*words):
-    result = CliRunner().invoke(cli, words, catch_exceptions=False)
-    return result.exit_code, result.output
-
-
 def test_no_repository_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -210,7 +162,7 @@ def test_no_asv_project_is_said_in_one_line(foreign):
     [
         (["nonsense"], "projecta bench: RANGE must name commits of this repository; got 'nonsense'."),
         (["HEAD..HEAD"], "projecta bench: RANGE must hold at least one commit; got 'HEAD..HEAD'."),
-        (["--bench", "("], "projecta bench: --bench must be a regular expression; got '(': missing )"),
+        (["--bench", "("], "projecta: --bench must be a regular expression; got '(': missing )"),
         (
             ["--machine", "../x"],
             "projecta bench: --machine must be letters, digits, '.', '_' or '-'; got '../x'.",
@@ -250,7 +202,7 @@ def test_ranges(foreign):
     assert runner.find_commits(foreign, "HEAD") == [head]
     assert runner.find_commits(foreign, f"{first}..HEAD") == [head]
     assert runner.find_commits(foreign, "main~1") == [first]
-    assert runner.find_commits(foreign, "NEW") == []
+    assert runner.find_commits(foreign, "NEW") == [head]
 
 
 def test_uncommitted_changes_are_named(foreign):
@@ -262,80 +214,13 @@ def test_uncommitted_changes_are_named(foreign):
     assert runner.uncommitted(foreign) == ["file", "other"]
 
 
-def follow(script, tmp_path, capsys):
-    """The progress display over a process that prints what asv would."""
-    path = tmp_path / "fake.py"
-    path.write_text(textwrap.dedent(script))
-    code = runner._follow([sys.executable, str(path)], tmp_path, Console(width=200))
-    return code, capsys.readouterr().out
-
-
-def test_progress_shows_what_ran_and_why_it_failed(tmp_path, capsys):
-    script = """
-        print("· Discovering benchmarks")
-        print("[10.00%] ··· Running (suite.a--).")
-        print("[50.00%] ··· suite.a   ok")
-        print("[50.00%] ··· ======\\\\n 1   1ms\\\\n ======")
-        print("[75.00%] ··· suite.b   1/2 failed")
-        print("             RuntimeError: planted")
-        print("[100.00%] ··· suite.c   ok")
-        raise SystemExit(2)
-    """.replace("\\\\n", "\\n")
-    code, text = follow(script, tmp_path, capsys)
-    assert code == 2
-    assert "Discovering benchmarks" in text
-    assert "50 %" in text
-    assert "suite.b   1/2 failed" in text
-    assert "RuntimeError: planted" in text
-    assert "1ms" not in text
-
-
-def test_an_interrupt_leaves_no_process_behind(tmp_path):
-    """SIGTERM to the command reaches asv as an interrupt, and its children end with it."""
-    child = tmp_path / "asv.py"
-    child.write_text(
-        "import subprocess, sys, time\nsubprocess.Popen(['sleep', '4242'])\nprint('· up', flush=True)\ntime.sleep(60)"
-    )
-    command = (
-        "import sys; from pathlib import Path; from rich.console import Console; from projecta.regress import runner; "
-        f"runner._follow([sys.executable, {str(child)!r}], Path('.'), Console())"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert "up" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in error
-    time.sleep(0.1)
-    left = [p for p in Path("/proc").glob("[0-9]*") if b"4242" in _read(p / "cmdline")]
-    assert not left
-
-
-def _read(path):
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def test_bench_measures_publishes_and_reports(foreign, monkeypatch):
-    """The whole command on the foreign project, with asv's environment replaced by the interpreter at hand."""
-    plain = runner.asv
-    commit = git(foreign, "rev-parse", "HEAD").strip()
-
-    def at_hand(root, *words):
-        if words[0] == "run":
-            words = ("run", f"--python={sys.executable}", "--set-commit-hash", commit, *words[2:])
-        return plain(root, *words)
-
-    monkeypatch.setattr(runner, "asv", at_hand)
-    (foreign / ".asv").mkdir()
+def test_bench_measures_publishes_and_reports(foreign):
     (foreign / "file").write_text("changed")
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
     assert code == 0
     assert "Not measured: uncommitted changes in 1 file(s): file" in text
     assert "Pages: .asv/html/index.html" in text
+    assert "suite.Sleep.time_sleep(1, 'a') 0.01" in text
     stored = [m for m in Project(foreign).measurements("desk") if m.measured]
     assert len(stored) == 4
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
@@ -344,5 +229,12 @@ def test_bench_measures_publishes_and_reports(foreign, monkeypatch):
     assert [m for m in Project(foreign).measurements("desk") if m.measured] == stored
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "track_size")
     assert code == 3
-    assert "planted failure" in text
+    assert "RuntimeError: planted failure (suite.py:14)" in text
     assert len([m for m in Project(foreign).measurements("desk") if m.measured]) == 7
+
+
+def test_quick_stores_nothing(foreign):
+    code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep", "--quick")
+    assert code == 0
+    assert "time_sleep" in text
+    assert not list(Project(foreign).measurements("desk"))

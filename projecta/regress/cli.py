@@ -30,7 +30,7 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(USAGE)
         except KeyboardInterrupt:
             click.echo(
-                "Interrupted: the commits measured so far are stored; the same command goes on from there.",
+                "Interrupted: what was measured so far is stored; `projecta bench` goes on from there.",
                 err=True,
             )
             sys.exit(INTERRUPTED)
@@ -58,24 +58,20 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     default. What has a result already is not measured again.
     """
     import os
-    import re
 
     from rich.console import Console
 
     from projecta.regress import runner
+    from projecta.regress.bench import measure
+    from projecta.regress.journal import Journal
 
     console = Console()
     root = runner.find_root(Path.cwd())
     project = _project(root)
     name = runner.machine_name(machine)
-    commits = runner.find_commits(root, range)
+    commits = runner.find_commits(root, range, project.commits(name))
     if regex is not None:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise ValueError(
-                f"projecta bench: --bench must be a regular expression; got {regex!r}: {error}."
-            ) from None
+        runner.pattern(regex)
     changed = runner.uncommitted(root)
     if changed:
         shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
@@ -89,20 +85,166 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
             "Left out: the suites named Full..., for large machines; PROJECTA_FULL=1 runs them.",
             highlight=False,
         )
-    code = runner.measure(root, name, commits, regex, quick, console)
-    if code not in (0, 2):
-        raise ValueError(
-            f"projecta bench: asv run must succeed; got exit code {code}. Its last lines stand above."
-        )
-    if not quick:
+    wanted = regex or ("" if os.environ.get("PROJECTA_FULL") == "1" else runner.ENTIRE_SUITES)
+    runner.know_machine(root, name)
+    with Journal(project) as journal, runner.stopped_by_sigterm():
+        broken = measure(project, journal, name, commits, wanted, quick, console)
+    if not quick and project.machines():
         runner.publish(root)
         console.print(
             f"Pages: {project.config.html_dir}/index.html (served by `asv preview`)", highlight=False
         )
         _report(root, name, Path(RESULTS))
-    if code == 2:
-        click.echo("Some benchmarks failed; what they printed stands above. The others are stored.", err=True)
+    if broken:
+        click.echo(f"{broken} failed; why stands above. The others are stored.", err=True)
         sys.exit(BROKEN)
+
+
+_bench = click.option("-b", "--bench", "regex", metavar="REGEX", help="Only benchmarks whose name matches.")
+_budget = click.option(
+    "--budget", metavar="MINUTES", type=click.FloatRange(min=0), default=9.0, show_default=True,
+    help="Time to measure; building is not counted.",
+)  # fmt: skip
+
+
+@cli.command()
+@click.argument("base")
+@click.argument("head", default="HEAD")
+@_machine
+@_bench
+@_budget
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
+    help="How much slower a timing may be, as a share.",
+)  # fmt: skip
+@click.option(
+    "--memory-tolerance", type=click.FloatRange(min=0), default=0.005, show_default=True,
+    help="How much larger any other metric may be.",
+)  # fmt: skip
+@click.option(
+    "--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here."
+)
+@click.option(
+    "--markdown",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a comment for a pull request here.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the pairs here (PNG).")
+@_one_line
+def gate(
+    base: str, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
+    memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None,
+) -> None:  # fmt: skip
+    """Say whether HEAD is slower or hungrier than BASE.
+
+    Exit codes: 0 PASS, 1 REGRESSED, 2 usage, 3 BROKEN, 4 NOT MEASURED, 5 INCONCLUSIVE.
+    """
+    from rich.console import Console
+
+    from projecta.regress import gate as statistics
+    from projecta.regress import runner, show
+    from projecta.regress.builds import Build, BuildFailed
+    from projecta.regress.contest import contest
+    from projecta.regress.journal import Journal
+
+    console = Console(stderr=True)
+    root = runner.find_root(Path.cwd())
+    project = _project(root)
+    name = runner.machine_name(machine)
+    commits = {side: runner.find_commit(root, word) for side, word in (("base", base), ("head", head))}
+    pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
+    design = statistics.Design(tolerance=tolerance, memory_tolerance=memory_tolerance)
+    with Journal(project) as journal, runner.stopped_by_sigterm():
+        try:
+            builds = {
+                side: Build(project, commits[side], "base" if side == "base" else "") for side in commits
+            }
+            result = contest(
+                builds, pattern, design, 60 * budget, journal, name,
+                lambda line: console.print(line, markup=False, highlight=False),
+            )  # fmt: skip
+        except BuildFailed as error:
+            click.echo(f"BROKEN: {error}", err=True)
+            sys.exit(BROKEN)
+    Console().print(show.table(result))
+    click.echo(show.sentence(result))
+    if as_json:
+        show.write_json(result, as_json)
+    if markdown:
+        markdown.write_text(show.as_markdown(result))
+    if plot:
+        show.draw(result, plot)
+    sys.exit(statistics.EXIT_CODES[result.verdict])
+
+
+@cli.command()
+@_machine
+@_bench
+@_budget
+@click.option(
+    "--pairs", type=click.IntRange(min=3), default=12, show_default=True, help="Of processes to run."
+)
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
+    help="Of the gate that this is for.",
+)  # fmt: skip
+@_one_line
+def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int, tolerance: float) -> None:
+    """Measure HEAD against itself: how noisy each benchmark is here, and what a gate can see of it."""
+    from rich.console import Console
+
+    from projecta.regress import gate as statistics
+    from projecta.regress import runner, show
+    from projecta.regress.builds import Build, BuildFailed
+    from projecta.regress.contest import contest
+    from projecta.regress.journal import Journal
+
+    console = Console(stderr=True)
+    root = runner.find_root(Path.cwd())
+    project = _project(root)
+    name = runner.machine_name(machine)
+    head = runner.find_commit(root, "HEAD")
+    pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
+    with Journal(project) as journal, runner.stopped_by_sigterm():
+        try:
+            result = contest(
+                {"base": Build(project, head, "base"), "head": Build(project, head)}, pattern,
+                statistics.Design(tolerance=tolerance), 60 * budget, journal, name,
+                lambda line: console.print(line, markup=False, highlight=False), pairs,
+            )  # fmt: skip
+        except BuildFailed as error:
+            click.echo(f"BROKEN: {error}", err=True)
+            sys.exit(BROKEN)
+        noise = journal.noise(name)
+    measured = [row for row in result.rows if row.case.timed and row.case.label in noise]
+    if not measured:
+        click.echo("projecta calibrate: no timing was measured often enough (3 pairs).", err=True)
+        sys.exit(NOT_MEASURED)
+    Console().print(show.noise_table(measured, noise, result.design))
+
+
+@cli.command()
+@click.option("--fix", is_flag=True, help="Put right, or aside, what can be.")
+@_one_line
+def doctor(fix: bool) -> None:
+    """Look for damaged, orphaned and doubled results. Nothing is ever deleted.
+
+    Exit codes: 0 all is well, or was put right; 3 something is wrong.
+    """
+    from projecta.regress import doctor as ward
+    from projecta.regress import runner
+
+    root = runner.find_root(Path.cwd())
+    found = ward.examine(_project(root), fix)
+    for finding in found:
+        place = finding.path.relative_to(root) if finding.path.is_relative_to(root) else finding.path
+        does = "" if finding.fixable and not fix else "To do: " if not finding.fixable else "Done: "
+        click.echo(f"{place}: {finding.problem}. {does}{finding.remedy[0].upper()}{finding.remedy[1:]}.")
+    fixable = sum(finding.fixable for finding in found)
+    if fixable and not fix:
+        click.echo("`projecta doctor --fix` does so.")
+        sys.exit(BROKEN)
+    click.echo("No problems." if not found else f"{fixable} put right, {len(found) - fixable} left to you.")
 
 
 @cli.command()

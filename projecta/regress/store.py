@@ -67,6 +67,10 @@ class Project:
             for p in sorted(found, key=lambda p: max(f.stat().st_mtime for f in p.iterdir()), reverse=True)
         ]
 
+    def commits(self, machine: str) -> set[str]:
+        """The first eight digits of the commits that have results of a machine, by their files' names."""
+        return {path.name[:8] for path in (self.results / machine).glob("????????-*.json")}
+
     def measurements(self, machine: str) -> Iterator[Measurement]:
         """Every stored result of one machine."""
         from asv.benchmarks import Benchmarks

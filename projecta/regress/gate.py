@@ -1,0 +1,184 @@
+"""Says whether a change made things slower or hungrier, with stated rates of error.
+
+The unit of replication is a pair of processes, one of base and one of head, that ran next to each other in
+turn (base head, head base, ...): noise between processes is many times that within one. A timing's datum is
+the logarithm of the ratio of the two processes' medians. If base and head differ by a factor f and processes
+are otherwise alike, such data are symmetric about log f, whatever the noise's distribution: Wilcoxon's
+signed-rank test is exact for them, and its inversion gives the bounds of f.
+
+    REGRESSED     the lower bound exceeds 1 + tolerance
+    PASS          the upper bound lies below 1 + tolerance: proved, not merely "no difference found"
+    INCONCLUSIVE  neither, and the time is spent; with how many more pairs it would take
+
+Looks and benchmarks are corrected for (Bonferroni): a gate says REGRESSED of anything whose true ratio is at
+most 1 + tolerance with a probability of at most `error`; it says PASS of a given benchmark that is slower
+than that with at most `miss`. Metrics that do not vary (peak memory, counts) are compared as they are.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PASS, REGRESSED, BROKEN, NOT_MEASURED, INCONCLUSIVE = (
+    "PASS", "REGRESSED", "BROKEN", "NOT MEASURED", "INCONCLUSIVE"
+)  # fmt: skip
+EXIT_CODES = {PASS: 0, REGRESSED: 1, BROKEN: 3, NOT_MEASURED: 4, INCONCLUSIVE: 5}
+WORST_FIRST = (REGRESSED, BROKEN, INCONCLUSIVE, NOT_MEASURED, PASS)
+LOOKS = 5  # of each kind
+FIRST_PASS = 7  # pairs: 2^-7 is the least p that as many can have, and must not exceed miss / LOOKS
+GROWTH = 1.25  # of the pairs from look to look
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a gate promises, and what it may cost."""
+
+    tolerance: float = 0.05  # a timing's ratio up to 1 + tolerance is none of its business
+    memory_tolerance: float = 0.005  # the same of other metrics
+    error: float = 0.01  # of the whole gate: saying REGRESSED of what is not
+    miss: float = 0.05  # of a benchmark: saying PASS of what has regressed
+    benchmarks: int = 1  # among which `error` is shared
+    pairs: int = 0  # that the last look waits for at least, as `projecta calibrate` found
+
+    @property
+    def level(self) -> float:
+        """Of one look at one benchmark."""
+        return self.error / (max(1, self.benchmarks) * LOOKS)
+
+    def looks(self) -> tuple[list[int], list[int]]:
+        """After how many pairs a benchmark may be said to PASS, and to have REGRESSED."""
+        first = max(FIRST_PASS, math.ceil(-math.log2(self.level)))
+        return _grow(FIRST_PASS, self.pairs), _grow(first, self.pairs)
+
+    @property
+    def most(self) -> int:
+        """Pairs after the last look."""
+        return self.looks()[1][-1]
+
+
+def _grow(first: int, last: int) -> list[int]:
+    """LOOKS numbers of pairs, each larger by the same factor."""
+    factor = max(GROWTH, (last / first) ** (1 / (LOOKS - 1)))
+    looks = [first]
+    while len(looks) < LOOKS:
+        looks.append(math.ceil(looks[-1] * factor - 1e-9))
+    return looks
+
+
+def pairs_for_power(spread: float, design: Design, slower: float, power: float = 0.95) -> int:
+    """Pairs after which a benchmark that is slower by this share is found REGRESSED with this probability.
+
+    `spread` is the standard deviation of the logarithm of a pair's ratio. From the normal distribution.
+
+    >>> pairs_for_power(0.02, Design(benchmarks=3), 0.10)
+    11
+    """
+    from scipy.stats import norm
+
+    distance = math.log1p(slower) - math.log1p(design.tolerance)
+    needed = ((float(norm.isf(design.level)) + float(norm.ppf(power))) * spread / distance) ** 2
+    return max(design.looks()[1][0], math.ceil(min(needed, 1e6)))
+
+
+@dataclass
+class Judgement:
+    """What is known of a benchmark: the ratio head / base, its bounds, and the verdict, if there is one."""
+
+    verdict: str | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+    pairs: int = 0
+    more: int | None = None  # pairs that it would take
+
+
+def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None = None) -> Judgement:
+    """The verdict over paired ratios so far, if this many pairs are a look; bounds and estimate in any case.
+
+    >>> judge_pairs([1.2, 1.21, 1.19, 1.2, 1.22, 1.2, 1.18, 1.2, 1.21], Design()).verdict
+    'REGRESSED'
+    """
+    tolerance = design.tolerance if tolerance is None else tolerance
+    n, found = len(ratios), Judgement(pairs=len(ratios))
+    if n < 2:
+        found.ratio = ratios[0] if ratios else None
+        return found
+    logs, limit = [math.log(r) for r in ratios], math.log1p(tolerance)
+    averages = sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
+    found.ratio = math.exp(statistics.median(averages))
+    passes, regresses = design.looks()
+    found.low = math.exp(_bound(averages, n, design.level))
+    found.high = math.exp(-_bound([-a for a in reversed(averages)], n, design.miss / LOOKS))
+    if n in regresses and found.low > 1 + tolerance:
+        found.verdict = REGRESSED
+    elif n in passes and found.high < 1 + tolerance:
+        found.verdict = PASS
+    distance = abs(math.log(found.ratio) - limit)
+    found.more = max(
+        1, _pairs_needed(statistics.stdev(logs), distance, design, found.ratio > 1 + tolerance) - n
+    )
+    return found
+
+
+def _bound(averages: list[float], n: int, level: float) -> float:
+    """The least value that the signed-rank test does not reject at this level: an average of two (Walsh)."""
+    ranks = _critical(n, level)
+    return -math.inf if ranks is None else averages[ranks]
+
+
+def _critical(n: int, level: float) -> int | None:
+    """The largest k with P(T < k) <= level, T the signed-rank sum of n; None if even T = 0 is likelier.
+
+    The sum of the ranks of those differences that are positive; each sign is as likely: a sum of independent
+    halves, whose distribution is a product of polynomials.
+    """
+    import numpy as np
+
+    ways = np.ones(1)
+    for rank in range(1, n + 1):
+        longer = np.zeros(len(ways) + rank)
+        longer[: len(ways)] += ways / 2
+        longer[rank:] += ways / 2
+        ways = longer
+    below = np.cumsum(ways)
+    k = int(np.searchsorted(below, level, side="right"))
+    return k - 1 if k else None
+
+
+def _pairs_needed(spread: float, distance: float, design: Design, slower: bool) -> int:
+    """Pairs for the bound to clear a limit at this distance, were the data normal."""
+    from scipy.stats import norm
+
+    level = design.level if slower else design.miss / LOOKS
+    least = design.looks()[1][0] if slower else FIRST_PASS
+    if distance == 0:
+        return 10_000
+    wanted = (float(norm.isf(level)) * spread / distance) ** 2
+    return min(10_000, max(least, math.ceil(wanted)))
+
+
+def judge_exact(base: Sequence[float], head: Sequence[float], design: Design, floor: float) -> Judgement:
+    """The verdict over a metric that does not vary: two values a side; `floor` is a difference that is none.
+
+    If a side's own values differ by more than half of what is tolerated, there is no verdict: it varies.
+    """
+    found = Judgement(pairs=min(len(base), len(head)))
+    if found.pairs < 2:
+        return found
+    low, high = statistics.median(base), statistics.median(head)
+    allowed = max(design.memory_tolerance * abs(low), floor)
+    found.ratio = high / low if low else (1.0 if high == low else math.inf)
+    spread = max(max(base) - min(base), max(head) - min(head))
+    if spread > allowed / 2 and not min(head) > max(base) + 2 * allowed:
+        found.reason = f"varies by {spread:.3g} from process to process"
+        return found
+    found.low = found.high = found.ratio
+    found.verdict = REGRESSED if high - low > allowed else PASS
+    return found
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """The worst of the verdicts; NOT MEASURED of none."""
+    return next((v for v in WORST_FIRST if v in verdicts), NOT_MEASURED)

@@ -1,0 +1,280 @@
+"""What was measured, on disk before the next process starts: an SQLite file beside asv's results.
+
+A row for each process of a benchmark at one combination of parameters, with its outcome, samples, reason and
+provenance. asv's own JSON is written from it, a file at a time and whole (`export`). Write-ahead logging:
+whatever ends the writer, and whenever, the rows written so far are there.
+"""
+
+import datetime
+import fcntl
+import itertools
+import json
+import math
+import os
+import sqlite3
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from projecta._checks import fail
+from projecta.regress.builds import cases
+from projecta.regress.processes import BROKEN, OK, Case, Outcome
+from projecta.regress.store import Project
+
+NAME, LOCK = "journal.sqlite", "journal.lock"
+_TABLES = """
+create table if not exists provenance (id integer primary key, facts text unique not null);
+create table if not exists runs (
+    id integer primary key, machine text not null, commit_hash text not null, environment text not null,
+    benchmark text not null, version text not null, place integer not null, params text not null,
+    at text not null, status text not null, samples text not null, number integer, reason text not null,
+    seconds real not null, purpose text not null, provenance integer references provenance);
+create index if not exists by_commit on runs (machine, commit_hash, environment, benchmark, place);
+create table if not exists noise (
+    machine text not null, label text not null, version text not null, spread real not null,
+    pairs integer not null, at text not null, provenance integer references provenance,
+    primary key (machine, label));
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process, as the journal keeps it."""
+
+    commit: str
+    benchmark: str
+    version: str
+    place: int
+    outcome: Outcome
+    at: str
+
+
+class Journal:
+    """The file, open for writing by one process at a time.
+
+    Raises:
+        ValueError: another process writes to it (its number is named), or the file is no SQLite database.
+    """
+
+    def __init__(self, project: Project):
+        folder = project.results
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.project = folder / NAME, project
+        self._lock = (folder / LOCK).open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            other = self._lock.read().strip()
+            self._lock.close()
+            rule = "be written by one run at a time"
+            fail("projecta", "the results", rule, f"process {other}", "Wait for it, or end it.")
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        try:
+            self.base = sqlite3.connect(self.path, isolation_level=None)
+            self.base.execute("pragma journal_mode = wal")
+            self.base.execute("pragma synchronous = full")
+            self.base.executescript(_TABLES)
+        except sqlite3.DatabaseError as error:
+            self._lock.close()
+            fail("projecta", str(self.path), "be a journal", str(error), "`projecta doctor` puts it aside.")
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.base.close()
+        self._lock.close()
+
+    def provenance(self, facts: dict[str, Any]) -> int:
+        """The number under which these facts are kept."""
+        text = json.dumps(facts, sort_keys=True)
+        self.base.execute("insert or ignore into provenance (facts) values (?)", [text])
+        return self.base.execute("select id from provenance where facts = ?", [text]).fetchone()[0]
+
+    def add(
+        self, machine: str, commit: str, environment: str, case: Case, outcome: Outcome, purpose: str,
+        provenance: int,
+    ) -> None:  # fmt: skip
+        """Keep what one process gave. ValueError if the disk is full; what was there stays."""
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        row = (
+            machine, commit, environment, case.name, case.version, case.index, json.dumps(case.params), at,
+            outcome.status, json.dumps(outcome.samples), outcome.number, outcome.reason, outcome.seconds,
+            purpose, provenance,
+        )  # fmt: skip
+        marks = ", ".join("?" * len(row))
+        try:
+            self.base.execute(
+                "insert into runs (machine, commit_hash, environment, benchmark, version, place, params, at,"
+                f" status, samples, number, reason, seconds, purpose, provenance) values ({marks})",
+                row,
+            )
+        except sqlite3.OperationalError as error:
+            fail(
+                "projecta",
+                "the disk",
+                "have room",
+                str(error),
+                "What was measured before is kept; run it again.",
+            )
+
+    def runs(self, machine: str, commit: str, environment: str, purpose: str = "bench") -> list[Run]:
+        """What is known of a commit, oldest first."""
+        found = self.base.execute(
+            "select commit_hash, benchmark, version, place, status, samples, number, reason, seconds, at"
+            " from runs where machine = ? and commit_hash = ? and environment = ? and purpose = ?"
+            " order by id",
+            [machine, commit, environment, purpose],
+        )
+        return [
+            Run(
+                c,
+                name,
+                version,
+                place,
+                Outcome(status, tuple(json.loads(samples)), number, reason, seconds),
+                at,
+            )
+            for c, name, version, place, status, samples, number, reason, seconds, at in found
+        ]
+
+    def absorb(
+        self, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
+    ) -> None:
+        """Take over what asv's own file of a commit holds, where the journal holds nothing."""
+        from asv.results import Results, get_filename
+        from asv.util import UserError
+
+        path = self.project.results / get_filename(machine, commit, environment.name)
+        if not path.is_file():
+            return
+        try:
+            results = Results.load(str(path), machine_name=machine)
+        except (UserError, ValueError, KeyError) as error:  # a UnicodeDecodeError is a ValueError
+            reason = " ".join(str(error).split())
+            fail("projecta", str(path), "be asv's JSON", reason, "`projecta doctor` puts it aside.")
+        known = {(run.benchmark, run.version) for run in self.runs(machine, commit, environment.name)}
+        facts = self.provenance({"taken from": "asv's results"})
+        for name in results.get_all_result_keys():
+            entry, version = benchmarks.get(name), str(results.benchmark_version.get(name))
+            if entry is None or version != str(entry["version"]) or (name, version) in known:
+                continue
+            values = results.get_result_value(name, entry["params"])
+            stats, samples = (
+                f(name, entry["params"]) for f in (results.get_result_stats, results.get_result_samples)
+            )
+            for case in cases({name: entry}):
+                value, stat, own = values[case.index], stats[case.index], samples[case.index]
+                if value is None or not math.isfinite(value):
+                    continue  # why is not known: measure it
+                number = stat and stat.get("number")
+                outcome = Outcome(OK, tuple(own or [value]), (number or 1) if case.timed else None)
+                for _ in range(int(entry.get("rounds") or 1) if case.timed and not own else 1):
+                    self.add(machine, commit, environment.name, case, outcome, "bench", facts)
+
+    def keep_noise(
+        self, machine: str, label: str, version: str, spread: float, pairs: int, provenance: int
+    ) -> None:
+        """What `projecta calibrate` found: the standard deviation of the logarithm of a pair's ratio."""
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.base.execute(
+            "insert or replace into noise values (?, ?, ?, ?, ?, ?, ?)",
+            [machine, label, version, spread, pairs, at, provenance],
+        )
+
+    def noise(self, machine: str) -> dict[str, tuple[str, float, int]]:
+        """By benchmark: version, spread, pairs."""
+        rows = self.base.execute(
+            "select label, version, spread, pairs from noise where machine = ?", [machine]
+        )
+        return {label: (version, spread, pairs) for label, version, spread, pairs in rows}
+
+    def calibrated(self, machine: str) -> tuple[str, dict[str, Any]] | None:
+        """When, and in what state, the machine was calibrated last."""
+        row = self.base.execute(
+            "select at, facts from noise join provenance on provenance.id = provenance"
+            " where machine = ? order by at desc limit 1",
+            [machine],
+        ).fetchone()
+        return None if row is None else (row[0], json.loads(row[1]))
+
+
+def export(
+    journal: Journal, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
+) -> Path:
+    """Write asv's file of one commit from the journal; a reader finds the old file or the new one, whole."""
+    from asv.machine import Machine
+    from asv.results import Results
+    from asv.runner import BenchmarkResult
+
+    folder = journal.project.results
+    about = Machine.load(machine_name=machine, interactive=False)
+    about.save(str(folder))
+    date = _date(journal.project, commit)
+    results = Results(
+        dict(about.__dict__) | {"python": environment.python} | environment.requirements,
+        environment.requirements, commit, date, environment.python, environment.name, environment.env_vars,
+    )  # fmt: skip
+    known: dict[tuple[str, int], list[Run]] = {}
+    for run in journal.runs(machine, commit, environment.name):
+        entry = benchmarks.get(run.benchmark)
+        if entry is not None and str(entry["version"]) == run.version:
+            known.setdefault((run.benchmark, run.place), []).append(run)
+    for name, entry in benchmarks.items():
+        count = len(list(itertools.product(*entry["params"])))
+        places = [known.get((name, i), []) for i in range(count)]
+        if not any(places):
+            continue
+        found = [_merged(runs) for runs in places]
+        printed = "\n".join(o.reason for o in found if o.status in BROKEN)
+        started = min(run.at for runs in places for run in runs)
+        results.add_result(
+            entry,
+            BenchmarkResult(
+                result=[_value(o) for o in found],
+                samples=[list(o.samples) if o.number is not None else None for o in found],
+                number=[o.number for o in found], errcode=int(bool(printed)), stderr=printed, profile=None,
+            ),
+            started_at=datetime.datetime.fromisoformat(started),
+            duration=sum(run.outcome.seconds for runs in places for run in runs),
+            record_samples=True,
+        )  # fmt: skip
+    target = folder / results._filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as room:
+        results.save(room)
+        written = Path(room, results._filename)
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(written, target)
+    return target
+
+
+def _merged(runs: Sequence[Run]) -> Outcome:
+    """All good samples of a case; if there are none, the last outcome."""
+    good = [run.outcome for run in runs if run.outcome.status == OK]
+    if not good:
+        return runs[-1].outcome if runs else Outcome("absent")
+    if good[-1].number is None:
+        return good[-1]
+    return Outcome(OK, tuple(itertools.chain(*(o.samples for o in good))), good[-1].number)
+
+
+def _value(outcome: Outcome) -> float | bool | None:
+    """As asv's runner gives it: a number, nan if skipped, None if it failed, True for samples."""
+    if outcome.status in BROKEN:
+        return None
+    if outcome.status != OK:
+        return float("nan")
+    return True if outcome.number is not None else outcome.value
+
+
+def _date(project: Project, commit: str) -> int:
+    from projecta.regress.runner import git
+
+    return 1000 * int(git(project.folder, "show", "--no-patch", "--format=%ct", commit).splitlines()[-1])

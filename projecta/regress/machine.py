@@ -1,0 +1,91 @@
+"""The state of the machine and of an environment: what a measurement depends on beside the commit."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOAD = 0.5  # runnable processes per processor above which a machine is busy
+HOT = 10.0  # degrees above those at calibration
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+SLOW = 0.9  # of the clock at calibration
+
+
+def state() -> dict[str, Any]:
+    """Processor, governor, clock, temperature, load, GPU and driver, threads; without what cannot be read."""
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()}", "processor": _processor(),
+        "processors": os.cpu_count(),
+        "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), "clock_mhz": _clock(),
+        "temperature": _temperature(), "load": _load(), "gpu": _gpu(),
+        "threads": {k: os.environ[k] for k in THREADS if k in os.environ} or None,
+    }  # fmt: skip
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def warnings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where the machine differs from how it was when it was calibrated.
+
+    >>> warnings({"governor": "performance"}, {"governor": "powersave"})
+    ['governor: performance when calibrated, powersave now']
+    """
+    found = [
+        f"{name}: {then.get(name)} when calibrated, {now.get(name)} now"
+        for name in ("system", "processor", "processors", "governor", "gpu", "threads", "packages")
+        if then.get(name) != now.get(name)
+    ]
+    if now.get("load", 0) > max(LOAD, then.get("load", 0) + LOAD):
+        found.append(f"load: {now['load']:.2f} runnable processes per processor")
+    if "temperature" in then and now.get("temperature", 0) > then["temperature"] + HOT:
+        found.append(
+            f"temperature: {then['temperature']:.0f} C when calibrated, {now['temperature']:.0f} C now"
+        )
+    if "clock_mhz" in then and now.get("clock_mhz", then["clock_mhz"]) < SLOW * then["clock_mhz"]:
+        found.append(f"clock: {then['clock_mhz']:.0f} MHz when calibrated, {now['clock_mhz']:.0f} MHz now")
+    return found
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    lines = (_text("/proc/cpuinfo") or "").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _clock() -> float | None:
+    lines = (_text("/proc/cpuinfo") or "").splitlines()
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return max(clocks, default=None)
+
+
+def _temperature() -> float | None:
+    found = (_text(str(path)) for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"))
+    return max((int(text) / 1000 for text in found if text and text.lstrip("-").isdigit()), default=None)
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return None
+
+
+def _gpu() -> str | None:
+    words = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,clocks.applications.graphics",
+        "--format=csv,noheader",
+    ]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

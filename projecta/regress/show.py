@@ -1,0 +1,202 @@
+"""A gate's result for people and machines: terminal table, JSON, Markdown, and the samples as a picture."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from projecta.regress import gate
+from projecta.regress.contest import MOST_PAIRS, SIDES, Result, Row
+from projecta.regress.gate import Design
+
+COLOURS = {
+    gate.PASS: "green", gate.REGRESSED: "bold red", gate.BROKEN: "bold magenta", gate.INCONCLUSIVE: "yellow",
+    gate.NOT_MEASURED: "blue",
+}  # fmt: skip
+_ORDER = {verdict: i for i, verdict in enumerate(gate.WORST_FIRST)}
+
+
+def sorted_rows(result: Result) -> list[Row]:
+    """The worst first, then the slowest."""
+    return sorted(
+        result.rows, key=lambda row: (_ORDER[row.verdict], -(row.judgement.ratio or 0), row.case.label)
+    )
+
+
+def table(result: Result) -> Any:
+    """For the terminal: a line for each benchmark, and why below where there is a reason."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False)
+    for title, side in (
+        ("verdict", "left"), ("head / base", "right"), ("bounds", "right"), ("base", "right"),
+        ("pairs", "right"),
+    ):  # fmt: skip
+        made.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    made.add_column("benchmark", overflow="fold")
+    for row in sorted_rows(result):
+        *cells, why = _cells(row)
+        label = _escape(row.case.label) + (f"\n[dim]{_escape(why)}[/]" if why else "")
+        made.add_row(f"[{COLOURS[row.verdict]}]{row.verdict}[/]", *cells, label)
+    return made
+
+
+def noise_table(rows: Sequence[Row], noise: dict[str, tuple[str, float, int]], design: Design) -> Any:
+    """The noise between processes, and the pairs that it takes to see twice the tolerance."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False)
+    made.add_column("noise", justify="right")
+    made.add_column(f"pairs for +{2 * design.tolerance:.0%}", justify="right")
+    made.add_column("benchmark", overflow="fold")
+    for row in sorted(rows, key=lambda row: -noise[row.case.label][1]):
+        _, spread, _ = noise[row.case.label]
+        needed, label = gate.pairs_for_power(spread, design, 2 * design.tolerance), _escape(row.case.label)
+        if needed > MOST_PAIRS:
+            label += (
+                "\n[yellow]too noisy to gate: let it run longer (repeat, sample_time), give it a core of "
+            )
+            label += f"its own, or gate it at --tolerance {1.2 * spread:.2f}[/]"
+        made.add_row(f"{spread:.1%}", str(needed), label)
+    return made
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str]:
+    """Ratio, bounds, base, pairs, why."""
+    j = row.judgement
+    ratio = "" if j.ratio is None else f"{j.ratio:.3f}"
+    bounded = j.low is not None and j.high is not None and math.isfinite(j.low) and math.isfinite(j.high)
+    bounds = f"{j.low:.3f} to {j.high:.3f}" if bounded else ""
+    base = row.values["base"]
+    size = _amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
+    why = j.reason
+    if row.verdict == gate.INCONCLUSIVE:
+        more = f"about {j.more} more pairs would tell" if j.more else "one pair tells nothing"
+        why = "; ".join(filter(None, [why, more]))
+    return ratio, bounds, size, str(j.pairs or ""), why
+
+
+def _amount(value: float, unit: str) -> str:
+    """
+    >>> _amount(0.00123, "seconds")
+    '1.23 ms'
+    """
+    if unit == "seconds":
+        for size, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+            if value >= size:
+                return f"{value / size:.3g} {name}"
+        return f"{value / 1e-9:.3g} ns"
+    if unit == "bytes":
+        return f"{value / 2**20:.4g} MiB"
+    return f"{value:.4g} {unit}"
+
+
+def sentence(result: Result) -> str:
+    """The verdict, and what it rests on."""
+    counts = {v: sum(row.verdict == v for row in result.rows) for v in gate.WORST_FIRST}
+    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "nothing matched"
+    design = result.design
+    return (
+        f"{result.verdict}: {parts}. {result.base[:8]} to {result.head[:8]} on {result.machine}, "
+        f"{result.seconds:.0f} s; tolerance {design.tolerance:.1%}, other metrics "
+        f"{design.memory_tolerance:.1%}; chance of a false REGRESSED at most {design.error:.0%} a gate, of a "
+        f"false PASS {design.miss:.0%} a benchmark."
+    )
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything, samples included."""
+    design = result.design
+    return {
+        "verdict": result.verdict, "exit_code": gate.EXIT_CODES[result.verdict], "base": result.base,
+        "head": result.head, "machine": result.machine, "seconds": round(result.seconds, 1),
+        "state": result.state, "warnings": result.warnings,
+        "design": {
+            "tolerance": design.tolerance, "memory_tolerance": design.memory_tolerance, "error": design.error,
+            "miss": design.miss, "benchmarks": design.benchmarks,
+        },
+        "benchmarks": [
+            {
+                "name": row.case.name, "params": list(row.case.params), "unit": row.case.unit,
+                "verdict": row.verdict, "ratio": row.judgement.ratio, "low": _finite(row.judgement.low),
+                "high": _finite(row.judgement.high), "pairs": row.judgement.pairs, "more": row.judgement.more,
+                "reason": row.judgement.reason,
+                **{side: [vars(outcome) for outcome in row.outcomes[side]] for side in SIDES},
+            }
+            for row in sorted_rows(result)
+        ],
+    }  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def as_markdown(result: Result) -> str:
+    """For a comment on a pull request: what did not pass in a table, the rest folded away."""
+    lines = [f"**{sentence(result)}**", ""]
+    lines += [f"- warning: {line}" for line in result.warnings]
+    rows = sorted_rows(result)
+    bad, passed = [r for r in rows if r.verdict != gate.PASS], [r for r in rows if r.verdict == gate.PASS]
+    lines += _markdown_table(bad)
+    if passed:
+        lines += [
+            f"<details><summary>{len(passed)} passed</summary>",
+            "",
+            *_markdown_table(passed),
+            "</details>",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _markdown_table(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "| verdict | head / base | bounds | base | pairs | benchmark | why |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.verdict, *_cells(row)[:4], f"`{row.case.label}`", _cells(row)[4]]
+        lines.append("| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |")
+    return [*lines, ""]
+
+
+def write_json(result: Result, path: Path) -> None:
+    path.write_text(json.dumps(as_json(result), indent=1) + "\n")
+
+
+def draw(result: Result, path: Path) -> None:
+    """Each benchmark's pairs, their bounds, and the tolerance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in sorted_rows(result) if any(map(math.isfinite, row.ratios))]
+    height = 1.2 + 0.32 * max(1, len(rows))
+    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+    names = {"green": "C2", "bold red": "C3", "bold magenta": "C6", "yellow": "C1", "blue": "C0"}
+    for i, row in enumerate(rows):
+        colour, j = names[COLOURS[row.verdict]], row.judgement
+        axis.plot([100 * (r - 1) for r in row.ratios], [i] * len(row.ratios), ".", color=colour, alpha=0.4)
+        low, high = _finite(j.low), _finite(j.high)
+        if low is not None and high is not None:
+            axis.plot(
+                [100 * (low - 1), 100 * (high - 1)], [i, i], color=colour, linewidth=3, solid_capstyle="butt"
+            )
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.axvline(100 * result.design.tolerance, color="C3", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(rows)), [f"{row.case.label}  {row.verdict}" for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        "head against base, % (dots: pairs of processes; bars: bounds; dashed: tolerance)", fontsize=8
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

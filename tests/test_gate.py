@@ -1,0 +1,241 @@
+"""The gate: its statistics against scipy and by simulation, and the command on a project that is not ours."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import wilcoxon
+
+from projecta.regress import gate
+from projecta.regress.gate import (
+    BROKEN,
+    INCONCLUSIVE,
+    NOT_MEASURED,
+    PASS,
+    REGRESSED,
+    Design,
+    judge_exact,
+    judge_pairs,
+    overall,
+    pairs_for_power,
+)  # fmt: skip
+from projecta.regress.machine import state, warnings
+from tests import foreign
+from tests.foreign import git, run
+
+DATA = st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-6), min_size=8, max_size=20, unique_by=abs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DATA, st.sampled_from([0.01, 0.002, 0.05]))
+def test_the_bound_is_where_the_signed_rank_test_turns(data, level):
+    averages = sorted((a + b) / 2 for i, a in enumerate(data) for b in data[i:])
+    bound = gate._bound(averages, len(data), level)
+    if bound == -math.inf:
+        assert 2.0 ** -len(data) > level
+        return
+    for shift, rejected in ((-1e-9, True), (1e-9, False)):
+        moved = np.array(data) - (bound + shift)
+        if len(np.unique(np.abs(moved))) == len(moved) and np.all(
+            moved != 0
+        ):  # scipy is exact without ties only
+            p = wilcoxon(moved, alternative="greater", method="exact").pvalue
+            assert (p <= level) == rejected
+
+
+@pytest.mark.parametrize("noise", ["normal", "heavy", "skewed"])
+def test_errors_are_as_rare_as_stated(noise):
+    """At the tolerance itself, the worst case: REGRESSED of 20 benchmarks by chance in at most `error` of gates."""
+    draw, design = np.random.default_rng(0), Design(benchmarks=20, error=0.2, miss=0.2)
+    looks = sorted({*design.looks()[0], *design.looks()[1]})
+    wrong, passed, gates = 0, 0, 40
+    for _ in range(gates):
+        verdicts = []
+        for _ in range(20):
+            size = (2, design.most)
+            sides = {
+                "normal": draw.normal(size=size), "heavy": draw.standard_t(2, size=size),
+                "skewed": draw.exponential(size=size) ** 2,
+            }[noise]  # fmt: skip
+            ratios = np.exp(0.03 * (sides[0] - sides[1]) + math.log1p(design.tolerance))
+            found = (judge_pairs(ratios[:n].tolist(), design).verdict for n in looks)
+            verdicts.append(next((v for v in found if v), None))
+        wrong += REGRESSED in verdicts
+        passed += verdicts.count(PASS)
+    assert wrong <= 0.2 * gates + 5  # two standard deviations of such a count above what is stated
+    assert passed <= 0.2 * 20 * gates
+
+
+def test_a_slow_down_is_found_and_no_change_passes():
+    draw, design = np.random.default_rng(1), Design(benchmarks=3)
+    for factor, verdict in ((1.0, PASS), (1.1, REGRESSED)):
+        ratios = np.exp(0.01 * draw.normal(size=design.most)) * factor
+        looks = sorted({*design.looks()[0], *design.looks()[1]})
+        found = [judge_pairs(ratios[:n].tolist(), design) for n in looks]
+        first = next(f for f in found if f.verdict)
+        assert first.verdict == verdict
+        assert first.low < factor < first.high
+
+
+def test_noise_is_inconclusive_and_says_how_much_more_it_takes():
+    draw, design = np.random.default_rng(2), Design()
+    found = judge_pairs(np.exp(0.3 * draw.normal(size=design.most)).tolist(), design)
+    assert found.verdict is None
+    assert found.more > 10
+
+
+def test_calibration_asks_for_more_pairs_where_it_is_noisier():
+    design = Design(benchmarks=5)
+    needed = [pairs_for_power(spread, design, 0.1) for spread in (0.01, 0.05, 0.1)]
+    assert needed == sorted(needed)
+    assert needed[0] == design.looks()[1][0]
+    assert Design(benchmarks=5, pairs=needed[1]).most >= needed[1]
+    draw, found = np.random.default_rng(3), 0
+    wide = Design(benchmarks=5, pairs=needed[1])
+    for _ in range(100):
+        ratios = (1.1 * np.exp(0.05 * draw.normal(size=wide.most))).tolist()
+        found += any(judge_pairs(ratios[:n], wide).verdict == REGRESSED for n in wide.looks()[1])
+    assert found >= 85
+
+
+def test_exact_metrics_are_compared_as_they_are():
+    design = Design()
+    assert judge_exact([50.0], [60.0], design, 0.25).verdict is None  # one process is none
+    assert judge_exact([50.0, 50.0], [50.2, 50.2], design, 0.25).verdict == PASS
+    assert judge_exact([50.0, 50.0], [50.5, 50.5], design, 0.25).verdict == REGRESSED  # +1 %
+    assert judge_exact([50.0, 50.0], [40.0, 40.0], design, 0.25).verdict == PASS
+    assert judge_exact([0.0, 0.0], [0.0, 0.0], design, 0.0).verdict == PASS
+    assert "varies" in judge_exact([50.0, 55.0], [50.0, 50.0], design, 0.25).reason
+    assert (
+        judge_exact([50.0, 50.3], [60.0, 60.0], design, 0.25).verdict == REGRESSED
+    )  # varies less than it grew
+
+
+def test_the_worst_verdict_counts():
+    assert overall([PASS, INCONCLUSIVE, REGRESSED, BROKEN]) == REGRESSED
+    assert overall([PASS, BROKEN, INCONCLUSIVE]) == BROKEN
+    assert overall([PASS, NOT_MEASURED]) == NOT_MEASURED
+    assert overall([]) == NOT_MEASURED
+    assert {v: gate.EXIT_CODES[v] for v in (PASS, REGRESSED, BROKEN, NOT_MEASURED, INCONCLUSIVE)} == {
+        PASS: 0, REGRESSED: 1, BROKEN: 3, NOT_MEASURED: 4, INCONCLUSIVE: 5,
+    }  # fmt: skip
+
+
+def test_a_machine_in_another_state_is_named():
+    now = state()
+    assert now["processors"] >= 1
+    assert warnings(now, now | {"load": 0.0}) == []
+    then = now | {"governor": "performance", "clock_mhz": 9e9, "temperature": 1.0, "gpu": "T4, 500"}
+    text = "\n".join(warnings(then, now | {"temperature": 80.0, "load": 9.0, "clock_mhz": 1000.0}))
+    for word in ("governor", "clock", "temperature", "gpu", "load"):
+        assert word in text
+
+
+SUITE = """
+    import time
+    import work
+
+    class Work:
+        version = "1"
+        number, repeat, rounds, warmup_time = 1, 3, 1, 0.0
+
+        def time_work(self):
+            time.sleep(0.01 * work.FACTOR)
+
+        def track_memory(self):
+            return work.MEMORY
+        track_memory.unit = "MiB"
+
+        def track_broken(self):
+            return work.BROKEN
+
+        def track_absent(self):
+            return work.NEW
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Two commits: the second is a tenth slower, takes 1 % more memory, and fails."""
+    foreign.make(tmp_path, SUITE)
+    foreign.commit(tmp_path, "one", work="FACTOR, MEMORY, BROKEN = 1, 50.0, 1")
+    foreign.commit(tmp_path, "two", work="FACTOR, MEMORY, BROKEN = 1.1, 50.5, None")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
+    return tmp_path
+
+
+def test_the_gate_finds_a_slow_down_more_memory_and_what_broke(project):
+    words = ("gate", "HEAD^", "--json", "out.json", "--markdown", "out.md", "--plot", "out.png")
+    code, text = run(*words, "--bench", "time_work|memory|broken")
+    assert code == 1
+    found = json.loads((project / "out.json").read_text())
+    rows = {row["name"].split(".")[-1]: row for row in found["benchmarks"]}
+    assert (found["verdict"], found["exit_code"]) == ("REGRESSED", 1)
+    slow = rows["time_work"]
+    assert slow["verdict"] == "REGRESSED"
+    assert 1.05 < slow["low"] < 1.1 < slow["high"] + 0.01
+    assert len(slow["base"]) == slow["pairs"] >= 9
+    assert rows["track_memory"]["verdict"] == "REGRESSED"
+    assert rows["track_memory"]["ratio"] == pytest.approx(1.01)
+    assert rows["track_broken"]["verdict"] == "BROKEN"
+    assert "gave 'None'" in rows["track_broken"]["reason"]
+    assert "REGRESSED: 2 REGRESSED, 1 BROKEN." in text
+    markdown = (project / "out.md").read_text()
+    assert "| REGRESSED | 1.010 | 1.010 to 1.010 | 50 MiB | 2 | `suite.Work.track_memory` |  |" in markdown
+    assert (project / "out.png").stat().st_size > 5000
+
+
+def test_the_same_commit_passes(project):
+    code, text = run("gate", "HEAD", "HEAD", "--bench", "time_work|memory")
+    assert (code, "2 PASS" in text) == (0, True)
+
+
+def test_what_is_not_measured_is_no_pass(project):
+    assert run("gate", "HEAD^", "--bench", "nothing like it")[0] == 4
+    (project / "benchmarks/suite.py").write_text(
+        "class Skips:\n    def setup(self):\n        raise NotImplementedError('no GPU')\n    def track_x(self):\n"
+        "        return 1\n"
+    )
+    code, text = run("gate", "HEAD^")
+    assert code == 4
+    assert "skipped: no GPU" in text
+
+
+def test_time_that_runs_out_is_inconclusive(project):
+    code, text = run("gate", "HEAD^", "--bench", "time_work", "--budget", "0")
+    assert code == 5
+    assert "more pairs would tell" in text
+
+
+def test_broken_beats_all_but_regressed(project):
+    code, text = run("gate", "HEAD^", "--bench", "track_broken|track_absent")
+    assert code == 3
+    assert "AttributeError: module 'work' has no attribute 'NEW' (suite.py:20)" in " ".join(text.split())
+
+
+def test_wrong_words_are_told_in_one_line(project):
+    code, text = run("gate", "no-such-commit")
+    assert (code, text) == (
+        2, "projecta gate: a revision must name a commit of this repository; got 'no-such-commit'.\n"
+    )  # fmt: skip
+    assert run("gate", "HEAD", "--bench", "(")[0] == 2
+
+
+def test_the_project_says_what_it_gates(project):
+    (project / "pyproject.toml").write_text("[tool.projecta]\ngate = 'track_memory'\n")
+    code, text = run("gate", "HEAD^")
+    assert code == 1
+    assert "time_work" not in text
+
+
+def test_calibration_is_kept_and_used(project):
+    code, text = run("calibrate", "--bench", "time_work", "--pairs", "3")
+    assert code == 0
+    assert "suite.Work.time_work" in text
+    assert run("calibrate", "--bench", "memory", "--pairs", "3")[0] == 4  # what does not vary has no noise
+    assert "warning" not in run("gate", "HEAD", "HEAD", "--bench", "memory")[1].replace("warning: load", "")
+    git(project, "status")

@@ -1,0 +1,410 @@
+"""Nothing measured is lost: faults of benchmarks, of runners, of disks and of files."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from projecta.regress import builds, journal, runner
+from projecta.regress.journal import Journal
+from projecta.regress.processes import Case, Outcome
+from projecta.regress.store import Project
+from tests import foreign
+from tests.foreign import run, running, start
+
+FAULTS = """
+    import ctypes, os, resource, signal, subprocess, sys, time
+
+    class Faults:
+        version = "1"
+        timeout = 20
+        number, repeat, rounds, warmup_time = 1, 1, 1, 0.0
+
+        def track_good(self):
+            return 1.5
+
+        def track_raises(self):
+            raise KeyError("planted")
+
+        def track_segfaults(self):
+            ctypes.string_at(0)
+
+        def track_memory_is_short(self):
+            resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+            return len(bytearray(2**30))
+
+        def track_is_killed(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def track_hangs_while_printing(self):
+            subprocess.Popen(["sleep", "4243"])
+            while True:
+                print("still here", flush=True)
+                time.sleep(0.01)
+        track_hangs_while_printing.timeout = 1
+
+        def track_inf(self):
+            return float("inf")
+
+        def track_nan(self):
+            return float("nan")
+
+        def track_none(self):
+            return None
+
+        def track_text(self):
+            return "much"
+
+        def track_garbage(self):
+            os.write(1, bytes(range(256)) * 100)
+            sys.stdout.write("{not json")
+            return 2.5
+
+        def track_exits(self):
+            os._exit(3)
+
+    class Skips:
+        version = "1"
+        def setup(self):
+            raise NotImplementedError("no such device")
+        def time_it(self):
+            pass
+
+    class Cached:
+        version = "1"
+        def setup_cache(self):
+            return 7
+        def track_cached(self, seven):
+            return seven
+"""
+ENDINGS = {
+    "good": ("ok", ""), "raises": ("failed", "KeyError: 'planted' (suite.py:13)"),
+    "segfaults": ("crashed", "ended by SIGSEGV"), "memory_is_short": ("out of memory", "MemoryError (suite.py:20)"),
+    "is_killed": ("out of memory", "ended by SIGKILL, as the kernel does when memory runs out"),
+    "hangs_while_printing": ("timed out", "took longer than its timeout of 1 s"),
+    "inf": ("bad result", "gave 'inf', not a finite number"), "nan": ("bad result", "gave 'nan', not a finite number"),
+    "none": ("bad result", "gave 'None', not a finite number"),
+    "text": ("bad result", "gave 'much', not a finite number"), "garbage": ("ok", ""),
+    "exits": ("failed", "exit status 3"), "it": ("skipped", "no such device"), "cached": ("ok", ""),
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_every_fault_has_its_reason(project, method):
+    foreign.make(project, FAULTS, launch_method=method)
+    foreign.commit(project, "one")
+    code, _ = run("bench", "HEAD", "--machine", "desk")
+    assert code == 3
+    with sqlite3.connect(project / ".asv/results/journal.sqlite") as base:
+        rows = base.execute("select benchmark, status, reason, samples, provenance from runs").fetchall()
+        facts = json.loads(base.execute("select facts from provenance").fetchone()[0])
+    base.close()
+    found = {name.split(".")[-1].partition("_")[2]: (status, reason) for name, status, reason, _, _ in rows}
+    if method == "forkserver":
+        assert "SIGSEGV" in found.pop("segfaults")[1]
+    else:
+        assert found["segfaults"] == ENDINGS["segfaults"]
+        found.pop("segfaults")
+    for name, (status, reason) in found.items():
+        assert status == ENDINGS[name][0], name
+        assert ENDINGS[name][1] in reason, name
+    assert len(rows) == len(ENDINGS)
+    assert facts["processors"] == os.cpu_count()
+    assert facts["packages"]["asv-runner" if "asv-runner" in facts["packages"] else "asv_runner"]
+    assert not running("4243")
+    stored = {
+        m.benchmark.split("_")[-1]: m.value for m in Project(project).measurements("desk") if m.measured
+    }
+    assert stored == {"good": 1.5, "garbage": 2.5, "cached": 7.0}
+
+
+SLOW = """
+    import time
+
+    class Slow:
+        params = list(range(6))
+        version = "1"
+        number, repeat, rounds, warmup_time = 1, 1, 2, 0.0
+
+        def time_it(self, i):
+            time.sleep(0.05)
+"""
+
+
+def kept(folder):
+    path = folder / ".asv/results/journal.sqlite"
+    if not path.exists():
+        return 0
+    base = sqlite3.connect(path)
+    try:
+        assert base.execute("pragma integrity_check").fetchone()[0] == "ok"
+        if not base.execute("select 1 from sqlite_master where name = 'runs'").fetchone():
+            return 0  # killed while it began
+        return base.execute("select count(*) from runs where status = 'ok'").fetchone()[0]
+    finally:
+        base.close()
+
+
+def test_killed_at_any_moment_it_keeps_what_it_had_and_goes_on(project):
+    """kill -9, twenty times, at random moments; what is left running ends as well."""
+    foreign.make(project, SLOW)
+    foreign.commit(project, "one")
+    draw, before, most = random.Random(0), 0, 0
+    for _ in range(20):
+        process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
+        time.sleep(draw.uniform(0.2, 3.0))
+        process.kill()
+        process.communicate()
+        now = kept(project)
+        assert now >= before
+        before, most = now, max(most, now)
+    time.sleep(0.5)
+    assert not running(str(project / "benchmarks"))
+    process = start(project, "bench", "HEAD", "--machine", "desk")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert kept(project) == 12  # six cases, two rounds: none twice
+    assert len([m for m in Project(project).measurements("desk") if m.measured]) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_writes_what_it_has(project, number):
+    foreign.make(project, SLOW)
+    foreign.commit(project, "one")
+    process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
+    limit = time.monotonic() + 60
+    while kept(project) < 2 and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "what was measured so far is stored" in text
+    assert not running(str(project / "benchmarks"))
+    assert len([m for m in Project(project).measurements("desk") if m.measured]) >= 2
+
+
+def test_two_runs_at_once_are_told_apart(project):
+    foreign.make(project, SLOW)
+    foreign.commit(project, "one")
+    with Journal(Project(project)):
+        code, text = run("bench", "HEAD", "--machine", "desk")
+    assert code == 2
+    assert f"be written by one run at a time; got process {os.getpid()}. Wait for it, or end it." in text
+
+
+def test_a_full_disk_is_said_and_loses_nothing(project):
+    """A limit on the size of files stands for the disk."""
+    foreign.make(project, SLOW)
+    foreign.commit(project, "one")
+    script = f"""
+        import resource, signal, sys
+        from pathlib import Path
+        from projecta.regress.journal import Journal
+        from projecta.regress.processes import Case, Outcome
+        from projecta.regress.store import Project
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        case = Case("a.b", 0, (), "track", "MiB", "1", 1.0)
+        with Journal(Project(Path({str(project)!r}))) as journal:
+            facts = journal.provenance({{}})
+            journal.add("desk", "c", "e", case, Outcome("ok", (1.0,)), "bench", facts)
+            size = sum(p.stat().st_size for p in journal.path.parent.glob("journal.sqlite*") if p.suffix != ".lock")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+            try:
+                for i in range(10_000):
+                    journal.add("desk", "c", "e", case, Outcome("ok", (float(i),) * 500), "bench", facts)
+            except ValueError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert "projecta: the disk must have room; got " in done.stdout, done.stderr
+    assert "What was measured before is kept; run it again." in done.stdout
+    assert kept(project) >= 2
+
+
+def test_a_commit_that_does_not_build_is_broken(project, monkeypatch):
+    from asv.util import ProcessError
+
+    foreign.make(project, SLOW)
+    foreign.commit(project, "one")
+    foreign.commit(project, "two")
+
+    def fail(self, config, repo, commit):
+        raise ProcessError(["pip"], 1, "", "error: no compiler")
+
+    monkeypatch.setattr("asv.environment.ExistingEnvironment.install_project", fail)
+    for words in (("bench", "HEAD", "--machine", "desk"), ("gate", "HEAD^")):
+        code, text = run(*words)
+        assert code == 3
+        assert "does not build: error: no compiler" in text
+
+
+def test_environments_that_differ_are_not_blamed_on_the_commit(project, monkeypatch):
+    foreign.make(project, SLOW)
+    foreign.commit(project, "one")
+    versions = iter(["1.0", "2.0"])
+    monkeypatch.setattr(builds.Build, "packages", lambda self: {"numpy": next(versions)})
+    code, text = run("gate", "HEAD", "HEAD")
+    assert code == 3
+    assert "the environments of base and head differ: numpy 1.0 and 2.0." in text
+
+
+@pytest.fixture
+def measured(project):
+    foreign.make(project)
+    foreign.commit(project, "one")
+    assert run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")[0] == 0
+    return project
+
+
+def result_file(folder):
+    return next(p for p in (folder / ".asv/results/desk").glob("*.json") if p.name != "machine.json")
+
+
+def test_a_healthy_project_has_no_findings(measured):
+    assert run("doctor") == (0, "No problems.\n")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not UTF-8"])
+def test_a_damaged_file_is_set_aside_and_written_anew(measured, damage):
+    path = result_file(measured)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"\xff\xfe" + whole)
+    code, text = run("doctor")
+    assert code == 3
+    assert ("is not whole" if damage == "truncated" else "is not UTF-8") in text
+    assert "`projecta doctor --fix` does so." in text
+    code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
+    assert code == 2
+    assert "`projecta doctor` puts it aside" in text
+    assert run("doctor", "--fix")[0] == 0
+    assert next((measured / ".asv/results/quarantine").rglob(path.name)).is_file()
+    assert run("doctor") == (0, "No problems.\n")
+    code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
+    assert code == 0
+    assert "time_sleep(" not in text.partition("Machine")[0]  # from the journal: nothing is measured twice
+    assert json.loads(path.read_text())["results"] == json.loads(whole)["results"]
+
+
+def test_a_damaged_journal_is_set_aside_and_filled_from_asv_s_files(measured):
+    path = measured / ".asv/results/journal.sqlite"
+    path.write_bytes(b"SQLite format 3\0" + os.urandom(5000))
+    code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
+    assert code == 2
+    assert "must be a journal" in text
+    assert "the journal is damaged" in run("doctor")[1]
+    assert run("doctor", "--fix")[0] == 0
+    before = json.loads(result_file(measured).read_text())["results"]
+    code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
+    assert code == 0
+    assert "time_sleep(" not in text.partition("Machine")[0]
+    after = json.loads(result_file(measured).read_text())["results"]
+    assert after["suite.Sleep.time_sleep"][0] == before["suite.Sleep.time_sleep"][0]
+
+
+def test_infinities_become_null(measured):
+    path = result_file(measured)
+    data = json.loads(path.read_text())
+    data["results"]["suite.Sleep.time_sleep"][0][0] = float("inf")
+    path.write_text(json.dumps(data))
+    assert "holds 1 infinite value(s), on which asv publish hangs" in run("doctor")[1]
+    assert run("doctor", "--fix")[0] == 0
+    assert json.loads(path.read_text())["results"]["suite.Sleep.time_sleep"][0][0] is None
+    assert run("doctor") == (0, "No problems.\n")
+
+
+def test_results_of_a_rewritten_history_are_set_aside(measured):
+    foreign.git(measured, "commit", "--quiet", "--amend", "--message", "another one")
+    foreign.git(measured, "reflog", "expire", "--expire=now", "--all")
+    foreign.git(measured, "gc", "--quiet", "--prune=now")
+    assert "its history was rewritten?" in run("doctor")[1]
+    name = result_file(measured).name
+    assert run("doctor", "--fix")[0] == 0
+    assert list((measured / ".asv/results/quarantine").rglob(name))
+
+
+def test_a_machine_that_was_renamed_is_named(measured):
+    old = measured / ".asv/results/desk/machine.json"
+    facts = json.loads(old.read_text()) | {"cpu": "one of a kind"}
+    old.write_text(json.dumps(facts))
+    new = measured / ".asv/results/table"
+    new.mkdir()
+    (new / "machine.json").write_text(json.dumps(facts | {"machine": "table"}))
+    code, text = run("doctor")
+    assert code == 0
+    assert "describes the same machine as desk: renamed?" in text
+    assert "`--machine desk`" in text
+
+
+def test_a_machine_that_nothing_describes_and_leftovers(measured):
+    (measured / ".asv/results/desk/machine.json").unlink()
+    (measured / ".asv/results/.writing-x").mkdir()
+    text = run("doctor")[1]
+    assert "results of a machine that nothing describes" in text
+    assert "a run that was killed was writing here" in text
+
+
+def test_what_asv_measured_before_is_taken_over(project):
+    foreign.make(project)
+    commit = foreign.commit(project, "one")
+    asv = [sys.executable, "-m", "asv"]
+    subprocess.run([*asv, "machine", "--yes", "--machine", "desk"], check=True, capture_output=True)
+    words = ["run", f"--python={sys.executable}", "--set-commit-hash", commit, "--machine", "desk"]
+    subprocess.run([*asv, *words], capture_output=True)
+    before = {
+        (m.benchmark, *m.params.values()): m.value
+        for m in Project(project).measurements("desk")
+        if m.measured
+    }
+    assert len(before) == 7
+    config = json.loads((project / "asv.conf.json").read_text()) | {"pythons": [sys.executable]}
+    (project / "asv.conf.json").write_text(json.dumps(config))
+    code, text = run("bench", "HEAD", "--machine", "desk")
+    assert code == 3  # the planted failure is tried again
+    assert "time_sleep(" not in text.partition("Machine")[0]
+    after = {
+        (m.benchmark, *m.params.values()): m.value
+        for m in Project(project).measurements("desk")
+        if m.measured
+    }
+    assert after == before
+
+
+def test_new_commits_are_those_after_the_last_with_results(measured):
+    first = foreign.git(measured, "rev-parse", "HEAD").strip()
+    second = foreign.commit(measured, "two")
+    third = foreign.commit(measured, "three")
+    done = Project(measured).commits("desk")
+    assert done == {first[:8]}
+    assert runner.find_commits(measured, "NEW", done) == [third, second]
+    assert runner.find_commits(measured, "NEW", {third[:8]}) == []
+    assert runner.find_commits(measured, "NEW", set()) == [third]
+
+
+def test_the_journal_keeps_provenance_once(project):
+    foreign.make(project)
+    foreign.commit(project, "one")
+    with Journal(Project(project)) as book:
+        assert book.provenance({"b": 1, "a": 2}) == book.provenance({"a": 2, "b": 1})
+        case = Case("a.b", 0, (), "track", "MiB", "1", 1.0)
+        book.add("desk", "c", "e", case, Outcome("failed", reason="why"), "bench", 1)
+        (found,) = book.runs("desk", "c", "e")
+        assert (found.outcome.status, found.outcome.reason) == ("failed", "why")
+    assert journal.NAME == "journal.sqlite"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    assert Path(project, ".asv/results/journal.lock").read_text() == str(os.getpid())
