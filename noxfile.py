@@ -1,4 +1,4 @@
-"""Sessions: bench (the main job), tests, quick, fidelity, accuracy, lint. They need but Python and nox."""
+"""Sessions: bench (the main job), tests, quick, fidelity, accuracy, rates, lint. They need Python and nox."""
 
 from pathlib import Path
 
@@ -73,6 +73,21 @@ def accuracy(session: nox.Session) -> None:
     session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"], "scikit-learn>=1.5")
     install_project(session)
     session.run("python", "-m", "benchmarks.tasks", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def rates(session: nox.Session) -> None:
+    """How often the gate is wrong, and what it finds: 20 real gates of each kind, a day. Or as said."""
+    session.install(*EXTRAS["bench"])
+    install_project(session)
+    if session.posargs:
+        session.run("python", "-m", "benchmarks.gate_rates", *session.posargs)
+        return
+    kinds = ("same", *(f"{room} +{share} %" for room in ("scan", "vtp") for share in (3, 5, 10)))
+    for kind in (*kinds, "memory +5 MB", "memory +1 %"):
+        session.run("python", "-m", "benchmarks.gate_rates", "gates", kind, "20")
+        session.run("python", "-m", "benchmarks.gate_rates", "continuous", kind, "20")
+    session.run("python", "-m", "benchmarks.gate_rates", "summary")
 
 
 @nox.session(reuse_venv=True)

@@ -252,6 +252,9 @@ def test_a_commit_that_does_not_build_is_broken(project, monkeypatch):
         code, text = run(*words)
         assert code == 3
         assert "does not build: error: no compiler" in text
+    with Journal(Project(project)) as book:
+        (row,) = book.base.execute("select benchmark, status, reason from runs").fetchall()
+    assert row[:2] == ("(build)", "failed")
 
 
 def test_environments_that_differ_are_not_blamed_on_the_commit(project, monkeypatch):

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from projecta.regress import machine, runner
 from projecta.regress.builds import Build, BuildFailed, builds_of, cases
 from projecta.regress.journal import Journal, export
-from projecta.regress.processes import BROKEN, OK, SKIPPED, Case, Outcome
+from projecta.regress.processes import BROKEN, FAILED, OK, SKIPPED, Case, Outcome
 from projecta.regress.store import Project
 
 _QUICK = {"number": 1, "repeat": 1, "warmup_time": 0, "rounds": 1}
 PURPOSE = "bench"
+_BUILDING = Case("(build)", 0, (), "build", "", "", 0.0)  # the row of a commit that does not build
 
 
 def measure(
@@ -39,6 +40,9 @@ def measure(
             except BuildFailed as error:
                 console.print(f"BROKEN: {error}", style="magenta", markup=False, highlight=False)
                 broken += 1
+                if not quick:
+                    outcome, facts = Outcome(FAILED, reason=str(error)), journal.provenance(machine.state())
+                    journal.add(host, commit, build.environment.name, _BUILDING, outcome, PURPOSE, facts)
                 continue
             broken += _measure_build(project, journal, host, build, found, pattern, quick, console)
     return broken

@@ -1,0 +1,221 @@
+"""How often `projecta gate` is wrong, and what it finds: on identical code, and on commits made slower.
+
+`python -m benchmarks.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
+repository, HEAD against HEAD ("same") or against a commit that plants something; `continuous KIND COUNT` has
+asv continuous judge the same. Every gate is a line of results/gate_rates.csv, every pair of processes one of
+results/gate_pairs.csv. `summary` resamples 2,000 gates from the pairs of identical code, as they are and with
+a factor, and writes results/gate_summary.csv. Holds no benchmark.
+"""
+
+import csv
+import json
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+TIMED = {"scan": "scan.Scan.time_forward('cpu', 2048)", "vtp": "clip.Vtp.time_forward('input 0.5', 1)"}
+PEAK = "clip.VtpPeak.track_peak_forward('input 0.5', 8)"
+PATTERN = (
+    "^(" + "|".join(label.replace("(", r"\(").replace(")", r"\)") for label in (*TIMED.values(), PEAK)) + ")$"
+)
+RESAMPLED = 2000
+HEADER = ["planted", "benchmark", "verdict", "ratio", "pairs", "seconds"]
+# What a commit may plant: seconds are spent as a share of what the call took, memory is held while it runs.
+_PLANT = """
+
+def _planted(plain, share, size):
+    import functools
+    import time
+
+    import torch
+
+    @functools.wraps(plain)
+    def slower(*args, **kwargs):
+        start = time.perf_counter()
+        held = torch.ones(size, dtype=torch.uint8)
+        found = plain(*args, **kwargs)
+        end = time.perf_counter() + share * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+        del held
+        return found
+
+    return slower
+
+
+"""
+_SCAN = _PLANT + "selective_scan = _planted(selective_scan, {share}, {size})\n"
+_VTP = _PLANT + textwrap.dedent("""
+    _plain_prune = prune
+
+
+    def prune(model, *args, **kwargs):
+        handle = _plain_prune(model, *args, **kwargs)
+        model.forward = _planted(model.forward, {share}, {size})
+        return handle
+""")
+KINDS = {  # name: (file, text, share of time, bytes)
+    "same": ("", "", 0.0, 0),
+    **{f"scan +{s} %": ("projecta/scan/__init__.py", _SCAN, s / 100, 0) for s in (3, 5, 10)},
+    **{f"vtp +{s} %": ("projecta/clip.py", _VTP, s / 100, 0) for s in (3, 5, 10)},
+    "memory +5 MB": ("projecta/clip.py", _VTP, 0.0, 5 * 2**20),
+    "memory +1 %": ("projecta/clip.py", _VTP, 0.0, round(0.401 * 2**20)),  # of 40.1 MiB
+}
+
+
+def _git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=gate rates", "-c", "user.email=gate@rates.invalid"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def _clone(kind: str) -> tuple[Path, str, str]:
+    """A clone that builds in this repository's environments, with the planted commit: folder, base, head."""
+    folder = ROOT / ".asv/rates"
+    if not folder.exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    _git(folder, "fetch", "--quiet", "origin")
+    base = _git(ROOT, "rev-parse", "HEAD")
+    _git(folder, "checkout", "--quiet", "--force", "--detach", base)
+    path, text, share, size = KINDS[kind]
+    head = base
+    if path:
+        (folder / path).write_text((folder / path).read_text() + text.format(share=share, size=size))
+        _git(folder, "commit", "--quiet", "--all", "--message", f"plant {kind}")
+        head = _git(folder, "rev-parse", "HEAD")
+    config = (folder / "asv.conf.json").read_text()
+    (folder / "asv.conf.json").write_text(config.replace('".asv/env"', json.dumps(str(ROOT / ".asv/env"))))
+    return folder, base, head
+
+
+def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
+    path = RESULTS / name
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        out = csv.writer(file)
+        out.writerows(([header] if fresh else []) + rows)
+
+
+def gates(kind: str, count: int) -> None:
+    """Real gates, one after the other."""
+    folder, base, head = _clone(kind)
+    for _ in range(count):
+        start = time.monotonic()
+        words = [
+            sys.executable,
+            "-m",
+            "projecta",
+            "gate",
+            base,
+            head,
+            "--machine",
+            "rates",
+            "--bench",
+            PATTERN,
+        ]
+        done = subprocess.run([*words, "--json", "gate.json"], cwd=folder, capture_output=True, text=True)
+        found = json.loads((folder / "gate.json").read_text())
+        seconds, rows, pairs = time.monotonic() - start, [], []
+        for row in found["benchmarks"]:
+            label = f"{row['name']}({', '.join(row['params'])})"
+            rows.append([kind, label, row["verdict"], f"{row['ratio']:.4f}", row["pairs"], f"{seconds:.0f}"])
+            if kind == "same" and label in TIMED.values():
+                both = zip(row["base"], row["head"], strict=False)
+                pairs += [[label, f"{_median(h) / _median(b):.5f}"] for b, h in both]
+        _append("gate_rates.csv", HEADER, rows)
+        _append("gate_pairs.csv", ["benchmark", "ratio"], pairs)
+        print(f"{kind}: {found['verdict']} ({done.returncode}), {seconds:.0f} s", flush=True)
+
+
+def _median(outcome: dict) -> float:
+    samples = sorted(outcome["samples"])
+    return samples[len(samples) // 2]
+
+
+def continuous(kind: str, count: int) -> None:
+    """The same, as asv continuous says it at its defaults."""
+    folder, base, head = _clone(kind)
+    for _ in range(count):
+        start = time.monotonic()
+        words = [
+            sys.executable,
+            "-m",
+            "asv",
+            "continuous",
+            base,
+            head,
+            "--machine",
+            "rates",
+            "--bench",
+            PATTERN,
+        ]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        seconds = time.monotonic() - start
+        verdict = {0: "PASS", 1: "REGRESSED"}.get(done.returncode, f"exit {done.returncode}")
+        if "PERFORMANCE DECREASED" not in done.stdout and done.returncode == 1:
+            verdict = "improved"
+        _append("gate_rates.csv", HEADER, [[kind, "asv continuous", verdict, "", "", f"{seconds:.0f}"]])
+        print(f"{kind}: asv continuous {verdict}, {seconds:.0f} s", flush=True)
+
+
+def summary() -> None:
+    """What real gates said, and 2,000 resampled from pairs of identical code, with each factor."""
+    from projecta.regress.gate import REGRESSED, Design, judge_pairs
+
+    with (RESULTS / "gate_pairs.csv").open(newline="") as file:
+        pairs: dict[str, list[float]] = {}
+        for row in csv.DictReader(file):
+            pairs.setdefault(row["benchmark"], []).append(float(row["ratio"]))
+    design, draw = Design(benchmarks=3), random.Random(0)
+    looks = sorted({*design.looks()[0], *design.looks()[1]})
+    lines: list[list[object]] = []
+    for percent in (0, 3, 5, 10):
+        each: dict[str, Counter[str]] = {label: Counter() for label in pairs}
+        wrong = 0
+        for _ in range(RESAMPLED):
+            said = set()
+            for label, own in pairs.items():
+                ratios = [(1 + percent / 100) * draw.choice(own) for _ in range(design.most)]
+                verdict = next(
+                    (v for n in looks if (v := judge_pairs(ratios[:n], design).verdict)), "INCONCLUSIVE"
+                )
+                each[label][verdict] += 1
+                said.add(verdict)
+            wrong += REGRESSED in said
+        for label, counts in each.items():
+            for verdict, found in counts.most_common():
+                lines.append(["resampled", f"+{percent} %", label, verdict, found, RESAMPLED])
+        lines.append(["resampled", f"+{percent} %", "any", REGRESSED, wrong, RESAMPLED])
+    with (RESULTS / "gate_rates.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = Counter((row["planted"], row["benchmark"], row["verdict"]) for row in rows)
+    totals = Counter((row["planted"], row["benchmark"]) for row in rows)
+    for (planted, benchmark, verdict), found in sorted(kinds.items()):
+        lines.append(["real", planted, benchmark, verdict, found, totals[planted, benchmark]])
+    with (RESULTS / "gate_summary.csv").open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["gates", "planted", "benchmark", "verdict", "count", "of"])
+        out.writerows(lines)
+    for line in lines:
+        print(*line)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["summary"]:
+        summary()
+    elif len(sys.argv) == 4 and sys.argv[1] in ("gates", "continuous") and sys.argv[2] in KINDS:
+        {"gates": gates, "continuous": continuous}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    else:
+        sys.exit(f"gate_rates: say gates or continuous, one of {', '.join(KINDS)}, and how many; or summary.")
+
+
+if __name__ == "__main__":
+    main()
