@@ -90,7 +90,7 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     with Journal(project) as journal, runner.stopped_by_sigterm():
         broken = measure(project, journal, name, commits, wanted, quick, console)
     if not quick and project.machines():
-        runner.publish(root)
+        runner.publish(root, root / project.config.html_dir)
         console.print(
             f"Pages: {project.config.html_dir}/index.html (served by `asv preview`)", highlight=False
         )
@@ -275,7 +275,7 @@ def publish() -> None:
     if not project.machines():
         click.echo("projecta publish: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)
-    runner.publish(root)
+    runner.publish(root, root / project.config.html_dir)
     click.echo(f"Pages: {project.config.html_dir}/index.html (served by `asv preview`)")
 
 

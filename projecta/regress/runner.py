@@ -11,6 +11,7 @@ from pathlib import Path
 
 from projecta._checks import Checker, fail
 from projecta.regress.processes import Case
+from projecta.regress.site import make_self_contained
 
 ENTIRE_SUITES = (
     r"^(?!\w+\.Full)"  # suites named Full... skip unless PROJECTA_FULL=1: a skip must not pass for a result
@@ -149,12 +150,13 @@ def know_machine(root: Path, name: str) -> None:
     )
 
 
-def publish(root: Path) -> None:
-    """Have asv write its pages; ValueError with its last line if it cannot."""
+def publish(root: Path, pages: Path) -> None:
+    """Have asv write its pages, which then load nothing from elsewhere; ValueError if it cannot."""
     done = subprocess.run(asv(root, "publish"), cwd=root, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         fail("projecta publish", "asv publish", "succeed", lines[-1])
+    make_self_contained(pages)
 
 
 def _interrupt(number: int, frame: object) -> None:
