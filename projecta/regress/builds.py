@@ -76,7 +76,7 @@ class Build:
             return getattr(self.environment, "_executable", sys.executable)
         return str(self.environment.find_executable("python"))
 
-    def launcher(self, settings: Mapping[str, float] = MappingProxyType({})) -> Launcher:
+    def launcher(self, settings: Mapping[str, Any] = MappingProxyType({})) -> Launcher:
         """What starts processes here; `settings` override a benchmark's own (asv's number, repeat...)."""
         from asv.runner import BENCHMARK_RUN_SCRIPT
 
