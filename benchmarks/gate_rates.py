@@ -121,7 +121,10 @@ def gates(kind: str, count: int) -> None:
             "--bench",
             PATTERN,
         ]
+        (folder / "gate.json").unlink(missing_ok=True)
         done = subprocess.run([*words, "--json", "gate.json"], cwd=folder, capture_output=True, text=True)
+        if not (folder / "gate.json").exists():
+            sys.exit(f"gate_rates: the gate must give a verdict; got {done.stderr.strip().splitlines()[-1]}")
         found = json.loads((folder / "gate.json").read_text())
         seconds, rows, pairs = time.monotonic() - start, [], []
         for row in found["benchmarks"]:

@@ -17,7 +17,7 @@ from projecta.regress.processes import BROKEN, SKIPPED, Case, Outcome
 FLOORS = {"MiB": 0.25, "bytes": 2**18}  # differences of peaks that the allocator alone makes, by unit
 SIDES = ("base", "head")
 MOST_PAIRS = 40  # that calibration may ask for
-# A timing in one process: calls for a second. To start a process takes seconds; ten calls of 2 ms see one moment.
+# A timing in one process: calls for a second. To start one takes seconds, and ten calls of 2 ms see one moment.
 SAMPLES = {"repeat": (1, 1000, 1.0)}
 
 
