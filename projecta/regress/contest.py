@@ -12,13 +12,14 @@ from projecta.regress import gate, machine, runner
 from projecta.regress.builds import Build, BuildFailed, cases
 from projecta.regress.gate import Design, Judgement
 from projecta.regress.journal import Journal
-from projecta.regress.processes import BROKEN, SKIPPED, Case, Outcome
+from projecta.regress.processes import BROKEN, OK, SKIPPED, Case, Outcome
 
 FLOORS = {"MiB": 0.25, "bytes": 2**18}  # differences of peaks that the allocator alone makes, by unit
 SIDES = ("base", "head")
 MOST_PAIRS = 40  # that calibration may ask for
-# A timing in one process: calls for a second. To start one takes seconds, and ten calls of 2 ms see one moment.
-SAMPLES = {"repeat": (1, 1000, 1.0)}
+# A timing is the best of a few processes: on a machine that others use too, a quarter of processes are a quarter
+# slower from first to last, whatever the number of their calls. Each times for half a second.
+PROCESSES, SAMPLES = 3, {"repeat": (1, 1000, 0.5)}
 
 
 @dataclass
@@ -140,13 +141,20 @@ def contest(
         for side in SIDES if pair % 2 == 0 else reversed(SIDES):
             launcher = builds[side].launcher(SAMPLES)
             try:
+                found_here: dict[str, list[Outcome]] = {}
+                for turn in range(PROCESSES):
+                    for row in open_rows:
+                        before = found_here.setdefault(row.case.label, [])
+                        if turn and (not row.case.timed or before[-1].status != OK):
+                            continue  # what does not vary, or failed, is not asked again
+                        outcome = launcher.run(row.case)
+                        before.append(outcome)
+                        journal.add(
+                            host, builds[side].commit, builds[side].environment.name, row.case, outcome,
+                            f"{session} {side}", facts,
+                        )  # fmt: skip
                 for row in open_rows:
-                    outcome = launcher.run(row.case)
-                    row.outcomes[side].append(outcome)
-                    journal.add(
-                        host, builds[side].commit, builds[side].environment.name, row.case, outcome,
-                        f"{session} {side}", facts,
-                    )  # fmt: skip
+                    row.outcomes[side].append(_best(found_here[row.case.label]))
             finally:
                 launcher.close()
         pair += 1
@@ -161,6 +169,12 @@ def contest(
         builds["base"].commit, builds["head"].commit, host, design, rows + gone, time.monotonic() - start,
         now, warned,
     )  # fmt: skip
+
+
+def _best(outcomes: Sequence[Outcome]) -> Outcome:
+    """The fastest, or the first that is none."""
+    bad = [o for o in outcomes if o.value is None]
+    return bad[0] if bad else min(outcomes, key=lambda o: o.value or 0.0)
 
 
 def _goes_on(row: Row, pairs: int | None) -> bool:
