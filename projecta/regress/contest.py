@@ -17,8 +17,8 @@ from projecta.regress.processes import BROKEN, OK, SKIPPED, Case, Outcome
 FLOORS = {"MiB": 0.25, "bytes": 2**18}  # differences of peaks that the allocator alone makes, by unit
 SIDES = ("base", "head")
 MOST_PAIRS = 40  # that calibration may ask for
-# A timing is the best of a few processes: on a machine that others use too, a quarter of processes are a quarter
-# slower from first to last, whatever the number of their calls. Each times for half a second.
+# A timing is the best of a few processes: on a machine that others use too, a quarter of them are a quarter
+# slower from first call to last, whatever the number of calls. Each times for half a second.
 PROCESSES, SAMPLES = 3, {"repeat": (1, 1000, 0.5)}
 
 
@@ -144,11 +144,11 @@ def contest(
                 found_here: dict[str, list[Outcome]] = {}
                 for turn in range(PROCESSES):
                     for row in open_rows:
-                        before = found_here.setdefault(row.case.label, [])
-                        if turn and (not row.case.timed or before[-1].status != OK):
+                        mine = found_here.setdefault(row.case.label, [])
+                        if turn and (not row.case.timed or mine[-1].status != OK):
                             continue  # what does not vary, or failed, is not asked again
                         outcome = launcher.run(row.case)
-                        before.append(outcome)
+                        mine.append(outcome)
                         journal.add(
                             host, builds[side].commit, builds[side].environment.name, row.case, outcome,
                             f"{session} {side}", facts,

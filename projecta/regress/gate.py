@@ -1,9 +1,9 @@
 """Says whether a change made things slower or hungrier, with stated rates of error.
 
-The unit of replication is a pair, the best of a few processes of base and the best of as many of head, that ran
-next to each other in turn (base head, head base, ...): noise between processes is many times that within one. A
-timing's datum is the logarithm of the ratio of their medians. If base and head differ by a factor f and processes
-are otherwise alike, such data are symmetric about log f, whatever the noise's distribution: Wilcoxon's
+The unit of replication is a pair, the best of a few processes of base and of as many of head, that ran next
+to each other in turn (base head, head base, ...): noise between processes is many times that within one. A
+timing's datum is the logarithm of the ratio of their medians. If base and head differ by a factor f and are
+otherwise alike, such data are symmetric about log f, whatever the noise's distribution: Wilcoxon's
 signed-rank test is exact for them, and its inversion gives the bounds of f.
 
     REGRESSED     the lower bound exceeds 1 + tolerance
