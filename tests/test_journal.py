@@ -183,6 +183,36 @@ def test_killed_at_any_moment_it_keeps_what_it_had_and_goes_on(project):
     assert len([m for m in Project(project).measurements("desk") if m.measured]) == 6
 
 
+LONG = """
+    import subprocess
+
+    class Long:
+        version = "1"
+
+        def track_it(self):
+            subprocess.run(["sleep", "4244"])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_killed_it_leaves_nothing_running(project, method):
+    """A benchmark that goes on for long, and what it started, end with a runner that could not end them."""
+    foreign.make(project, LONG, launch_method=method)
+    foreign.commit(project, "one")
+    process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
+    limit = time.monotonic() + 60
+    while not running("4244") and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert running("4244")
+    process.kill()
+    process.communicate()
+    limit = time.monotonic() + 10
+    while (running("4244") or running(str(project / "benchmarks"))) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not running("4244")
+    assert not running(str(project / "benchmarks"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_writes_what_it_has(project, number):
     foreign.make(project, SLOW)
@@ -255,6 +285,22 @@ def test_a_commit_that_does_not_build_is_broken(project, monkeypatch):
     with Journal(Project(project)) as book:
         (row,) = book.base.execute("select benchmark, status, reason from runs").fetchall()
     assert row[:2] == ("(build)", "failed")
+
+
+def test_suites_that_a_commit_cannot_import_are_not_tried_on_another(project, monkeypatch):
+    """asv would install the tip of a branch instead, and head would be judged against itself."""
+    foreign.make(project, "import work\n" + textwrap.dedent(SLOW))
+    first = foreign.commit(project, "one", work="raise ImportError('not yet')")
+    second = foreign.commit(project, "two", work="")
+    installed = []
+    monkeypatch.setattr(
+        "asv.environment.ExistingEnvironment.install_project",
+        lambda self, config, repo, commit: installed.append(commit),
+    )
+    code, text = run("gate", first, second)
+    assert code == 3
+    assert f"BROKEN: {first[:8]}: " in text
+    assert set(installed) == {first}
 
 
 def test_environments_that_differ_are_not_blamed_on_the_commit(project, monkeypatch):

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from projecta._checks import fail
-from projecta.regress.processes import Case, Fork, Launcher, Spawn
+from projecta.regress.processes import Case, Fork, Spawn
 from projecta.regress.store import Project
 
 
@@ -37,7 +37,7 @@ class Build:
         if slot:
             self.config.env_dir = f"{self.config.env_dir}-{slot}"
         self.folder = (project.folder / self.config.benchmark_dir).resolve()
-        with _inside(project.folder), _quietly():
+        with _asv_in(project.folder):
             self.repo = get_repo(self.config)
         self.environment = _environments(project, self.config)[which]
         self.variables: dict[str, str] = {}
@@ -51,7 +51,7 @@ class Build:
         from asv.util import ProcessError, UserError
 
         try:
-            with _inside(self.project.folder), _quietly():
+            with _asv_in(self.project.folder):
                 self.environment.create()
                 self.environment.install_project(self.config, self.repo, self.commit)
         except (UserError, ProcessError, OSError) as error:
@@ -76,7 +76,7 @@ class Build:
             return getattr(self.environment, "_executable", sys.executable)
         return str(self.environment.find_executable("python"))
 
-    def launcher(self, settings: Mapping[str, Any] = MappingProxyType({})) -> Launcher:
+    def launcher(self, settings: Mapping[str, Any] = MappingProxyType({})) -> Spawn:
         """What starts processes here; `settings` override a benchmark's own (asv's number, repeat...)."""
         from asv.runner import BENCHMARK_RUN_SCRIPT
 
@@ -84,16 +84,18 @@ class Build:
         return kind([self.python, BENCHMARK_RUN_SCRIPT], self.folder, self.variables, settings)
 
     def benchmarks(self) -> dict[str, dict[str, Any]]:
-        """asv's descriptions of the benchmarks, by name, without its setup_cache ones."""
+        """asv's descriptions of the benchmarks, by name; BuildFailed if they cannot be imported."""
         from asv.benchmarks import Benchmarks
         from asv.util import ProcessError, UserError
 
+        alone = copy(self.config)
+        alone.branches = []  # where they cannot be imported, asv would install the tip of a branch instead
         before = dict(os.environ)
         os.environ.update({k: v for k, v in self.variables.items() if k.endswith("PYTHONPATH")})
         try:
-            with _inside(self.project.folder), _quietly():
+            with _asv_in(self.project.folder):
                 self.found = Benchmarks.discover(
-                    self.config, self.repo, [self.environment], [self.commit], regex=None
+                    alone, self.repo, [self.environment], [self.commit], regex=None
                 )
         except (UserError, ProcessError) as error:
             lines = str(error).strip().splitlines() or ["its benchmarks cannot be imported"]
@@ -123,7 +125,7 @@ def builds_of(project: Project, commit: str) -> list[Build]:
 def _environments(project: Project, config: Any) -> list[Any]:
     from asv import environment
 
-    with _inside(project.folder), _quietly():
+    with _asv_in(project.folder):
         found = list(environment.get_environments(config, None, verbose=False))
     if not found:
         fail("projecta", "asv.conf.json", "describe an environment that this machine can make", "none")
@@ -161,14 +163,7 @@ def _worktree(project: Project, commit: str) -> Path:
 
 
 @contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    """asv reads the paths of its configuration from the current folder."""
-    with contextlib.chdir(folder):
-        yield
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """asv's own progress is not shown."""
-    with contextlib.redirect_stdout(io.StringIO()):
+def _asv_in(folder: Path) -> Iterator[None]:
+    """Where asv reads the paths of its configuration from; its own progress is not shown."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         yield
