@@ -96,6 +96,12 @@ def _clone(kind: str) -> tuple[Path, str, str]:
     return folder, base, head
 
 
+def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """One of the two commands, on the three benchmarks."""
+    command = [sys.executable, "-m", *words, "--machine", "rates", "--bench", PATTERN]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
 def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
     path = RESULTS / name
     fresh = not path.exists()
@@ -109,27 +115,16 @@ def gates(kind: str, count: int) -> None:
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
-        words = [
-            sys.executable,
-            "-m",
-            "projecta",
-            "gate",
-            base,
-            head,
-            "--machine",
-            "rates",
-            "--bench",
-            PATTERN,
-        ]
         (folder / "gate.json").unlink(missing_ok=True)
-        done = subprocess.run([*words, "--json", "gate.json"], cwd=folder, capture_output=True, text=True)
+        done = _run(folder, "projecta", "gate", base, head, "--json", "gate.json")
         if not (folder / "gate.json").exists():
             sys.exit(f"gate_rates: the gate must give a verdict; got {done.stderr.strip().splitlines()[-1]}")
         found = json.loads((folder / "gate.json").read_text())
         seconds, rows, pairs = time.monotonic() - start, [], []
         for row in found["benchmarks"]:
             label = f"{row['name']}({', '.join(row['params'])})"
-            rows.append([kind, label, row["verdict"], f"{row['ratio']:.4f}", row["pairs"], f"{seconds:.0f}"])
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.4f}"  # of what is broken
+            rows.append([kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
             if kind == "same" and label in TIMED.values():
                 both = zip(row["base"], row["head"], strict=False)
                 pairs += [[label, f"{_median(h) / _median(b):.5f}"] for b, h in both]
@@ -148,19 +143,7 @@ def continuous(kind: str, count: int) -> None:
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
-        words = [
-            sys.executable,
-            "-m",
-            "asv",
-            "continuous",
-            base,
-            head,
-            "--machine",
-            "rates",
-            "--bench",
-            PATTERN,
-        ]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        done = _run(folder, "asv", "continuous", base, head)
         seconds = time.monotonic() - start
         verdict = {0: "PASS", 1: "REGRESSED"}.get(done.returncode, f"exit {done.returncode}")
         if "PERFORMANCE DECREASED" not in done.stdout and done.returncode == 1:

@@ -13,12 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from projecta.regress import machine, runner
 from projecta.regress.builds import Build, BuildFailed, builds_of, cases
-from projecta.regress.journal import Journal, export
+from projecta.regress.journal import BENCH, Journal, Run, export
 from projecta.regress.processes import BROKEN, FAILED, OK, SKIPPED, Case, Outcome
 from projecta.regress.store import Project
 
 _QUICK = {"number": 1, "repeat": 1, "warmup_time": 0, "rounds": 1}
-PURPOSE = "bench"
 _BUILDING = Case("(build)", 0, (), "build", "", "", 0.0)  # the row of a commit that does not build
 
 
@@ -42,7 +41,7 @@ def measure(
                 broken += 1
                 if not quick:
                     outcome, facts = Outcome(FAILED, reason=str(error)), journal.provenance(machine.state())
-                    journal.add(host, commit, build.environment.name, _BUILDING, outcome, PURPOSE, facts)
+                    journal.add(host, commit, build.environment.name, _BUILDING, outcome, BENCH, facts)
                 continue
             broken += _measure_build(project, journal, host, build, found, pattern, quick, console)
     return broken
@@ -56,12 +55,13 @@ def _measure_build(
     if not quick:
         build.found.save()
         journal.absorb(host, build.commit, build.environment, found)
-    todo = list(_plan(wanted, found, {} if quick else _known(journal, host, build)))
-    broken, facts = 0, journal.provenance(machine.state() | {"packages": build.packages()})
+        facts = journal.provenance(machine.state() | {"packages": build.packages()})
+    known = {} if quick else journal.known(host, build.commit, build.environment.name, found)
+    todo, broken = list(_plan(wanted, found, known)), 0
     try:
         for case, outcome in _run(build, todo, quick, console):
             if not quick:
-                journal.add(host, build.commit, build.environment.name, case, outcome, PURPOSE, facts)
+                journal.add(host, build.commit, build.environment.name, case, outcome, BENCH, facts)
             broken += outcome.status in BROKEN
     finally:
         if not quick:
@@ -69,24 +69,15 @@ def _measure_build(
     return broken
 
 
-def _known(journal: Journal, host: str, build: Build) -> dict[tuple[str, int, str], list[Outcome]]:
-    known: dict[tuple[str, int, str], list[Outcome]] = {}
-    for run in journal.runs(host, build.commit, build.environment.name):
-        known.setdefault((run.benchmark, run.place, run.version), []).append(run.outcome)
-    return known
-
-
 def _plan(
-    wanted: Sequence[Case], found: dict[str, dict[str, Any]], known: dict[tuple[str, int, str], list[Outcome]]
+    wanted: Sequence[Case], found: dict[str, dict[str, Any]], known: dict[tuple[str, int], list[Run]]
 ) -> Iterator[tuple[int, Case]]:
     """(round, case) of what is missing, round by round."""
     missing = {}
     for case in wanted:
-        outcomes = known.get((case.name, case.index, case.version), [])
-        done = sum(o.status == OK for o in outcomes)
+        endings = [run.outcome.status for run in known.get((case.name, case.index), [])]
         rounds = int(found[case.name].get("rounds") or 1) if case.timed else 1
-        skipped = any(o.status == SKIPPED for o in outcomes)
-        missing[case] = 0 if skipped else max(0, rounds - done)
+        missing[case] = 0 if SKIPPED in endings else max(0, rounds - endings.count(OK))
     for turn in range(max(missing.values(), default=0)):
         yield from ((turn, case) for case in wanted if missing[case] > turn)
 
@@ -120,12 +111,8 @@ def _run(
                 yield case, outcome
                 done, seconds = (i + 1) / len(todo), time.monotonic() - start
                 if outcome.status in BROKEN:
-                    console.print(
-                        f"{case.label} {outcome.status}: {outcome.reason}",
-                        style="magenta",
-                        markup=False,
-                        soft_wrap=True,
-                    )
+                    line = f"{case.label} {outcome.status}: {outcome.reason}"
+                    console.print(line, style="magenta", markup=False, soft_wrap=True)
                 elif progress.disable:
                     said = outcome.status if outcome.value is None else f"{outcome.value:.4g} {case.unit}"
                     _say(console, f"{pace(100 * done, seconds)}  {case.label} {said}")

@@ -142,30 +142,10 @@ def gate(
     from rich.console import Console
 
     from projecta.regress import gate as statistics
-    from projecta.regress import runner, show
-    from projecta.regress.builds import Build, BuildFailed
-    from projecta.regress.contest import contest
-    from projecta.regress.journal import Journal
+    from projecta.regress import show
 
-    console = Console(stderr=True)
-    root = runner.find_root(Path.cwd())
-    project = _project(root)
-    name = runner.machine_name(machine)
-    commits = {side: runner.find_commit(root, word) for side, word in (("base", base), ("head", head))}
-    pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
     design = statistics.Design(tolerance=tolerance, memory_tolerance=memory_tolerance)
-    with Journal(project) as journal, runner.stopped_by_sigterm():
-        try:
-            builds = {
-                side: Build(project, commits[side], "base" if side == "base" else "") for side in commits
-            }
-            result = contest(
-                builds, pattern, design, 60 * budget, journal, name,
-                lambda line: console.print(line, markup=False, highlight=False),
-            )  # fmt: skip
-        except BuildFailed as error:
-            click.echo(f"BROKEN: {error}", err=True)
-            sys.exit(BROKEN)
+    result, _ = _contest(machine, base, head, regex, design, budget)
     Console().print(show.table(result))
     click.echo(show.sentence(result))
     if as_json:
@@ -194,28 +174,10 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
     from rich.console import Console
 
     from projecta.regress import gate as statistics
-    from projecta.regress import runner, show
-    from projecta.regress.builds import Build, BuildFailed
-    from projecta.regress.contest import contest
-    from projecta.regress.journal import Journal
+    from projecta.regress import show
 
-    console = Console(stderr=True)
-    root = runner.find_root(Path.cwd())
-    project = _project(root)
-    name = runner.machine_name(machine)
-    head = runner.find_commit(root, "HEAD")
-    pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
-    with Journal(project) as journal, runner.stopped_by_sigterm():
-        try:
-            result = contest(
-                {"base": Build(project, head, "base"), "head": Build(project, head)}, pattern,
-                statistics.Design(tolerance=tolerance), 60 * budget, journal, name,
-                lambda line: console.print(line, markup=False, highlight=False), pairs,
-            )  # fmt: skip
-        except BuildFailed as error:
-            click.echo(f"BROKEN: {error}", err=True)
-            sys.exit(BROKEN)
-        noise = journal.noise(name)
+    design = statistics.Design(tolerance=tolerance)
+    result, noise = _contest(machine, "HEAD", "HEAD", regex, design, budget, pairs)
     measured = [row for row in result.rows if row.case.timed and row.case.label in noise]
     if not measured:
         click.echo("projecta calibrate: no timing was measured often enough (3 pairs).", err=True)
@@ -277,6 +239,37 @@ def publish() -> None:
         sys.exit(NOT_MEASURED)
     runner.publish(root, root / project.config.html_dir)
     click.echo(f"Pages: {project.config.html_dir}/index.html (served by `asv preview`)")
+
+
+def _contest(
+    machine: str | None, base: str, head: str, regex: str | None, design: Any, budget: float,
+    pairs: int | None = None,
+) -> tuple[Any, dict[str, tuple[str, float, int]]]:  # fmt: skip
+    """What base and head gave against each other, and the noise that is known of this machine."""
+    from rich.console import Console
+
+    from projecta.regress import runner
+    from projecta.regress.builds import Build, BuildFailed
+    from projecta.regress.contest import contest
+    from projecta.regress.journal import Journal
+
+    console = Console(stderr=True)
+    root = runner.find_root(Path.cwd())
+    project = _project(root)
+    name = runner.machine_name(machine)
+    before, after = (runner.find_commit(root, word) for word in (base, head))
+    pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
+    with Journal(project) as journal, runner.stopped_by_sigterm():
+        try:
+            result = contest(
+                {"base": Build(project, before, "base"), "head": Build(project, after)}, pattern, design,
+                60 * budget, journal, name, lambda line: console.print(line, markup=False, highlight=False),
+                pairs,
+            )  # fmt: skip
+        except BuildFailed as error:
+            click.echo(f"BROKEN: {error}", err=True)
+            sys.exit(BROKEN)
+        return result, journal.noise(name)
 
 
 def _project(root: Path) -> Any:

@@ -24,6 +24,7 @@ from projecta.regress.processes import BROKEN, OK, Case, Outcome
 from projecta.regress.store import Project
 
 NAME, LOCK = "journal.sqlite", "journal.lock"
+BENCH = "bench"  # the purpose of runs that become asv's results; those of gates name the gate and the side
 _TABLES = """
 create table if not exists provenance (id integer primary key, facts text unique not null);
 create table if not exists runs (
@@ -43,7 +44,6 @@ create table if not exists noise (
 class Run:
     """One process, as the journal keeps it."""
 
-    commit: str
     benchmark: str
     version: str
     place: int
@@ -115,33 +115,30 @@ class Journal:
                 row,
             )
         except sqlite3.OperationalError as error:
-            fail(
-                "projecta",
-                "the disk",
-                "have room",
-                str(error),
-                "What was measured before is kept; run it again.",
-            )
+            advice = "What was measured before is kept; run it again."
+            fail("projecta", "the disk", "have room", str(error), advice)
 
-    def runs(self, machine: str, commit: str, environment: str, purpose: str = "bench") -> list[Run]:
+    def runs(self, machine: str, commit: str, environment: str, purpose: str = BENCH) -> list[Run]:
         """What is known of a commit, oldest first."""
         found = self.base.execute(
-            "select commit_hash, benchmark, version, place, status, samples, number, reason, seconds, at"
-            " from runs where machine = ? and commit_hash = ? and environment = ? and purpose = ?"
-            " order by id",
+            "select benchmark, version, place, status, samples, number, reason, seconds, at from runs"
+            " where machine = ? and commit_hash = ? and environment = ? and purpose = ? order by id",
             [machine, commit, environment, purpose],
         )
         return [
-            Run(
-                c,
-                name,
-                version,
-                place,
-                Outcome(status, tuple(json.loads(samples)), number, reason, seconds),
-                at,
-            )
-            for c, name, version, place, status, samples, number, reason, seconds, at in found
+            Run(name, version, place, Outcome(status, tuple(json.loads(samples)), *rest), at)
+            for name, version, place, status, samples, *rest, at in found
         ]
+
+    def known(
+        self, machine: str, commit: str, environment: str, benchmarks: dict[str, dict[str, Any]]
+    ) -> dict[tuple[str, int], list[Run]]:
+        """The runs of today's versions of the benchmarks, by name and place."""
+        found: dict[tuple[str, int], list[Run]] = {}
+        for run in self.runs(machine, commit, environment):
+            if run.benchmark in benchmarks and str(benchmarks[run.benchmark]["version"]) == run.version:
+                found.setdefault((run.benchmark, run.place), []).append(run)
+        return found
 
     def absorb(
         self, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
@@ -158,11 +155,11 @@ class Journal:
         except (UserError, ValueError, KeyError) as error:  # a UnicodeDecodeError is a ValueError
             reason = " ".join(str(error).split())
             fail("projecta", str(path), "be asv's JSON", reason, "`projecta doctor` puts it aside.")
-        known = {(run.benchmark, run.version) for run in self.runs(machine, commit, environment.name)}
+        known = {name for name, _ in self.known(machine, commit, environment.name, benchmarks)}
         facts = self.provenance({"taken from": "asv's results"})
         for name in results.get_all_result_keys():
             entry, version = benchmarks.get(name), str(results.benchmark_version.get(name))
-            if entry is None or version != str(entry["version"]) or (name, version) in known:
+            if entry is None or version != str(entry["version"]) or name in known:
                 continue
             values = results.get_result_value(name, entry["params"])
             stats, samples = (
@@ -175,7 +172,7 @@ class Journal:
                 number = stat and stat.get("number")
                 outcome = Outcome(OK, tuple(own or [value]), (number or 1) if case.timed else None)
                 for _ in range(int(entry.get("rounds") or 1) if case.timed and not own else 1):
-                    self.add(machine, commit, environment.name, case, outcome, "bench", facts)
+                    self.add(machine, commit, environment.name, case, outcome, BENCH, facts)
 
     def keep_noise(
         self, machine: str, label: str, version: str, spread: float, pairs: int, provenance: int
@@ -220,11 +217,7 @@ def export(
         dict(about.__dict__) | {"python": environment.python} | environment.requirements,
         environment.requirements, commit, date, environment.python, environment.name, environment.env_vars,
     )  # fmt: skip
-    known: dict[tuple[str, int], list[Run]] = {}
-    for run in journal.runs(machine, commit, environment.name):
-        entry = benchmarks.get(run.benchmark)
-        if entry is not None and str(entry["version"]) == run.version:
-            known.setdefault((run.benchmark, run.place), []).append(run)
+    known = journal.known(machine, commit, environment.name, benchmarks)
     for name, entry in benchmarks.items():
         count = len(list(itertools.product(*entry["params"])))
         places = [known.get((name, i), []) for i in range(count)]

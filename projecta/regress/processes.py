@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 OK, SKIPPED = "ok", "skipped"
 FAILED, CRASHED, MEMORY, TIMED_OUT, BAD = "failed", "crashed", "out of memory", "timed out", "bad result"
@@ -78,14 +78,6 @@ class Outcome:
         return statistics.median(self.samples) if self.samples else None
 
 
-class Launcher(Protocol):
-    """Starts processes of one build."""
-
-    def run(self, case: Case) -> Outcome: ...
-
-    def close(self) -> None: ...
-
-
 class Spawn:
     """A new interpreter for each benchmark."""
 
@@ -94,7 +86,7 @@ class Spawn:
         command: Sequence[str],
         folder: Path,
         variables: Mapping[str, str],
-        settings: Mapping[str, float],
+        settings: Mapping[str, Any],
     ):
         self.command, self.folder, self.variables = list(command), folder, dict(variables)
         self.settings = json.dumps(dict(settings))
@@ -153,16 +145,8 @@ class Spawn:
 class Fork(Spawn):
     """One interpreter that has imported the suites, and a fork of it for each benchmark: asv's forkserver."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        folder: Path,
-        variables: Mapping[str, str],
-        settings: Mapping[str, float],
-    ):
-        super().__init__(command, folder, variables, settings)
-        self.process: subprocess.Popen[bytes] | None = None
-        self.room = Path()
+    process: "subprocess.Popen[bytes] | None" = None
+    room = Path()  # of the process
 
     def run(self, case: Case) -> Outcome:
         start = time.monotonic()
