@@ -29,6 +29,82 @@ SUITE = """
         track_size.unit = "MiB"
 """
 
+FAULTS = """
+    import ctypes, os, resource, signal, subprocess, sys, time
+
+    class Faults:
+        version = "1"
+        timeout = 20
+        number, repeat, rounds, warmup_time = 1, 1, 1, 0.0
+
+        def track_good(self):
+            return 1.5
+
+        def track_raises(self):
+            raise KeyError("planted")
+
+        def track_segfaults(self):
+            ctypes.string_at(0)
+
+        def track_memory_is_short(self):
+            resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+            return len(bytearray(2**30))
+
+        def track_is_killed(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def track_hangs_while_printing(self):
+            subprocess.Popen(["sleep", "4243"])
+            while True:
+                print("still here", flush=True)
+                time.sleep(0.01)
+        track_hangs_while_printing.timeout = 1
+
+        def track_inf(self):
+            return float("inf")
+
+        def track_nan(self):
+            return float("nan")
+
+        def track_none(self):
+            return None
+
+        def track_text(self):
+            return "much"
+
+        def track_garbage(self):
+            os.write(1, bytes(range(256)) * 100)
+            sys.stdout.write("{not json")
+            return 2.5
+
+        def track_exits(self):
+            os._exit(3)
+
+    class Skips:
+        version = "1"
+        def setup(self):
+            raise NotImplementedError("no such device")
+        def time_it(self):
+            pass
+
+    class Cached:
+        version = "1"
+        def setup_cache(self):
+            return 7
+        def track_cached(self, seven):
+            return seven
+"""
+ENDINGS = {
+    "good": ("ok", ""), "raises": ("failed", "KeyError: 'planted' (suite.py:13)"),
+    "segfaults": ("crashed", "ended by SIGSEGV"), "memory_is_short": ("out of memory", "MemoryError (suite.py:20)"),
+    "is_killed": ("out of memory", "ended by SIGKILL, as the kernel does when memory runs out"),
+    "hangs_while_printing": ("timed out", "took longer than its timeout of 1 s"),
+    "inf": ("bad result", "gave 'inf', not a finite number"), "nan": ("bad result", "gave 'nan', not a finite number"),
+    "none": ("bad result", "gave 'None', not a finite number"),
+    "text": ("bad result", "gave 'much', not a finite number"), "garbage": ("ok", ""),
+    "exits": ("failed", "exit status 3"), "it": ("skipped", "no such device"), "cached": ("ok", ""),
+}  # fmt: skip
+
 
 def git(folder, *words):
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -76,11 +76,16 @@ class Build:
             return getattr(self.environment, "_executable", sys.executable)
         return str(self.environment.find_executable("python"))
 
+    @property
+    def forks(self) -> bool:
+        """Whether a process may be the fork of one that has imported the suites."""
+        return self.config.launch_method == "forkserver"
+
     def launcher(self, settings: Mapping[str, Any] = MappingProxyType({})) -> Spawn:
         """What starts processes here; `settings` override a benchmark's own (asv's number, repeat...)."""
         from asv.runner import BENCHMARK_RUN_SCRIPT
 
-        kind = Fork if self.config.launch_method == "forkserver" else Spawn
+        kind = Fork if self.forks else Spawn
         return kind([self.python, BENCHMARK_RUN_SCRIPT], self.folder, self.variables, settings)
 
     def benchmarks(self) -> dict[str, dict[str, Any]]:

@@ -114,7 +114,7 @@ _budget = click.option(
 @_bench
 @_budget
 @click.option(
-    "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
+    "--tolerance", type=click.FloatRange(min=0), default=0.03, show_default=True,
     help="How much slower a timing may be, as a share.",
 )  # fmt: skip
 @click.option(
@@ -165,7 +165,7 @@ def gate(
     "--pairs", type=click.IntRange(min=3), default=12, show_default=True, help="Of processes to run."
 )
 @click.option(
-    "--tolerance", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
+    "--tolerance", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True,
     help="Of the gate that this is for.",
 )  # fmt: skip
 @_one_line

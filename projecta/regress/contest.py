@@ -10,16 +10,14 @@ from typing import Any
 
 from projecta.regress import gate, machine, runner
 from projecta.regress.builds import Build, BuildFailed, cases
+from projecta.regress.duel import Side, duel
 from projecta.regress.gate import Design, Judgement
 from projecta.regress.journal import Journal
-from projecta.regress.processes import BROKEN, OK, SKIPPED, Case, Outcome
+from projecta.regress.processes import BROKEN, SKIPPED, Case, Outcome
 
 FLOORS = {"MiB": 0.25, "bytes": 2**18}  # differences of peaks that the allocator alone makes, by unit
 SIDES = ("base", "head")
 MOST_PAIRS = 40  # that calibration may ask for
-# A timing is the best of a few processes: on a machine that others use too, a quarter of them are a quarter
-# slower from first call to last, whatever the number of calls. Each times for half a second.
-PROCESSES, SAMPLES = 3, {"repeat": (1, 1000, 0.5)}
 
 
 @dataclass
@@ -36,8 +34,10 @@ class Row:
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """Of each process that gave one: seconds a call, or the metric."""
-        return {side: [o.value for o in self.outcomes[side] if o.value is not None] for side in SIDES}
+        """Of each process that gave one: seconds a call, undisturbed, or the metric."""
+        return {
+            side: [o.undisturbed for o in self.outcomes[side] if o.undisturbed is not None] for side in SIDES
+        }
 
     @property
     def ratios(self) -> list[float]:
@@ -131,50 +131,38 @@ def contest(
     design = replace(design, pairs=min(MOST_PAIRS, max(wanted, default=0)))
     for line in warned:
         tell(f"warning: {line}")
-    start, pair, longest = time.monotonic(), 0, 0.0
+    start = time.monotonic()
     session = f"gate {uuid.uuid4().hex[:8]}"
-    while pair < (design.most if pairs is None else pairs):
-        open_rows = [row for row in rows if row.judgement.verdict is None or _goes_on(row, pairs)]
-        elapsed = time.monotonic() - start
-        if not open_rows or (pair >= 2 and elapsed + longest > budget):
-            break
-        for side in SIDES if pair % 2 == 0 else reversed(SIDES):
-            launcher = builds[side].launcher(SAMPLES)
-            try:
-                found_here: dict[str, list[Outcome]] = {}
-                for turn in range(PROCESSES):
-                    for row in open_rows:
-                        mine = found_here.setdefault(row.case.label, [])
-                        if turn and (not row.case.timed or mine[-1].status != OK):
-                            continue  # what does not vary, or failed, is not asked again
-                        outcome = launcher.run(row.case)
-                        mine.append(outcome)
-                        journal.add(
-                            host, builds[side].commit, builds[side].environment.name, row.case, outcome,
-                            f"{session} {side}", facts,
-                        )  # fmt: skip
-                for row in open_rows:
-                    row.outcomes[side].append(_best(found_here[row.case.label]))
-            finally:
-                launcher.close()
-        pair += 1
-        for row in open_rows:
-            row.judge(design)
-        longest = max(longest, time.monotonic() - start - elapsed)
-        left = sum(row.judgement.verdict is None for row in rows)
-        tell(f"pair {pair}: {len(rows) - left} of {len(rows)} decided, {time.monotonic() - start:.0f} s")
+    sides = {name: Side(builds[name]) for name in SIDES}
+    pair, last = 0, 0.0
+    try:
+        while pair < (design.most if pairs is None else pairs):
+            open_rows = [row for row in rows if row.judgement.verdict is None or _goes_on(row, pairs)]
+            elapsed = time.monotonic() - start
+            if not open_rows or (pair >= 2 and elapsed + last > budget):
+                break
+            for name in SIDES:
+                sides[name].start()
+            order = SIDES if pair % 2 == 0 else SIDES[::-1]
+            for row in open_rows:
+                for name, outcome in duel({name: sides[name] for name in order}, row.case).items():
+                    row.outcomes[name].append(outcome)
+                    where = builds[name].environment.name
+                    words = f"{session} {name}"
+                    journal.add(host, builds[name].commit, where, row.case, outcome, words, facts)
+                row.judge(design)
+            pair, last = pair + 1, time.monotonic() - start - elapsed
+            left = sum(row.judgement.verdict is None for row in rows)
+            tell(f"pair {pair}: {len(rows) - left} of {len(rows)} decided, {time.monotonic() - start:.0f} s")
+    finally:
+        for one in sides.values():
+            one.close()
     if pairs is not None:
         _keep_noise(journal, host, rows, facts)
     return Result(
         builds["base"].commit, builds["head"].commit, host, design, rows + gone, time.monotonic() - start,
         now, warned,
     )  # fmt: skip
-
-
-def _best(outcomes: Sequence[Outcome]) -> Outcome:
-    """The fastest, or the first that is none."""
-    bad = [o for o in outcomes if o.value is None]
-    return bad[0] if bad else min(outcomes, key=lambda o: o.value or 0.0)
 
 
 def _goes_on(row: Row, pairs: int | None) -> bool:

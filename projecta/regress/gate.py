@@ -1,10 +1,10 @@
 """Says whether a change made things slower or hungrier, with stated rates of error.
 
-The unit of replication is a pair, the best of a few processes of base and of as many of head, that ran next
-to each other in turn (base head, head base, ...): noise between processes is many times that within one. A
-timing's datum is the logarithm of the ratio of their medians. If base and head differ by a factor f and are
-otherwise alike, such data are symmetric about log f, whatever the noise's distribution: Wilcoxon's
-signed-rank test is exact for them, and its inversion gives the bounds of f.
+The unit of replication is a pair: a process of base and one of head, whose samples were taken in alternation
+(`duel`): noise between processes is many times that within one. A timing's datum is the logarithm of the
+ratio of their lower quartiles, for who disturbs a call only ever makes it slower. If base and head differ by
+a factor f and are otherwise alike, such data are symmetric about log f, whatever the noise's distribution:
+Wilcoxon's signed-rank test is exact for them, and its inversion gives the bounds of f.
 
     REGRESSED     the lower bound exceeds 1 + tolerance
     PASS          the upper bound lies below 1 + tolerance: proved, not merely "no difference found"
@@ -34,7 +34,7 @@ GROWTH = 1.25  # of the pairs from look to look
 class Design:
     """What a gate promises, and what it may cost."""
 
-    tolerance: float = 0.05  # a timing's ratio up to 1 + tolerance is none of its business
+    tolerance: float = 0.03  # a timing's ratio up to 1 + tolerance is none of its business
     memory_tolerance: float = 0.005  # the same of other metrics
     error: float = 0.01  # of the whole gate: saying REGRESSED of what is not
     miss: float = 0.05  # of a benchmark: saying PASS of what has regressed

@@ -77,6 +77,11 @@ class Outcome:
         """The median of the samples, which one slow call does not move."""
         return statistics.median(self.samples) if self.samples else None
 
+    @property
+    def undisturbed(self) -> float | None:
+        """The lower quartile: who disturbs a call makes it slower, and the least is one call's luck."""
+        return sorted(self.samples)[len(self.samples) // 4] if self.samples else None
+
 
 class Spawn:
     """A new interpreter for each benchmark."""
@@ -90,19 +95,19 @@ class Spawn:
     ):
         self.command, self.folder, self.variables = list(command), folder, dict(variables)
         self.settings = json.dumps(dict(settings))
-        self.guard = _Guard()
+        self.guard = Guard()
         self._caches: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
     def run(self, case: Case) -> Outcome:
         start = time.monotonic()
-        missing = self._set_up(case)
+        missing = self.set_up(case)
         if missing is not None:
             return missing
         with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as room:
             result = Path(room, "result.json")
-            words = ["run", str(self.folder), _asv_name(case), self.settings, "None", str(result)]
-            code, printed = self._finish(words, self._place(case, room), case.timeout)
-            return _outcome(case, code, printed, result, time.monotonic() - start)
+            words = ["run", str(self.folder), asv_name(case), self.settings, "None", str(result)]
+            code, printed = self._finish(words, self.place(case, room), case.timeout)
+            return outcome_of(case, code, printed, result, time.monotonic() - start)
 
     def _finish(self, words: list[str], place: str, timeout: float) -> tuple[int | None, str]:
         """The exit code of a process, or None if it took too long; what it printed."""
@@ -116,23 +121,23 @@ class Spawn:
                     code = None
                 finally:
                     end_group(process)
-            return code, _tail(printed)
+            return code, tail_of(printed)
 
-    def _set_up(self, case: Case) -> Outcome | None:
+    def set_up(self, case: Case) -> Outcome | None:
         """Run the setup_cache that a benchmark wants, once; why it could not be."""
         if case.cache is None or case.cache in self._caches:
             return None
         place = tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True)
-        words = ["setup_cache", str(self.folder), _asv_name(case), "{}"]
+        words = ["setup_cache", str(self.folder), asv_name(case), "{}"]
         code, printed = self._finish(words, place.name, case.timeout)
         if code == 0:
             self._caches[case.cache] = place
             return None
         place.cleanup()
-        reason = _too_long(case) if code is None else _last_words(printed)
+        reason = too_long(case) if code is None else _last_words(printed)
         return Outcome(TIMED_OUT if code is None else FAILED, reason=f"setup_cache: {reason}")
 
-    def _place(self, case: Case, room: str) -> str:
+    def place(self, case: Case, room: str) -> str:
         return room if case.cache is None else self._caches[case.cache].name
 
     def close(self) -> None:
@@ -150,7 +155,7 @@ class Fork(Spawn):
 
     def run(self, case: Case) -> Outcome:
         start = time.monotonic()
-        missing = self._set_up(case)
+        missing = self.set_up(case)
         if missing is not None:
             return missing
         try:
@@ -161,21 +166,21 @@ class Fork(Spawn):
             with tempfile.TemporaryDirectory(dir=self.room, ignore_cleanup_errors=True) as place:
                 answer = self._ask(
                     {
-                        "action": "run", "benchmark_id": _asv_name(case), "params_str": self.settings,
+                        "action": "run", "benchmark_id": asv_name(case), "params_str": self.settings,
                         "profile_path": "None", "result_file": str(result), "timeout": case.timeout,
-                        "cwd": self._place(case, place),
+                        "cwd": self.place(case, place),
                     },
                     case.timeout + PATIENCE,
                 )  # fmt: skip
         except TimeoutError:
             self._end()
-            return Outcome(TIMED_OUT, reason=_too_long(case), seconds=time.monotonic() - start)
+            return Outcome(TIMED_OUT, reason=too_long(case), seconds=time.monotonic() - start)
         except (OSError, EOFError) as error:
-            reason = _last_words(_tail(self.room / "printed")) or str(error)
+            reason = _last_words(tail_of(self.room / "printed")) or str(error)
             self._end()
             return Outcome(CRASHED, reason=f"the process that imports the suites ended: {reason}")
         code = None if answer["errcode"] == -256 else answer["errcode"]
-        return _outcome(case, code, answer["out"][-TAIL:], result, time.monotonic() - start)
+        return outcome_of(case, code, answer["out"][-TAIL:], result, time.monotonic() - start)
 
     def _start(self, timeout: float) -> None:
         self._end()
@@ -235,7 +240,7 @@ for group in groups:
 """
 
 
-class _Guard:
+class Guard:
     """Starts processes that lead groups; if this process ends before it is closed, they are killed."""
 
     def __init__(self) -> None:
@@ -243,11 +248,12 @@ class _Guard:
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
     def start(
-        self, words: list[str], out: IO[bytes], folder: Path, variables: Mapping[str, str]
-    ) -> "subprocess.Popen[bytes]":
+        self, words: list[str], out: IO[bytes], folder: Path, variables: Mapping[str, str],
+        inherited: Sequence[int] = (),
+    ) -> "subprocess.Popen[bytes]":  # fmt: skip
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=variables,
-            start_new_session=True,
+            start_new_session=True, pass_fds=inherited,
         )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(f"{process.pid}\n".encode())
@@ -275,31 +281,32 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _asv_name(case: Case) -> str:
+def asv_name(case: Case) -> str:
     return f"{case.name}-{case.index}" if case.params else case.name
 
 
-def _tail(path: Path) -> str:
+def tail_of(path: Path, start: int = 0) -> str:
+    """The end of what a process printed, from `start` on."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
+            file.seek(max(start, path.stat().st_size - TAIL))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
 
 
-def _too_long(case: Case) -> str:
+def too_long(case: Case) -> str:
     return f"took longer than its timeout of {case.timeout:g} s"
 
 
-def _outcome(case: Case, code: int | None, printed: str, result: Path, seconds: float) -> Outcome:
+def outcome_of(case: Case, code: int | None, printed: str, result: Path, seconds: float) -> Outcome:
     """What exit code (None: too long), output and result file say."""
 
     def ended(status: str, reason: str) -> Outcome:
         return Outcome(status, reason=reason, seconds=seconds)
 
     if code is None:
-        return ended(TIMED_OUT, _too_long(case))
+        return ended(TIMED_OUT, too_long(case))
     if code:
         words = _last_words(printed)
         if _OUT_OF_MEMORY.search(printed):

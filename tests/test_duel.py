@@ -1,0 +1,135 @@
+"""Two builds in alternation: whose turn it is, what noise it takes away, and every way in which it can end."""
+
+import itertools
+import json
+import statistics
+
+import pytest
+
+from projecta.regress.builds import Build, cases
+from projecta.regress.duel import Side, duel
+from projecta.regress.processes import OK
+from projecta.regress.store import Project
+from tests import foreign
+from tests.foreign import ENDINGS, FAULTS, running
+
+TURNS = """
+    import json, os, time
+    from pathlib import Path
+    import work
+
+    LOG = Path(__file__).parents[1] / ".asv/log"
+
+    class Turns:
+        version = "1"
+        number, repeat, warmup_time = 1, (1, 10, 0.5), 0.0
+
+        def time_logged(self):
+            start = time.time()
+            time.sleep(0.002)
+            with LOG.open("a") as file:
+                file.write(json.dumps([work.NAME, start, time.time()]) + "\\n")
+
+        def time_disturbed(self):
+            \"\"\"For half of every half second the machine takes twice as long.\"\"\"
+            slow = 2 if time.time() % 0.5 < 0.25 else 1
+            time.sleep(0.004 * slow * work.FACTOR)
+
+        def time_quick(self):
+            sum(range(100))
+        time_quick.number = 0
+
+        def timeraw_import(self):
+            return "import json"
+"""
+
+
+@pytest.fixture
+def sides(tmp_path, monkeypatch):
+    """Makes both sides of a duel of two commits; closes them."""
+    made = []
+
+    def make(suite, base="", head="", **settings):
+        foreign.make(tmp_path, suite, **settings)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
+        commits = [foreign.commit(tmp_path, name, work=text) for name, text in (("one", base), ("two", head))]
+        builds = dict(
+            zip(("base", "head"), (Build(Project(tmp_path), commit) for commit in commits), strict=True)
+        )
+        for build in builds.values():
+            build.make()
+            found = {case.name.split(".")[-1]: case for case in cases(build.benchmarks())}
+        made.extend(Side(build) for build in builds.values())
+        return dict(zip(builds, made, strict=True)), found
+
+    yield make
+    for side in made:
+        side.close()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_only_one_side_runs_at_a_time_and_they_alternate(sides, tmp_path, method):
+    both, found = sides(TURNS, "NAME = 'base'", "NAME = 'head'", launch_method=method)
+    outcomes = duel(both, found["time_logged"])
+    lines = [json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines()]
+    inside = lines[2 * 2 :]  # both have warmed up
+    assert all(a[2] <= b[1] for a, b in itertools.pairwise(inside))
+    names = "".join(name[0] for name, _, _ in inside)
+    runs = [names[0]]
+    for name in names:
+        runs += name if runs[-1] != name else ""
+    assert 11 <= len(runs) <= 26  # base, head head, base base...: neighbours of one side are one run
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {"base": OK, "head": OK}
+    assert min(len(outcome.samples) for outcome in outcomes.values()) >= 100
+    assert all(0.002 < outcome.undisturbed < 0.004 for outcome in outcomes.values())
+
+
+def test_what_disturbs_the_machine_disturbs_both(sides):
+    both, found = sides(TURNS, "NAME, FACTOR = '', 1", "NAME, FACTOR = '', 1.1")
+    ratios = []
+    for _ in range(3):
+        outcomes = duel(both, found["time_disturbed"])
+        assert statistics.mean(outcomes["base"].samples) > 0.0045  # it was disturbed
+        ratios.append(outcomes["head"].undisturbed / outcomes["base"].undisturbed)
+    assert all(1.05 < ratio < 1.15 for ratio in ratios), ratios
+
+
+def test_asv_s_number_and_its_other_timings(sides):
+    both, found = sides(TURNS, "NAME = ''", "NAME = ''")
+    quick = duel(both, found["time_quick"])["base"]
+    assert quick.number > 100
+    assert 1e-7 < quick.undisturbed < 1e-4
+    raw = duel(both, found["timeraw_import"])["head"]
+    assert raw.status == OK
+    assert 1e-5 < raw.undisturbed < 1
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_every_fault_has_its_reason_and_the_next_case_runs(sides, method):
+    both, found = sides(FAULTS, launch_method=method)
+    assert len(found) == len(ENDINGS)
+    for name, case in found.items():
+        status, reason = ENDINGS[name.partition("_")[2]]
+        for outcome in duel(both, case).values():
+            assert outcome.status == status, name
+            assert reason in outcome.reason, name
+    assert not running("4243")
+
+
+def test_one_side_that_fails_ends_the_duel(sides):
+    suite = """
+        import work
+        class Half:
+            version = "1"
+            def setup(self):
+                assert work.GOOD, "planted"
+            def time_it(self):
+                pass
+    """
+    both, found = sides(suite, "GOOD = True", "GOOD = False")
+    outcomes = duel(both, found["time_it"])
+    assert outcomes["base"].status == OK
+    assert (outcomes["head"].status, outcomes["head"].reason) == (
+        "failed", "AssertionError: planted (suite.py:6)"
+    )  # fmt: skip
