@@ -15,7 +15,7 @@ from typing import Any
 
 
 def _take_turns(benchmark: Any, link: Any) -> None:
-    """Have a timing of asv's take its samples in turns; the first call of each turn is not counted."""
+    """Have a timing of asv's take its samples in turns; of many in a turn the first is not counted."""
     plain = benchmark.benchmark_timing
 
     def timing(
@@ -26,10 +26,10 @@ def _take_turns(benchmark: Any, link: Any) -> None:
         link.write(json.dumps({"ready": first[0]}) + "\n")
         samples = []
         while (seconds := json.loads(link.readline())["seconds"]) > 0:
-            turn = [timer.timeit(number)]
-            if turn[0] < seconds / 4:  # what the other process left in caches and clocks is gone now
-                turn.clear()
             end = time.monotonic() + seconds
+            turn = [timer.timeit(number)]
+            if turn[0] < seconds / 4:  # what the other process left in caches is gone now
+                turn.clear()
             while not turn or time.monotonic() < end:
                 turn.append(timer.timeit(number))
             link.write(json.dumps({"turn": len(turn)}) + "\n")
