@@ -1,8 +1,8 @@
 """How often `projecta gate` is wrong, and what it finds: on identical code, and on commits made slower.
 
 `python -m benchmarks.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
-repository, HEAD against HEAD ("same") or against a commit that plants something; `continuous KIND COUNT` has
-asv continuous judge the same. Every gate is a line of results/gate_rates.csv, every pair of processes one of
+repository, HEAD against HEAD ("same") or against a commit that makes the scan and the pruned tower slower and
+the tower hungrier; `continuous KIND COUNT` has asv continuous judge the same. Every gate is a line of results/gate_rates.csv, every pair of processes one of
 results/gate_pairs.csv. `summary` resamples 2,000 gates from the pairs of identical code, as they are and with
 a factor, and writes results/gate_summary.csv. Holds no benchmark.
 """
@@ -50,7 +50,7 @@ def _planted(plain, share, size):
 
 
 """
-_SCAN = _PLANT + "selective_scan = _planted(selective_scan, {share}, {size})\n"
+_SCAN = _PLANT + "selective_scan = _planted(selective_scan, {share}, 0)\n"
 _VTP = _PLANT + textwrap.dedent("""
     _plain_prune = prune
 
@@ -60,13 +60,12 @@ _VTP = _PLANT + textwrap.dedent("""
         model.forward = _planted(model.forward, {share}, {size})
         return handle
 """)
-KINDS = {  # name: (file, text, share of time, bytes)
-    "same": ("", "", 0.0, 0),
-    **{f"scan +{s} %": ("projecta/scan/__init__.py", _SCAN, s / 100, 0) for s in (3, 5, 10)},
-    **{f"vtp +{s} %": ("projecta/clip.py", _VTP, s / 100, 0) for s in (3, 5, 10)},
-    "memory +5 MB": ("projecta/clip.py", _VTP, 0.0, 5 * 2**20),
-    "memory +1 %": ("projecta/clip.py", _VTP, 0.0, round(0.401 * 2**20)),  # of 40.1 MiB
-}
+PLANTS = {"projecta/scan/__init__.py": _SCAN, "projecta/clip.py": _VTP}
+ONE_PERCENT = round(0.401 * 2**20)  # of the peak, 40.1 MiB
+KINDS = {  # name: share of time, bytes
+    "same": (0.0, 0), **{f"+{s} %, +1 % memory": (s / 100, ONE_PERCENT) for s in (3, 5, 10)},
+    "+5 MB": (0.0, 5 * 2**20),
+}  # fmt: skip
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -85,10 +84,11 @@ def _clone(kind: str) -> tuple[Path, str, str]:
     _git(folder, "fetch", "--quiet", "origin")
     base = _git(ROOT, "rev-parse", "HEAD")
     _git(folder, "checkout", "--quiet", "--force", "--detach", base)
-    path, text, share, size = KINDS[kind]
+    share, size = KINDS[kind]
     head = base
-    if path:
-        (folder / path).write_text((folder / path).read_text() + text.format(share=share, size=size))
+    if share or size:
+        for path, text in PLANTS.items():
+            (folder / path).write_text((folder / path).read_text() + text.format(share=share, size=size))
         _git(folder, "commit", "--quiet", "--all", "--message", f"plant {kind}")
         head = _git(folder, "rev-parse", "HEAD")
     config = (folder / "asv.conf.json").read_text()

@@ -75,11 +75,8 @@ def test_only_one_side_runs_at_a_time_and_they_alternate(sides, tmp_path, method
     lines = [json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines()]
     inside = lines[2 * 2 :]  # both have warmed up
     assert all(a[2] <= b[1] for a, b in itertools.pairwise(inside))
-    names = "".join(name[0] for name, _, _ in inside)
-    runs = [names[0]]
-    for name in names:
-        runs += name if runs[-1] != name else ""
-    assert 11 <= len(runs) <= 26  # base, head head, base base...: neighbours of one side are one run
+    runs = [name for name, _ in itertools.groupby(name for name, _, _ in inside)]
+    assert runs == ["base", "head"] * 12
     assert {name: outcome.status for name, outcome in outcomes.items()} == {"base": OK, "head": OK}
     assert min(len(outcome.samples) for outcome in outcomes.values()) >= 100
     assert all(0.002 < outcome.undisturbed < 0.004 for outcome in outcomes.values())

@@ -1,8 +1,9 @@
 """Measures one benchmark of two builds against each other: two processes, whose turns alternate.
 
 On a machine that others use too, a process is slow for seconds on end, and the one that ran after it is not.
-So both are alive at once, and each is given some hundredths of a second in turn (base head, head base, ...)
-while the other waits: what slows one turn slows its neighbours. `turns.py` is what runs there.
+So both are alive at once, and each is given some hundredths of a second in turn (base head, base head, ...)
+while the other waits: what slows one turn slows its neighbours. Every turn follows one of the other side:
+what that left in the caches is the same for both. `turns.py` is what runs there.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from projecta.regress.builds import Build
 from projecta.regress.processes import Case, Outcome, asv_name, end_group, outcome_of, tail_of
 
 TURN = 0.04  # seconds, or one sample if that takes longer
-MOST, LEAST, TOTAL = 12, 2, 3.0  # turns of a side; seconds of all turns, unless that leaves too few
+MOST, LEAST, TOTAL = 12, 4, 4.0  # turns of a side; seconds after which no more begin, but for the least
 _SCRIPT = Path(__file__).with_name("turns.py")
 
 
@@ -123,19 +124,19 @@ def duel(sides: Mapping[str, Side], case: Case) -> dict[str, Outcome]:
         missing = side.begin(case)
         if missing is not None:
             found[name] = missing
-    ready: dict[str, float] = {}
+    ready = []
     for name in [name for name in sides if name not in found]:
         answer = sides[name].ready()
         if isinstance(answer, Outcome):
             found[name] = answer
         else:
-            ready[name] = answer
-    if len(ready) == len(sides):
-        turns = max(LEAST, min(MOST, int(TOTAL / sum(max(TURN, seconds) for seconds in ready.values()))))
-        for i in range(turns):
-            for name in sides if i % 2 == 0 else reversed(list(sides)):
-                if name not in found:
-                    answer = sides[name].turn()
-                    if isinstance(answer, Outcome):
-                        found[name] = answer
+            ready.append(name)
+    start = time.monotonic()
+    for i in range(MOST if len(ready) == len(sides) else 0):
+        if i >= LEAST and time.monotonic() - start > TOTAL:
+            break
+        for name in [name for name in sides if name not in found]:
+            answer = sides[name].turn()
+            if isinstance(answer, Outcome):
+                found[name] = answer
     return found | {name: sides[name].finish() for name in ready if name not in found}
