@@ -1,6 +1,10 @@
-"""Sessions: bench (the main job), tests, quick, fidelity, accuracy, rates, lint. They need Python and nox."""
+"""Sessions: bench (the main job), tests, browser, quick, fidelity, accuracy, rates, lint. Workflows also call
+preflight, fetch, gate, keep and publish; rehearse runs those workflows here. They need Python and nox.
+"""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -13,8 +17,12 @@ EXTRAS = PROJECT["optional-dependencies"]
 # The versions that asv measures with, so that tests and benchmarks see the same libraries.
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
 REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
+BROWSER = ["playwright>=1.50", "axe-playwright-python>=0.1.4"]
 # Triton's interpreter and compiler need no GPU.
 TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
+# Who cancels a job on a runner signals nox alone, and kills what is left ten seconds later: in between,
+# projecta ends the benchmark and writes what was measured.
+STOPPING = {"interrupt_timeout": 2.0, "terminate_timeout": 20.0}
 
 
 def install_project(session: nox.Session) -> None:
@@ -23,12 +31,61 @@ def install_project(session: nox.Session) -> None:
     session.install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
+def run_command(session: nox.Session, command: str, *words: str, **options: Any) -> None:
+    """The project's command, in an environment that has no torch: asv installs it where it measures."""
+    session.install(*EXTRAS["bench"])
+    install_project(session)
+    session.run("projecta", command, *session.posargs, *words, **options)
+
+
+def wanted(session: nox.Session) -> tuple[str, ...]:
+    """--bench from PROJECTA_BENCH, unless such a word is given: so a rehearsal measures little."""
+    regex = os.environ.get("PROJECTA_BENCH")
+    given = any(word in ("-b", "--bench") or word.startswith("--bench=") for word in session.posargs)
+    return ("--bench", regex) if regex and not given else ()
+
+
 @nox.session(reuse_venv=True)
 def bench(session: nox.Session) -> None:
     """Measure HEAD and the commit before it (or the range given), write the pages and results/."""
-    session.install(*EXTRAS["bench"])  # torch is installed by asv, into the environment that it measures in
-    install_project(session)
-    session.run("projecta", "bench", *session.posargs)
+    run_command(session, "bench", *wanted(session), **STOPPING)
+
+
+@nox.session(reuse_venv=True)
+def gate(session: nox.Session) -> None:
+    """Judge a change: BASE HEAD. INCONCLUSIVE fails no job: the table says how many pairs it would take."""
+    run_command(session, "gate", *wanted(session), success_codes=[0, 5])
+
+
+@nox.session(reuse_venv=True)
+def preflight(session: nox.Session) -> None:
+    """Is this machine fit to measure on? With --gpu: on its GPU."""
+    run_command(session, "preflight")
+
+
+@nox.session(reuse_venv=True)
+def fetch(session: nox.Session) -> None:
+    """Bring the results of all machines here, from their branch."""
+    run_command(session, "fetch")
+
+
+@nox.session(reuse_venv=True)
+def keep(session: nox.Session) -> None:
+    """Put this machine's results on their branch; nothing there is lost."""
+    run_command(session, "keep")
+
+
+@nox.session(reuse_venv=True)
+def publish(session: nox.Session) -> None:
+    """Write the pages of the results that are here."""
+    run_command(session, "publish")
+
+
+@nox.session(reuse_venv=True)
+def rehearse(session: nox.Session) -> None:
+    """Run the workflows here, twice, from a bare clone to published pages; a fork's request is refused."""
+    session.install("pyyaml>=6")
+    session.run("python", ".github/rehearse.py", *session.posargs)
 
 
 @nox.session(reuse_venv=True)
@@ -37,6 +94,15 @@ def tests(session: nox.Session) -> None:
     session.install(*PINNED, TRITON, *EXTRAS["bench"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def browser(session: nox.Session) -> None:
+    """The site in a real browser: a Chromium must be there (CHROMIUM names one). Keep screenshots."""
+    session.install("torch==2.13.0", *EXTRAS["bench"], *EXTRAS["dev"], *BROWSER)
+    install_project(session)
+    named = ("--browser", os.environ.get("CHROMIUM", "chromium"), "--screenshots", ".screenshots")
+    session.run("pytest", "tests/test_browser.py", *named, *session.posargs)
 
 
 @nox.session(reuse_venv=True)
@@ -83,8 +149,7 @@ def rates(session: nox.Session) -> None:
     if session.posargs:
         session.run("python", "-m", "benchmarks.gate_rates", *session.posargs)
         return
-    kinds = ("same", *(f"{room} +{share} %" for room in ("scan", "vtp") for share in (3, 5, 10)))
-    for kind in (*kinds, "memory +5 MB", "memory +1 %"):
+    for kind in ("same", "+3 %, +1 % memory", "+5 %, +1 % memory", "+10 %, +1 % memory", "+5 MB"):
         session.run("python", "-m", "benchmarks.gate_rates", "gates", kind, "20")
         session.run("python", "-m", "benchmarks.gate_rates", "continuous", kind, "20")
     session.run("python", "-m", "benchmarks.gate_rates", "summary")
@@ -97,11 +162,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    session.run(
-        "check-jsonschema",
-        "--builtin-schema",
-        "vendor.github-workflows",
-        ".github/workflows/ci.yml",
-        ".github/workflows/benchmarks.yml",
-    )
+    workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("python", ".github/rules.py")
     session.run("zizmor", "--offline", "--persona", "pedantic", ".github/workflows")

@@ -2,9 +2,10 @@
 
 `python -m benchmarks.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
 repository, HEAD against HEAD ("same") or against a commit that makes the scan and the pruned tower slower and
-the tower hungrier; `continuous KIND COUNT` has asv continuous judge the same. Every gate is a line of results/gate_rates.csv, every pair of processes one of
-results/gate_pairs.csv. `summary` resamples 2,000 gates from the pairs of identical code, as they are and with
-a factor, and writes results/gate_summary.csv. Holds no benchmark.
+the tower hungrier; `continuous KIND COUNT` has asv continuous judge the same. Every gate is a line of
+results/gate_rates.csv, every pair of processes one of results/gate_pairs.csv. `summary` resamples 2,000 gates
+from the pairs of identical code, as they are and with a factor, and writes results/gate_summary.csv. Holds no
+benchmark.
 """
 
 import csv

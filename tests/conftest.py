@@ -10,6 +10,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backends", default="", help="comma-separated: a named backend that cannot run is a failure"
     )
+    parser.addoption("--browser", default="", help="path of a Chromium; named, it must run")
+    parser.addoption("--screenshots", default="", help="folder to keep pictures of pages in")
 
 
 def pytest_ignore_collect(collection_path, config):

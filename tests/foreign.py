@@ -1,5 +1,6 @@
 """An asv project that is not ours, for the tests of `regress`: it knows nothing of projecta."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -136,6 +137,57 @@ def make(folder, suite=SUITE, **settings):
     (folder / ".gitignore").write_text(".asv\n__pycache__\n")
     git(folder, "init", "--quiet", "--initial-branch", "main")
     (folder / ".asv").mkdir()
+
+
+def make_history(folder, commits, benchmarks, value, machine="desk", conditions=lambda i: {}):
+    """Results of asv's for a line of commits, without running anything; return the commits, oldest first.
+
+    benchmarks: {name: parameters of each of its axes}. value(name, place of the combination, commit's place).
+    """
+    text = []
+    for i in range(commits):
+        text.append(
+            f"commit refs/heads/main\nmark :{i + 1}\ncommitter t <t@example.org> {1_700_000_000 + 86_400 * i} +0000\n"
+            f"data 1\nx\n"
+            + (f"from :{i}\n" if i else "from refs/heads/main^0\n")
+            + f"M 644 inline file\ndata {len(str(i))}\n{i}\n"
+        )
+    subprocess.run(
+        ["git", "-C", str(folder), "fast-import", "--quiet", "--force"],
+        input="\n".join(text),
+        text=True,
+        check=True,
+    )
+    git(folder, "reset", "--quiet", "--hard", "main")
+    made = git(folder, "rev-list", f"--max-count={commits}", "HEAD").split()[::-1]
+    room = folder / ".asv/results" / machine
+    room.mkdir(parents=True, exist_ok=True)
+    (room / "machine.json").write_text(
+        json.dumps({"machine": machine, "cpu": "a processor", "ram": "16 GiB", "os": "Linux", "version": 1})
+    )
+    described = {
+        name: {
+            "name": name, "params": [list(map(repr, axis)) for axis in axes], "type": "time", "unit": "seconds",
+            "param_names": [f"p{i}" for i in range(len(axes))], "version": "1", "code": "", "number": 1, "timeout": 60,
+            "rounds": 1, "repeat": 1, "min_run_count": 1, "sample_time": 0.01, "warmup_time": 0,
+        }
+        for name, axes in benchmarks.items()
+    }  # fmt: skip
+    (folder / ".asv/results/benchmarks.json").write_text(json.dumps(described | {"version": 2}))
+    for i, commit_hash in enumerate(made):
+        params = {"machine": machine, "cpu": "a processor", "python": "3.11"} | conditions(i)
+        results = {
+            name: [
+                [value(name, k, i) for k, _ in enumerate(itertools.product(*entry["params"]))], entry["params"], "1",
+            ]
+            for name, entry in described.items()
+        }  # fmt: skip
+        (room / f"{commit_hash[:8]}-env.json").write_text(json.dumps({
+            "commit_hash": commit_hash, "env_name": "env", "date": 1_700_000_000_000 + 86_400_000 * i, "params": params,
+            "python": "3.11", "requirements": {}, "env_vars": {}, "result_columns": ["result", "params", "version"],
+            "results": results, "durations": {}, "version": 2,
+        }))  # fmt: skip
+    return made
 
 
 def run(*words):

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +244,53 @@ def test_calibration_is_kept_and_used(project):
     assert run("calibrate", "--bench", "memory", "--pairs", "3")[0] == 4  # what does not vary has no noise
     assert "warning" not in run("gate", "HEAD", "HEAD", "--bench", "memory")[1].replace("warning: load", "")
     git(project, "status")
+
+
+def test_a_project_in_a_subfolder_and_a_src_layout(project):
+    """The nearest asv.conf.json counts, and the commit's own package is what runs."""
+    inner = project / "python"
+    inner.mkdir()
+    foreign.make(inner, """
+        import inner_package
+        class Suite:
+            version = "1"
+            def track_it(self):
+                return inner_package.VALUE
+    """, project="inner-package", repo="..")  # fmt: skip
+    shutil.rmtree(inner / ".git")
+    (inner / "src/inner_package").mkdir(parents=True)
+    for value in (1.0, 1.2):
+        (inner / "src/inner_package/__init__.py").write_text(f"VALUE = {value}\n")
+        foreign.commit(project, str(value))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inner / "src")
+        code, text = run("gate", "HEAD^")
+    assert code == 1, text
+    assert "1.200" in text
+
+
+def test_an_installed_copy_does_not_stand_in_for_the_commit(project):
+    config = json.loads((project / "asv.conf.json").read_text())
+    (project / "asv.conf.json").write_text(json.dumps(config | {"project": "pytest"}))
+    code, text = run("gate", "HEAD^")
+    assert code == 3
+    assert "pytest is imported from" in text.replace("\n", " ")
+
+
+def test_a_crash_of_its_own_is_no_verdict(project):
+    code = "import sys; sys.modules['scipy.stats'] = None; from projecta.regress.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "gate", "HEAD^", "--bench", "time_work"], capture_output=True, text=True,
+        cwd=project, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr
+
+
+def test_a_machine_by_another_name_is_described(project):
+    assert run("bench", "HEAD", "--machine", "desk", "--bench", "memory")[0] == 0
+    facts = json.loads((project / ".asv/results/desk/machine.json").read_text())
+    assert facts["cpu"]
+    assert facts["machine"] == "desk"
+    state = next((project / ".asv/results/desk").glob("*.state"))
+    assert "system" in json.loads(state.read_text())

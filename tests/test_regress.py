@@ -192,7 +192,7 @@ def test_publish_writes_pages(foreign):
     measure_with_asv(foreign)
     measure_with_asv(foreign, "HEAD~1")
     code, text = run("publish")
-    assert (code, text) == (0, "Pages: .asv/html/index.html (served by `asv preview`)\n")
+    assert (code, text) == (0, "Pages: .asv/html/index.html (served by `projecta preview`)\n")
     assert len(json.loads((foreign / ".asv/html/index.json").read_text())["revision_to_hash"]) == 2
 
 

@@ -3,6 +3,11 @@
 import base64
 import hashlib
 import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -25,7 +30,7 @@ def pages(tmp_path, monkeypatch):
 
 
 def test_no_page_loads_from_another_host(pages):
-    text = (pages / "index.html").read_text()
+    text = (pages / "history.html").read_text()
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="(https?:)?//', text)
     loaded = re.findall(r'(?:src|href)="(vendor/[^"]+)" integrity="([^"]+)"', text)
     assert len(loaded) == len(site.ASSETS)
@@ -35,18 +40,18 @@ def test_no_page_loads_from_another_host(pages):
 
 
 def test_publishing_again_changes_nothing(pages):
-    before = (pages / "index.html").read_text()
+    before = (pages / "history.html").read_text()
     assert site.make_self_contained(pages) == []
-    assert (pages / "index.html").read_text() == before
+    assert (pages / "history.html").read_text() == before
 
 
 def test_what_is_not_shipped_is_refused(tmp_path):
-    (tmp_path / "index.html").write_text(
+    (tmp_path / "history.html").write_text(
         '<script src="https://example.org/new.js" integrity="sha256-x"></script>'
     )
     with pytest.raises(ValueError, match=r"must load what projecta ships; got new\.js"):
         site.make_self_contained(tmp_path)
-    (tmp_path / "index.html").write_text('<script src="https://example.org/new.js"></script>')
+    (tmp_path / "history.html").write_text('<script src="https://example.org/new.js"></script>')
     with pytest.raises(ValueError, match="must load what projecta ships"):
         site.make_self_contained(tmp_path)
 
@@ -66,3 +71,49 @@ def test_what_is_shipped_is_what_asv_s_own_digests_name():
     assert same == {
         "jquery-3.3.1.min.js", "jquery.flot.orderBars.js", "md5.min.js", "bootstrap.min.js", "bootstrap.min.css"
     }  # fmt: skip  # Flot is shipped as its package has it, not made smaller; the sorter is our own
+
+
+def test_both_previews_serve_the_site(pages):
+    """Ours, and asv's own."""
+    from projecta.regress import runner
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = pages.parents[1]
+    ours = foreign.start(root, "preview", "--port", "0")
+    theirs = subprocess.Popen(
+        runner.asv(root, "preview", "--port", str(port)),
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        address = ours.stdout.readline().split()[0]
+        for place in (address, f"http://127.0.0.1:{port}/"):
+            for page in (
+                "index.html",
+                "history.html",
+                "front.css",
+                "graphs/summary/suite.Sleep.time_sleep.json",
+            ):
+                assert _get(place + page).status == 200
+    finally:
+        for process in (ours, theirs):
+            process.kill()
+            process.communicate()
+
+
+def _get(address):
+    """The answer, once the server is up."""
+    limit = time.monotonic() + 20
+    while True:
+        try:
+            with urllib.request.urlopen(address) as answer:
+                return answer
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.1)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from projecta._checks import fail
+from projecta.regress import runner
 from projecta.regress.processes import Case, Fork, Spawn
 from projecta.regress.store import Project
 
@@ -58,6 +59,23 @@ class Build:
             lines = str(getattr(error, "stderr", "") or error).strip().splitlines() or ["no reason given"]
             raise BuildFailed(f"{self.commit[:8]} does not build: {lines[-1].strip()[:300]}") from None
         self.variables = self._variables()
+        if self.existing:
+            self._check_that_it_is_the_commit()
+
+    def _check_that_it_is_the_commit(self) -> None:
+        """An installed copy must not stand in for the commit's files: it would compare with itself."""
+        name = self.config.project.replace("-", "_")
+        code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s and s.origin or '')"
+        tree = _worktree(self.project, self.commit).resolve()
+        done = subprocess.run(
+            [self.python, "-c", code], capture_output=True, text=True, env=self.variables, cwd=tree.parent
+        )
+        origin = done.stdout.strip()
+        if origin and not Path(origin).resolve().is_relative_to(tree):
+            raise BuildFailed(
+                f"{self.commit[:8]}: {name} is imported from {origin}, not from the commit's files. Take "
+                "environment_type virtualenv in asv.conf.json."
+            )
 
     def _variables(self) -> dict[str, str]:
         own = os.environ | self.environment.env_vars | {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
@@ -65,7 +83,8 @@ class Build:
             own.pop(name, None)
         if self.existing:
             tree = _worktree(self.project, self.commit)
-            own |= {"PYTHONPATH": str(tree), "ASV_PYTHONPATH": str(tree)}
+            places = os.pathsep.join(str(place) for place in (tree / "src", tree) if place.is_dir())
+            own |= {"PYTHONPATH": places, "ASV_PYTHONPATH": places}
         else:
             own["PATH"] = os.pathsep.join([str(Path(self.python).parent), own.get("PATH", "")])
         return own | {"ASV": "true", "ASV_PROJECT": self.config.project, "ASV_COMMIT": self.commit}
@@ -157,7 +176,11 @@ def _worktree(project: Project, commit: str) -> Path:
         with contextlib.suppress(OSError):
             (tree.parent / ".gitignore").write_text("*\n")
         fresh = tree.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(["git", "-C", str(project.folder), "archive", commit], capture_output=True)
+        top, inside = runner.git(
+            project.folder, "rev-parse", "--show-toplevel", "--show-prefix"
+        ).partition("\n")[::2]  # fmt: skip
+        words = ["git", "-C", top, "archive", f"{commit}:{inside.rstrip('/')}"]  # of a subfolder, that alone
+        done = subprocess.run(words, capture_output=True)
         if done.returncode:
             raise BuildFailed(f"{commit[:8]} cannot be checked out: {done.stderr.decode().strip()}")
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-OK, FAILED, USAGE, BROKEN, NOT_MEASURED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, USAGE, BROKEN, NOT_MEASURED, CRASHED, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 RESULTS = "results"
 
 
@@ -57,8 +57,6 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     RANGE is a commit, a range A..B, or NEW (every commit without results); HEAD and the commit before it by
     default. What has a result already is not measured again.
     """
-    import os
-
     from rich.console import Console
 
     from projecta.regress import runner
@@ -80,21 +78,15 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
             markup=False,
             highlight=False,
         )
-    if regex is None and os.environ.get("PROJECTA_FULL") != "1":
-        console.print(
-            "Left out: the suites named Full..., for large machines; PROJECTA_FULL=1 runs them.",
-            highlight=False,
-        )
-    wanted = regex or ("" if os.environ.get("PROJECTA_FULL") == "1" else runner.ENTIRE_SUITES)
-    runner.know_machine(root, name)
+    wanted = runner.short_suites(root) if regex is None else regex
+    if wanted is not None and regex is None:
+        console.print("Left out: suites for large machines; PROJECTA_FULL=1 runs them.", highlight=False)
+    runner.know_machine(name)
     with Journal(project) as journal, runner.stopped_by_sigterm():
         broken = measure(project, journal, name, commits, wanted, quick, console)
     if not quick and project.machines():
-        runner.publish(root, root / project.config.html_dir)
-        console.print(
-            f"Pages: {project.config.html_dir}/index.html (served by `asv preview`)", highlight=False
-        )
         _report(root, name, Path(RESULTS))
+        console.print(_publish(project), highlight=False)
     if broken:
         click.echo(f"{broken} failed; why stands above. The others are stored.", err=True)
         sys.exit(BROKEN)
@@ -237,8 +229,117 @@ def publish() -> None:
     if not project.machines():
         click.echo("projecta publish: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)
-    runner.publish(root, root / project.config.html_dir)
-    click.echo(f"Pages: {project.config.html_dir}/index.html (served by `asv preview`)")
+    click.echo(_publish(project))
+
+
+@cli.command()
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one."
+)
+@_one_line
+def preview(port: int) -> None:
+    """Serve the pages on this machine, until Ctrl-C."""
+    from projecta.regress import runner, site
+
+    project = _project(runner.find_root(Path.cwd()))
+    folder = project.folder / project.config.html_dir
+    if not (folder / site.HISTORY).is_file():
+        click.echo("projecta preview: no pages yet. Run `projecta publish` first.", err=True)
+        sys.exit(NOT_MEASURED)
+    with site.serve(folder, port) as server:
+        click.echo(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)")
+        server.serve_forever()
+
+
+@cli.command()
+@click.option("--gpu", is_flag=True, help="Refuse a machine without a GPU.")
+@click.option(
+    "--load", type=click.FloatRange(min=0), metavar="SHARE",
+    help="Most runnable processes per processor.",
+)  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="C", help="Most that a GPU may have.")
+@click.option(
+    "--free", type=click.FloatRange(min=0, max=1), metavar="SHARE", help="Least free share of GPU memory."
+)
+@click.option("--disk", type=click.FloatRange(min=0), metavar="GIB", help="Least free room on the disk.")
+@click.option(
+    "--wait", metavar="SECONDS", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Time for the machine to cool down, or to come free.",
+)  # fmt: skip
+@click.option(
+    "--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found here."
+)
+@_one_line
+def preflight(gpu: bool, wait: float, as_json: Path | None, **limits: float | None) -> None:
+    """Say whether this machine is fit to measure on, and lock the GPU's clocks if that is permitted.
+
+    Exit codes: 0 it is; 3 it is not: busy, hot, or short of memory or disk.
+    """
+    from projecta.regress import preflight as pilot
+
+    wanted = pilot.Limits(**{name: value for name, value in limits.items() if value is not None})
+    found, problems = pilot.examine(Path.cwd(), wanted, gpu, wait)
+    click.echo("\n".join(found.lines()))
+    if as_json:
+        pilot.write_json(found, problems, as_json)
+    if problems:
+        click.echo("\n".join(problems), err=True)
+        sys.exit(BROKEN)
+
+
+_remote = click.option(
+    "--remote", default="origin", show_default=True, help="Name or address of the repository with the branch."
+)
+_branch = click.option("--branch", default="results", show_default=True, help="Where the results are.")
+
+
+@cli.command()
+@_machine
+@_remote
+@_branch
+@click.option(
+    "--base", "base_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write here which commit a gate of HEAD compares with: the newest one measured before it.",
+)  # fmt: skip
+@_one_line
+def fetch(machine: str | None, remote: str, branch: str, base_file: Path | None) -> None:
+    """Bring the results that all machines have kept into this folder's."""
+    from projecta.regress import branch as shelf
+    from projecta.regress import runner
+
+    root = runner.find_root(Path.cwd())
+    project, name = _project(root), runner.machine_name(machine)
+    changed = shelf.fetch(project, name, shelf.Remote(root, remote, branch))
+    click.echo(f"{len(changed)} file(s) of results are new here.")
+    if base_file:
+        base_file.parent.mkdir(parents=True, exist_ok=True)
+        base_file.write_text(shelf.base_of(project, name) + "\n")
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_machine
+@_remote
+@_branch
+@_one_line
+def keep(folders: tuple[Path, ...], machine: str | None, remote: str, branch: str) -> None:
+    """Commit results to their branch and push it; what is there already stays.
+
+    FOLDERS are laid out as asv's results are, and hold what machines bring. Without any: this machine's own
+    results. PROJECTA_TOKEN may hold what a remote wants to know.
+    """
+    from projecta.regress import branch as shelf
+    from projecta.regress import runner
+
+    root = runner.find_root(Path.cwd())
+    project = _project(root)
+    name = runner.machine_name(machine) if machine is not None or not folders else None
+    sources = [(folder, name) for folder in folders or (project.results,)]
+    commit, count = shelf.keep(project, sources, shelf.Remote(root, remote, branch))
+    if not count:
+        click.echo(f"projecta keep: no results of {name or 'any machine'} yet: nothing to keep.", err=True)
+        sys.exit(NOT_MEASURED)
+    click.echo(f"{count} file(s) are on branch {branch}, commit {commit[:8]}.")
 
 
 def _contest(
@@ -248,7 +349,7 @@ def _contest(
     """What base and head gave against each other, and the noise that is known of this machine."""
     from rich.console import Console
 
-    from projecta.regress import runner
+    from projecta.regress import runner, show
     from projecta.regress.builds import Build, BuildFailed
     from projecta.regress.contest import contest
     from projecta.regress.journal import Journal
@@ -269,7 +370,18 @@ def _contest(
         except BuildFailed as error:
             click.echo(f"BROKEN: {error}", err=True)
             sys.exit(BROKEN)
+        if pairs is None and regex is None:  # the project's own gate: its verdict stands on the site
+            (project.results / name).mkdir(parents=True, exist_ok=True)
+            show.write_json(result, project.results / name / show.LAST)
         return result, journal.noise(name)
+
+
+def _publish(project: Any) -> str:
+    """Write the site; where it is."""
+    from projecta.regress import site
+
+    site.publish(project, project.folder / RESULTS)
+    return f"Pages: {project.config.html_dir}/index.html (served by `projecta preview`)"
 
 
 def _project(root: Path) -> Any:
@@ -299,7 +411,13 @@ def _report(root: Path, machine: str | None, out: Path) -> None:
 
 
 def main() -> None:
-    cli(prog_name="projecta")
+    try:
+        cli(prog_name="projecta")
+    except Exception:  # 1 would say REGRESSED
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(CRASHED)
 
 
 if __name__ == "__main__":

@@ -176,3 +176,4 @@ def _keep_noise(journal: Journal, host: str, rows: Sequence[Row], facts: int) ->
         if row.case.timed and len(logs) >= 3:
             spread = statistics.stdev(logs)
             journal.keep_noise(host, row.case.label, row.case.version, spread, len(logs), facts)
+    journal.write_noise(host)

@@ -109,7 +109,7 @@ def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None
     averages = sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
     found.ratio = math.exp(statistics.median(averages))
     passes, regresses = design.looks()
-    found.low = math.exp(_bound(averages, n, design.level))
+    found.low = math.exp(_bound(averages, n, design.level))  # 0: too few pairs to say
     found.high = math.exp(-_bound([-a for a in reversed(averages)], n, design.miss / LOOKS))
     if n in regresses and found.low > 1 + tolerance:
         found.verdict = REGRESSED

@@ -20,8 +20,9 @@ from typing import Any
 
 from projecta._checks import fail
 from projecta.regress.builds import cases
+from projecta.regress.machine import LASTING
 from projecta.regress.processes import BROKEN, OK, Case, Outcome
-from projecta.regress.store import Project
+from projecta.regress.store import NOISE, STATE, Project
 
 NAME, LOCK = "journal.sqlite", "journal.lock"
 BENCH = "bench"  # the purpose of runs that become asv's results; those of gates name the gate and the side
@@ -174,6 +175,16 @@ class Journal:
                 for _ in range(int(entry.get("rounds") or 1) if case.timed and not own else 1):
                     self.add(machine, commit, environment.name, case, outcome, BENCH, facts)
 
+    def state(self, machine: str, commit: str) -> dict[str, Any]:
+        """What the machine was known by when the commit was measured last."""
+        row = self.base.execute(
+            "select facts from runs join provenance on provenance.id = provenance"
+            " where machine = ? and commit_hash = ? and purpose = ? order by runs.id desc limit 1",
+            [machine, commit, BENCH],
+        ).fetchone()
+        facts = {} if row is None else json.loads(row[0])
+        return {name: facts[name] for name in LASTING if name in facts}
+
     def keep_noise(
         self, machine: str, label: str, version: str, spread: float, pairs: int, provenance: int
     ) -> None:
@@ -190,6 +201,13 @@ class Journal:
             "select label, version, spread, pairs from noise where machine = ?", [machine]
         )
         return {label: (version, spread, pairs) for label, version, spread, pairs in rows}
+
+    def write_noise(self, machine: str) -> None:
+        """Put what is known of a machine's noise beside its results, where the site finds it."""
+        path = self.project.results / machine / NOISE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {label: round(spread, 6) for label, (_, spread, _) in sorted(self.noise(machine).items())}
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
     def calibrated(self, machine: str) -> tuple[str, dict[str, Any]] | None:
         """When, and in what state, the machine was calibrated last."""
@@ -245,6 +263,7 @@ def export(
         with written.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(written, target)
+    target.with_suffix(STATE).write_text(json.dumps(journal.state(machine, commit), indent=1) + "\n")
     return target
 
 

@@ -11,6 +11,7 @@ LOAD = 0.5  # runnable processes per processor above which a machine is busy
 HOT = 10.0  # degrees above those at calibration
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 SLOW = 0.9  # of the clock at calibration
+LASTING = ("system", "processor", "processors", "governor", "gpu", "threads")  # what a state is known by
 
 
 def state() -> dict[str, Any]:
@@ -33,9 +34,14 @@ def warnings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     found = [
         f"{name}: {then.get(name)} when calibrated, {now.get(name)} now"
-        for name in ("system", "processor", "processors", "governor", "gpu", "threads", "packages")
+        for name in LASTING
         if then.get(name) != now.get(name)
     ]
+    before, after = (dict(facts.get("packages") or {}) for facts in (then, now))
+    found += [
+        f"package {name}: {before.get(name)} when calibrated, {after.get(name)} now"
+        for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
+    ]  # fmt: skip
     if now.get("load", 0) > max(LOAD, then.get("load", 0) + LOAD):
         found.append(f"load: {now['load']:.2f} runnable processes per processor")
     if "temperature" in then and now.get("temperature", 0) > then["temperature"] + HOT:

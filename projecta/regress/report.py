@@ -76,6 +76,8 @@ T4 = {
     0.5: (46.0, 380.0),
 }  # keep: ms and MiB, the figures to beat, batch 8
 BOUND = "lower bound"
+SCAN, SCAN_D, SCAN_N = "scan.Scan.time_forward", 256, 16
+SCAN_OPERATIONS = 13  # per token, channel and state, an exponential as what it takes (docs/gpu.md)
 
 
 def newest_commit(measurements: Iterable[Measurement], history: Sequence[str]) -> list[Measurement]:
@@ -165,6 +167,24 @@ def length_rows(table: Table, measurements: Iterable[Measurement]) -> list[Row]:
                 }
             )
     return sorted(rows, key=lambda row: (str(row["pass"]), str(row[table.by]), float(row["length"] or 0)))
+
+
+def roofline_rows(measurements: Iterable[Measurement]) -> list[Row]:
+    """One row per backend and length of the forward scan: its operations per byte, and 10^9 of them a second.
+
+    What is moved at least: u, delta, z, B and C read and y written, once, in float32.
+    """
+    rows: list[Row] = []
+    for m in measurements:
+        if m.benchmark == SCAN and m.value:
+            length = int(m.params["length"])
+            operations = SCAN_OPERATIONS * SCAN_D * SCAN_N * length
+            moved = 4 * (4 * SCAN_D + 2 * SCAN_N) * length
+            rows.append({
+                "backend": m.params["backend"], "length": length, "intensity": round(operations / moved, 3),
+                "gops": round(operations / m.value / 1e9, 3),
+            })  # fmt: skip
+    return sorted(rows, key=lambda row: (str(row["backend"]), float(row["length"] or 0)))
 
 
 def slope(points: Iterable[tuple[Any, Any]], least: int = 1024) -> float | None:

@@ -1,6 +1,7 @@
 """What is measured: commits, machines, benchmarks by name; and asv's commands."""
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -11,11 +12,6 @@ from pathlib import Path
 
 from projecta._checks import Checker, fail
 from projecta.regress.processes import Case
-from projecta.regress.site import make_self_contained
-
-ENTIRE_SUITES = (
-    r"^(?!\w+\.Full)"  # suites named Full... skip unless PROJECTA_FULL=1: a skip must not pass for a result
-)
 
 
 def git(folder: Path, *words: str) -> str:
@@ -28,13 +24,15 @@ def git(folder: Path, *words: str) -> str:
 
 
 def find_root(folder: Path) -> Path:
-    """The top of the git repository around `folder`."""
+    """The folder of the asv project around `folder`: the nearest with an asv.conf.json, or git's top."""
     check = Checker("projecta")
     done = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--show-toplevel"], capture_output=True, text=True
     )
     check.that(done.returncode == 0, "the current folder", "be inside a git repository", str(folder))
-    return Path(done.stdout.strip())
+    top, here = Path(done.stdout.strip()), folder.resolve()
+    around = [place for place in (here, *here.parents) if place == top or top in place.parents]
+    return next((place for place in around if (place / "asv.conf.json").is_file()), top)
 
 
 def find_commits(root: Path, revisions: str | None, measured: Collection[str] = ()) -> list[str]:
@@ -93,6 +91,20 @@ def select(found: Sequence[Case], regex: str | None) -> list[Case]:
 
 def gate_pattern(root: Path) -> str | None:
     """What the project gates: `gate` of [tool.projecta] in pyproject.toml; None is everything."""
+    return _setting(root, "gate")
+
+
+def short_suites(root: Path) -> str | None:
+    """What is measured unless PROJECTA_FULL=1: all but `long` of [tool.projecta]; None is everything.
+
+    Those suites would skip themselves: a skip must not pass for a result.
+    """
+    long = _setting(root, "long")
+    return None if long is None or os.environ.get("PROJECTA_FULL") == "1" else f"^(?!.*(?:{long}))"
+
+
+def _setting(root: Path, name: str) -> str | None:
+    """A regular expression among the project's settings."""
     import tomllib
 
     path = root / "pyproject.toml"
@@ -101,8 +113,8 @@ def gate_pattern(root: Path) -> str | None:
             tomllib.loads(path.read_text()).get("tool", {}).get("projecta", {}) if path.is_file() else {}
         )
     except tomllib.TOMLDecodeError as error:
-        fail("projecta gate", "pyproject.toml", "be readable", str(error))
-    found = settings.get("gate")
+        fail("projecta", "pyproject.toml", "be readable", str(error))
+    found = settings.get(name)
     return None if found is None else pattern(found)
 
 
@@ -143,20 +155,18 @@ def asv(root: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "asv", *words, "--config", str(root / "asv.conf.json")]
 
 
-def know_machine(root: Path, name: str) -> None:
+def know_machine(name: str) -> None:
     """Have asv note what kind of machine this is, if it has not."""
-    subprocess.run(
-        asv(root, "machine", "--yes", "--machine", name), check=True, capture_output=True, cwd=root
-    )
+    from asv.machine import Machine, MachineCollection
+    from asv.util import UserError
 
-
-def publish(root: Path, pages: Path) -> None:
-    """Have asv write its pages, which then load nothing from elsewhere; ValueError if it cannot."""
-    done = subprocess.run(asv(root, "publish"), cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        fail("projecta publish", "asv publish", "succeed", lines[-1])
-    make_self_contained(pages)
+    try:
+        known = MachineCollection.load(name)
+    except UserError:
+        known = {}
+    facts = Machine.get_defaults() | {k: v for k, v in known.items() if v} | {"machine": name}
+    if facts != known:  # `asv machine --yes` describes none but the host by its own name
+        MachineCollection.save(name, facts)
 
 
 def _interrupt(number: int, frame: object) -> None:

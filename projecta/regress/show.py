@@ -16,6 +16,8 @@ COLOURS = {
 }  # fmt: skip
 _ORDER = {verdict: i for i, verdict in enumerate(gate.WORST_FIRST)}
 
+LAST = "last.gate"  # beside a machine's results: the newest verdict, in JSON; asv reads files named .json
+
 
 def sorted_rows(result: Result) -> list[Row]:
     """The worst first, then the slowest."""
@@ -70,8 +72,8 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     """Ratio, bounds, base, pairs, why."""
     j = row.judgement
     ratio = "" if j.ratio is None else f"{j.ratio:.3f}"
-    bounded = j.low is not None and j.high is not None and math.isfinite(j.low) and math.isfinite(j.high)
-    bounds = f"{j.low:.3f} to {j.high:.3f}" if bounded else ""
+    low = f"{j.low:.3f} to " if j.low else "up to "  # 0: too few pairs for a lower bound
+    bounds = f"{low}{j.high:.3f}" if j.high is not None and math.isfinite(j.high) else ""
     base = row.values["base"]
     size = _amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
     why = j.reason

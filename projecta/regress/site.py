@@ -1,19 +1,25 @@
-"""Makes asv's pages self-contained: what they load from elsewhere comes from `assets`, which is shipped.
+"""The site: asv's pages, made self-contained, behind a front page of our own.
 
-asv's index.html names scripts and styles of four hosts. Each is copied beside the page, and the page names
-the copy, with the digest of what was copied: no request leaves the host, and a copy that was changed does not
-run.
+asv's index.html, here history.html, names scripts and styles of four hosts. Each is in `assets`, which is
+shipped, and is copied beside the page; the page names the copy, with the digest of what was copied: no
+request leaves the host, and a copy that was changed does not run.
 """
 
 import base64
+import functools
 import hashlib
 import re
+import subprocess
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
 from projecta._checks import fail
+from projecta.regress import runner
+from projecta.regress.front import write_front
+from projecta.regress.store import Project
 
-FOLDER = "vendor"
+FOLDER, HISTORY = "vendor", "history.html"
 ASSETS = {  # how the address ends: the file
     "jquery-3.3.1.min.js": "jquery.min.js",
     "jquery.flot.min.js": "jquery.flot.js",
@@ -30,19 +36,42 @@ _TAG = re.compile(r'(src|href)="https?://[^"]*?/([^"/]+)"\s+integrity="[^"]+"(\s
 _LOADED = re.compile(r'<(?:script|link|img)\b[^>]*\b(?:src|href)="(https?:)?//[^"]*"')
 
 
+def publish(project: Project, extra: Path | None = None) -> Path:
+    """Write the whole site; return its folder. ValueError if asv cannot write its pages."""
+    root, folder = project.folder, project.folder / project.config.html_dir
+    done = subprocess.run(runner.asv(root, "publish"), cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
+        fail("projecta publish", "asv publish", "succeed", lines[-1])
+    (folder / "index.html").replace(folder / HISTORY)
+    make_self_contained(folder)
+    write_front(project, folder, runner.history(root), extra, runner.gate_pattern(root))
+    return folder
+
+
+def serve(folder: Path, port: int) -> ThreadingHTTPServer:
+    """A server of the pages for this machine alone; port 0 takes a free one."""
+    return ThreadingHTTPServer(("127.0.0.1", port), functools.partial(_Quiet, directory=str(folder)))
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not told."""
+
+
 def make_self_contained(folder: Path) -> list[Path]:
-    """Rewrite asv's index.html in `folder`, and put what it loads beside it; return the copies.
+    """Rewrite asv's page in `folder`, and put what it loads beside it; return the copies.
 
     Raises:
         ValueError: the page loads something that is not shipped: this asv is not the one that projecta knows.
     """
-    page = folder / "index.html"
+    page = folder / HISTORY
     copied: dict[str, Path] = {}
 
     def local(match: re.Match[str]) -> str:
         attribute, name = match[1], match[2]
         if name not in ASSETS:
-            fail("projecta publish", "asv's index.html", "load what projecta ships", name)
+            fail("projecta publish", "asv's page", "load what projecta ships", name)
         data = files("projecta.regress").joinpath("assets", ASSETS[name]).read_bytes()
         target = folder / FOLDER / ASSETS[name]
         target.parent.mkdir(exist_ok=True)
@@ -53,7 +82,7 @@ def make_self_contained(folder: Path) -> list[Path]:
     text = _TAG.sub(local, page.read_text(encoding="utf-8"))
     left = _LOADED.search(text)
     if left is not None:
-        fail("projecta publish", "asv's index.html", "load what projecta ships", left[0])
+        fail("projecta publish", "asv's page", "load what projecta ships", left[0])
     if copied:
         licences = folder / FOLDER / "LICENSES.txt"
         licences.write_bytes(files("projecta.regress").joinpath("assets", "LICENSES.txt").read_bytes())

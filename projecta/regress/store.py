@@ -1,12 +1,17 @@
 """Reads what asv has stored; no other room opens asv's files."""
 
+import contextlib
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from projecta._checks import Checker
+
+# Beside asv's files, which are named .json: of a commit, driver, kernel, governor...; of a machine, noise.
+STATE, NOISE = ".state", "last.noise"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,27 @@ class Project:
     def commits(self, machine: str) -> set[str]:
         """The first eight digits of the commits that have results of a machine, by their files' names."""
         return {path.name[:8] for path in (self.results / machine).glob("????????-*.json")}
+
+    def conditions(self, machine: str) -> dict[str, dict[str, str]]:
+        """Of each commit with results of a machine, what it was measured in: its state, versions."""
+        from asv.results import iter_results_for_machine
+
+        found: dict[str, dict[str, str]] = {}
+        for result in iter_results_for_machine(str(self.results), machine):
+            here = found.setdefault(result.commit_hash, {})
+            here |= {str(k): str(v) for k, v in result.params.items() if k != "machine"}
+            path = (self.results / machine / result._filename).with_suffix(STATE)
+            with contextlib.suppress(OSError, ValueError):
+                here |= {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
+        return found
+
+    def noise(self, machine: str) -> dict[str, float]:
+        """By benchmark's label, the standard deviation of the logarithm of ratios of identical code."""
+        try:
+            found = json.loads((self.results / machine / NOISE).read_text())
+        except (OSError, ValueError):
+            return {}
+        return {str(label): float(spread) for label, spread in found.items()}
 
     def measurements(self, machine: str) -> Iterator[Measurement]:
         """Every stored result of one machine."""

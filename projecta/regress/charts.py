@@ -1,0 +1,186 @@
+"""Draws charts as SVG that stands in a page: its colours are the page's, its text is text."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Colours that stand for the page's variables, and are replaced by them.
+LINES = tuple(f"#a0000{i}" for i in range(1, 9))
+INK, RULE, SOFT = "#b00001", "#b00002", "#b00003"
+_VARIABLES = {
+    INK: "--ink",
+    RULE: "--rule",
+    SOFT: "--soft",
+    **{c: f"--line-{i}" for i, c in enumerate(LINES, 1)},
+}
+_MARKERS = "osD^vP*X"
+_DASHES = ("-", "--", "-.", ":")
+Points = Sequence[tuple[float, float]]
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, Points]], x: str, y: str, *, logarithmic: bool = True,
+    dashed: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """One panel each, one line for each name; lines differ in colour, marker and dash."""
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    figure, axes = _figure(len(panels), 3.4)
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        for name, points in panel.items():
+            i = names.index(name)
+            bound = name in dashed
+            axis.plot(
+                *zip(*sorted(points), strict=True), label=name,
+                color=SOFT if bound else LINES[i % len(LINES)],
+                marker="" if bound else _MARKERS[i % len(_MARKERS)], markersize=4, linewidth=1.4,
+                linestyle="--" if bound else _DASHES[(i // len(LINES)) % len(_DASHES)],
+            )  # fmt: skip
+        if logarithmic:
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.minorticks_off()
+        axis.set(title=title, xlabel=x)
+    axes[0].set_ylabel(y)
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], y: str, form: str = "{:.3g}") -> str:
+    """Groups of bars: panel, group, and the bar's name; each carries its number."""
+    names = list(dict.fromkeys(n for panel in panels.values() for group in panel.values() for n in group))
+    figure, axes = _figure(len(panels), 3.4)
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        width = 0.8 / max(1, len(names))
+        for i, name in enumerate(names):
+            at = [
+                j + (i - (len(names) - 1) / 2) * width
+                for j, group in enumerate(panel.values())
+                if name in group
+            ]
+            heights = [group[name] for group in panel.values() if name in group]
+            drawn = axis.bar(at, heights, width * 0.92, label=name, color=LINES[i % len(LINES)])
+            axis.bar_label(drawn, [form.format(h) for h in heights], padding=2, fontsize=7, color=INK)
+        axis.set_xticks(range(len(panel)), list(panel))
+        axis.axhline(0, color=RULE, linewidth=0.8)
+        axis.margins(y=0.15)
+        axis.set_title(title)
+    axes[0].set_ylabel(y)
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def scatter(groups: Mapping[str, Sequence[tuple[float, float, str]]], x: str, y: str) -> str:
+    """Named points; each group has a colour and a marker."""
+    figure, (axis,) = _figure(1, 4.2)
+    for i, (name, points) in enumerate(groups.items()):
+        axis.plot(
+            [p[0] for p in points], [p[1] for p in points], _MARKERS[i % len(_MARKERS)],
+            color=LINES[i % len(LINES)], label=name, markersize=5,
+        )  # fmt: skip
+        for at, value, text in points:
+            if text:
+                axis.annotate(
+                    text, (at, value), xytext=(4, 3), textcoords="offset points", fontsize=7, color=INK
+                )
+    axis.set(xlabel=x, ylabel=y)
+    _legend(figure, [axis])
+    return _svg(figure)
+
+
+def roofline(points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: float, arithmetic: float) -> str:
+    """What arithmetic and memory allow at each intensity, and what was reached."""
+    figure, (axis,) = _figure(1, 3.8)
+    corner = arithmetic / bandwidth
+    low, high = min(0.25, corner / 8), max(64.0, corner * 8)
+    axis.plot(
+        [low, corner, high],
+        [low * bandwidth, arithmetic, arithmetic],
+        color=INK,
+        linewidth=1.4,
+        label="bound",
+    )
+    for i, (name, own) in enumerate(points.items()):
+        axis.plot(
+            [p[0] for p in own], [p[1] for p in own], _MARKERS[i % len(_MARKERS)],
+            color=LINES[i % len(LINES)], label=name, markersize=5,
+        )  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="10^9 operations per second")
+    _legend(figure, [axis])
+    return _svg(figure)
+
+
+def history(values: Sequence[float], marks: Sequence[int], level: float | None, band: float | None) -> str:
+    """A series over commits: vertical lines where machine or packages changed, the noise as a band."""
+    figure, (axis,) = _figure(1, 1.6, width=4.4)
+    if level is not None and band is not None:
+        axis.axhspan(level / (1 + band), level * (1 + band), color=LINES[0], alpha=0.15, linewidth=0)
+    marker = "o" if len(values) <= 40 else ""
+    axis.plot(range(len(values)), values, color=LINES[0], linewidth=1.2, marker=marker, markersize=2)
+    for mark in marks:
+        axis.axvline(mark - 0.5, color=SOFT, linewidth=0.9, linestyle="--")
+    axis.set_ylim(0, 1.15 * max(values))
+    axis.set_xticks([0, len(values) - 1] if len(values) > 1 else [0])
+    axis.set_xticklabels(["oldest", "newest"] if len(values) > 1 else ["newest"])
+    axis.yaxis.set_major_locator(_ticks(3))
+    axis.tick_params(labelsize=11)
+    return _svg(figure)
+
+
+def _ticks(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count)
+
+
+def _figure(panels: int, height: float, width: float | None = None) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width or max(5.6, 4.2 * panels), height), layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.patch.set_alpha(0)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.patch.set_alpha(0)
+        axis.grid(color=RULE, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["bottom", "left"]].set_color(RULE)
+        axis.tick_params(colors=INK, which="both", labelsize=8)
+        for text in (axis.xaxis.label, axis.yaxis.label, axis.title):
+            text.set(color=INK, fontsize=9)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if len(found) > 1:
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)),
+            frameon=False, fontsize=8, labelcolor=INK,
+        )  # fmt: skip
+
+
+def _svg(figure: Any) -> str:
+    """The drawing alone, its colours the page's; hidden from screen readers, which get the numbers."""
+    import matplotlib
+
+    text = io.StringIO()
+    options: Any = {"svg.fonttype": "none", "svg.hashsalt": "projecta", "font.family": "sans-serif"}
+    with matplotlib.rc_context(options):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = text.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.S)
+    for colour, variable in _VARIABLES.items():
+        drawn = drawn.replace(colour, f"var({variable})")
+    drawn = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", drawn)
+    drawn = re.sub(r"(\d+\.\d{2})\d+", r"\1", drawn)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', drawn, count=1
+    )

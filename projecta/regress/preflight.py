@@ -1,0 +1,234 @@
+"""Is this machine fit to measure on? Looks at the GPU (driver, clocks, heat, who uses it), at disk and load.
+
+What is found is told and kept, whatever it is; a machine on which timings would not be its own is refused.
+Clocks are locked where that is permitted. Where it is not, that is noted and no reason to refuse.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from projecta.regress import machine
+
+PATIENCE, INTERVAL = 60.0, 10.0  # seconds: for an answer of nvidia-smi; between two looks
+_FACTS = {  # what nvidia-smi calls it: as what it is kept
+    "index": "index", "uuid": "uuid", "name": "name", "driver_version": "driver", "memory.total": "memory",
+    "memory.free": "free", "temperature.gpu": "temperature",
+}  # fmt: skip
+_CLOCKS = (
+    "clocks.default_applications.graphics",
+    "clocks.default_applications.memory",
+    "clocks.max.graphics",
+)
+_UNDONE = re.compile(r"permission|not supported|insufficient|root|error|fail", re.I)  # said with exit code 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused."""
+
+    free: float = 0.9  # least share of the GPU's memory
+    temperature: float = 70.0  # most, C, at the start
+    disk: float = 10.0  # least, GiB
+    load: float = machine.LOAD  # most runnable processes per processor
+
+
+@dataclass
+class Gpu:
+    """One GPU as nvidia-smi describes it; MiB, C and MHz, None where it cannot say."""
+
+    index: str
+    uuid: str
+    name: str
+    driver: str
+    memory: float | None
+    free: float | None
+    temperature: float | None
+    clock: float | None = None
+    lock: str = "not tried"
+    processes: list[tuple[int, str, float | None]] = field(default_factory=list)  # number, name, MiB
+
+
+@dataclass
+class Findings:
+    """A look at the machine."""
+
+    gpus: list[Gpu]
+    missing: str  # why there is no GPU
+    disk: float  # free, GiB
+    load: float | None
+
+    def lines(self) -> list[str]:
+        """For people."""
+        told = [] if self.gpus else [f"GPU: none ({self.missing})"]
+        for gpu in self.gpus:
+            free, total = (_amount(value, "MiB") for value in (gpu.free, gpu.memory))
+            told += [
+                f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, {free} of {total} free, "
+                f"{_amount(gpu.temperature, 'C')}, {len(gpu.processes)} process(es)",
+                f"GPU {gpu.index}: clock {_amount(gpu.clock, 'MHz')}, {gpu.lock}",
+            ]
+        load = "unknown" if self.load is None else f"{self.load:.2f} runnable processes per processor"
+        return [*told, f"disk: {self.disk:.1f} GiB free", f"load: {load}"]
+
+    def problems(self, limits: Limits, demanded: bool) -> list[str]:
+        """Why nothing should be measured here now, one line each."""
+        found = []
+
+        def refuse(what: str, rule: str, value: str, advice: str = "") -> None:
+            advice = f" {advice}" if advice else ""
+            found.append(f"projecta preflight: {what} must {rule}; got {value}.{advice}")
+
+        if demanded and not self.gpus:
+            refuse("the machine", "have a GPU that nvidia-smi knows", self.missing)
+        for gpu in self.gpus:
+            what = "the GPU" if len(self.gpus) == 1 else f"GPU {gpu.index}"
+            for number, name, size in gpu.processes:
+                refuse(what, "be free", f"process {number} ({name}), {_amount(size, 'MiB')}")
+            if gpu.free is not None and gpu.memory and gpu.free < limits.free * gpu.memory:
+                rule = f"have at least {limits.free * gpu.memory:.0f} MiB free"
+                refuse(what, rule, f"{gpu.free:.0f} MiB", "Another container or a display may hold it.")
+            if gpu.temperature is not None and gpu.temperature > limits.temperature:
+                refuse(what, f"be at most {limits.temperature:g} C warm", f"{gpu.temperature:.0f} C")
+        if self.disk < limits.disk:
+            refuse("the disk", f"have {limits.disk:g} GiB free", f"{self.disk:.1f} GiB")
+        if self.load is not None and self.load > limits.load:
+            rule = f"be at most {limits.load:g} runnable processes per processor"
+            refuse("the load", rule, f"{self.load:.2f}")
+        return found
+
+
+def examine(
+    folder: Path, limits: Limits, demanded: bool = False, patience: float = 0.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[Findings, list[str]]:  # fmt: skip
+    """Look at the machine that `folder` is on, and lock its clocks; what was found, and why it is refused.
+
+    Args:
+        demanded: whether a machine without a GPU is refused.
+        patience: seconds for a GPU to cool, or a process to end, before the last look.
+    """
+    end = time.monotonic() + patience
+    while True:
+        found = look(folder)
+        problems = found.problems(limits, demanded)
+        left = end - time.monotonic()
+        if not problems or left <= 0:
+            break
+        sleep(min(INTERVAL, left))
+    for gpu in found.gpus if not problems else ():  # another's work is not to be slowed down
+        lock(gpu)
+    return found, problems
+
+
+def look(folder: Path) -> Findings:
+    """What there is, without touching it."""
+    gpus, missing = _gpus()
+    processors = os.cpu_count() or 1
+    load = os.getloadavg()[0] / processors if hasattr(os, "getloadavg") else None
+    return Findings(gpus, missing, shutil.disk_usage(folder).free / 2**30, load)
+
+
+def lock(gpu: Gpu) -> None:
+    """Ask for the clock that the GPU can hold, and note what came of it."""
+    said = _ask("-i", gpu.index, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits")
+    default, memory, most = (_number(word) for word in [*(said[0] or "").split(", "), "", "", ""][:3])
+    wanted = default or most
+    if wanted is None:
+        gpu.lock = f"not locked: no clock is known ({said[1] or 'nvidia-smi names none'})"
+        return
+    _ask("-i", gpu.index, "-pm", "1")  # without it the driver forgets the clock when nobody uses the GPU
+    ways = [("-lgc", f"{wanted:.0f},{wanted:.0f}")]
+    if memory is not None:
+        ways.append(("-ac", f"{memory:.0f},{wanted:.0f}"))
+    reasons = []
+    for way in ways:
+        answer, reason = _ask("-i", gpu.index, *way)
+        if answer is not None and not _UNDONE.search(answer):
+            gpu.lock = f"locked at {wanted:.0f} MHz (nvidia-smi {' '.join(way)})"
+            break
+        reasons.append(f"{way[0]}: {(reason or answer or '').strip().splitlines()[0]}")
+    else:
+        gpu.lock = f"not locked: {'; '.join(reasons)}"
+    gpu.clock = _clock(gpu.index)
+
+
+def as_json(found: Findings, problems: list[str]) -> dict[str, Any]:
+    """For machines."""
+    at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"at": at, **dataclasses.asdict(found), "problems": problems}
+
+
+def write_json(found: Findings, problems: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_json(found, problems), indent=1) + "\n")
+
+
+def _gpus() -> tuple[list[Gpu], str]:
+    """All GPUs with what runs on them, or why there are none."""
+    answer, reason = _ask(f"--query-gpu={','.join(_FACTS)}", "--format=csv,noheader,nounits")
+    if answer is None:
+        return [], reason
+    found = []
+    for line in answer.splitlines():
+        words = dict(zip(_FACTS.values(), line.split(", "), strict=False))
+        if len(words) < len(_FACTS):
+            return [], f"nvidia-smi says {line.strip()!r}"
+        sizes = {name: _number(words.pop(name)) for name in ("memory", "free", "temperature")}
+        found.append(Gpu(**words, **sizes))  # type: ignore[arg-type]
+    words_of = "--query-compute-apps=gpu_uuid,pid,used_memory,process_name"
+    answer, reason = _ask(words_of, "--format=csv,noheader,nounits")
+    if answer is None:
+        return [], reason
+    for line in answer.splitlines():
+        uuid, number, size, name = [*line.split(", ", 3), "", "", ""][:4]
+        for gpu in found:
+            if gpu.uuid == uuid and number.isdigit():
+                gpu.processes.append((int(number), Path(name.strip()).name or "unknown", _number(size)))
+    for gpu in found:
+        gpu.clock = _clock(gpu.index)
+    return found, "" if found else "nvidia-smi lists none"
+
+
+def _clock(index: str) -> float | None:
+    answer, _ = _ask("-i", index, "--query-gpu=clocks.current.graphics", "--format=csv,noheader,nounits")
+    return _number(answer or "")
+
+
+def _ask(*words: str) -> tuple[str | None, str]:
+    """What nvidia-smi answers, or None and the reason."""
+    try:
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=PATIENCE)
+    except FileNotFoundError:
+        return None, "no nvidia-smi"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"nvidia-smi: {error}"
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit status {done.returncode}"]
+        return None, f"nvidia-smi: {lines[0].strip().rstrip('.')}"
+    return done.stdout, ""
+
+
+def _number(text: str) -> float | None:
+    """A number, or None for [N/A] and its like.
+
+    >>> _number(" 585 "), _number("[N/A]")
+    (585.0, None)
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _amount(value: float | None, unit: str) -> str:
+    return f"unknown {unit}" if value is None else f"{value:.0f} {unit}"

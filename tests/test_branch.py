@@ -1,0 +1,302 @@
+"""The results' branch: what runners push, at once too, and what they find there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from projecta.regress import branch
+from projecta.regress.store import Project
+from tests.foreign import commit, git, make, run, start
+
+COLUMNS = ["result", "params", "version"]
+ENTRY = {"version": "1", "unit": "seconds", "params": [], "param_names": []}
+
+
+def results_file(hash_, **rows):
+    return {"commit_hash": hash_, "env_name": "py", "result_columns": COLUMNS, "results": rows}
+
+
+def put(folder, name, data):
+    path = folder / ".asv/results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def fill(folder, machine, hash_, **rows):
+    """Results of one commit on one machine, as asv lays them out."""
+    put(folder, f"{machine}/machine.json", {"machine": machine, "version": 1})
+    put(folder, f"{machine}/{hash_[:8]}-py.json", results_file(hash_, **rows))
+    put(folder, "benchmarks.json", {"version": 2} | {name: ENTRY for name in rows})
+    put(folder, "journal.sqlite", "a database")
+
+
+@pytest.fixture
+def desks(tmp_path, monkeypatch):
+    """A bare repository and two clones of it, each an asv project with one commit."""
+    first, second, bare = tmp_path / "first", tmp_path / "second", tmp_path / "bare.git"
+    first.mkdir()
+    make(first)
+    commit(first, "one")
+    for words in (["init", "--bare", "-b", "main", bare], ["clone", bare, second]):
+        if words[0] == "clone":
+            git(first, "remote", "add", "origin", str(bare))
+            git(first, "push", "--quiet", "origin", "main")
+        subprocess.run(["git", *map(str, words), "--quiet"], check=True, capture_output=True)
+    monkeypatch.chdir(first)
+    monkeypatch.delenv(branch.TOKEN, raising=False)
+    return first, second, bare
+
+
+def on_branch(bare):
+    """What the branch holds: path to text."""
+    names = git(bare, "ls-tree", "-r", "--name-only", "results").split()
+    return {name: git(bare, "show", f"results:{name}") for name in names}
+
+
+def keep(folder, machine, **options):
+    project = Project(folder)
+    return branch.keep(project, [(project.results, machine)], branch.Remote(folder), **options)
+
+
+def test_the_first_run_finds_no_branch_and_makes_it(desks, monkeypatch):
+    first, second, bare = desks
+    assert run("fetch", "--machine", "t4") == (0, "0 file(s) of results are new here.\n")
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    put(first, "t4/last.gate", {"verdict": "PASS"})
+    put(first, "t4/.hidden.json", {})
+    put(first, "quarantine/machine.json", {})
+    put(first, "nobody/aaaaaaaa-py.json", results_file("a" * 40))
+    code, said = run("keep", "--machine", "t4")
+    assert (code, said.split(", commit")[0]) == (0, "3 file(s) are on branch results")
+    assert set(on_branch(bare)) == {
+        "benchmarks.ages", "benchmarks.json", "t4/aaaaaaaa-py.json", "t4/last.gate", "t4/machine.json",
+    }  # fmt: skip
+    assert git(bare, "log", "--format=%an: %s", "results") == "benchmark results: t4: results\n"
+    monkeypatch.chdir(second)
+    assert run("fetch", "--machine", "a100") == (0, "4 file(s) of results are new here.\n")
+    for name in ("t4/aaaaaaaa-py.json", "t4/last.gate", "t4/machine.json"):
+        assert (second / ".asv/results" / name).read_bytes() == (first / ".asv/results" / name).read_bytes()
+    assert not list((second / ".asv/results").glob("*.ages"))
+    assert not list((second / ".asv/results").glob(".writing-*"))
+    assert run("fetch", "--machine", "a100") == (0, "0 file(s) of results are new here.\n")
+
+
+def test_nothing_new_makes_no_commit(desks):
+    first, _, bare = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    before = keep(first, "t4")
+    assert keep(first, "t4") == before
+    assert git(bare, "rev-list", "--count", "results") == "1\n"
+
+
+def test_no_results_is_said(desks):
+    assert run("keep", "--machine", "t4") == (4, "projecta keep: no results of t4 yet: nothing to keep.\n")
+    assert git(desks[2], "branch", "--list", "results") == ""
+
+
+def test_who_is_second_merges_and_pushes_again(desks, monkeypatch):
+    """The other runner's push comes between this one's fetch and its push."""
+    first, second, bare = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    fill(second, "a100", "a" * 40, g=[[2.0]])
+    true, waits, raced = branch.Remote.push, [], []
+
+    def push(self, folder, commit):
+        if not raced:
+            raced.append(True)
+            monkeypatch.setattr(branch.Remote, "push", true)
+            keep(second, "a100")
+        return true(self, folder, commit)
+
+    monkeypatch.setattr(branch.Remote, "push", push)
+    keep(first, "t4", pause=waits.append)
+    assert len(waits) == 1
+    assert 0 <= waits[0] <= 0.5
+    held = on_branch(bare)
+    assert {"t4/aaaaaaaa-py.json", "a100/aaaaaaaa-py.json"} < set(held)
+    assert set(json.loads(held["benchmarks.json"])) == {"f", "g", "version"}
+    assert git(bare, "rev-list", "--count", "--first-parent", "results") == "2\n"
+
+
+def test_two_runners_that_finish_at_once(desks):
+    """Processes of their own, several commits each: everything is there, in one line of history."""
+    first, second, bare = desks
+    machines = {"t4": first, "a100": second}
+    for count in range(3):
+        hash_ = f"{count}" * 40
+        for machine, folder in machines.items():
+            fill(folder, machine, hash_, **{machine: [[float(count)]]})
+        both = [start(folder, "keep", "--machine", machine) for machine, folder in machines.items()]
+        for process in both:
+            said = process.communicate(timeout=60)[0]
+            assert process.returncode == 0, said
+        assert {f"{m}/{hash_[:8]}-py.json" for m in machines} < set(on_branch(bare))
+    held = on_branch(bare)
+    assert sum(name.endswith("-py.json") for name in held) == 6
+    assert set(json.loads(held["benchmarks.json"])) == {"t4", "a100", "version"}
+    assert git(bare, "rev-list", "--count", "--first-parent", "results") == "6\n"
+
+
+def test_a_runner_changes_no_other_machine(desks):
+    """What it once fetched of others is stale by now."""
+    first, second, bare = desks
+    fill(second, "a100", "a" * 40, f=[[1.0]])
+    keep(second, "a100")
+    branch.fetch(Project(first), "t4", branch.Remote(first))
+    fill(second, "a100", "a" * 40, f=[[2.0]])
+    keep(second, "a100")
+    fill(first, "t4", "b" * 40, f=[[3.0]])
+    keep(first, "t4")
+    assert json.loads(on_branch(bare)["a100/aaaaaaaa-py.json"])["results"] == {"f": [[2.0]]}
+
+
+def test_rows_that_only_the_branch_has_stay(desks):
+    """A new runner that measured one benchmark, or has lost its disk, takes nothing away."""
+    first, second, bare = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]], g=[[1.0]])
+    keep(first, "t4")
+    fill(second, "t4", "a" * 40, g=[[2.0]])
+    keep(second, "t4")
+    held = json.loads(on_branch(bare)["t4/aaaaaaaa-py.json"])
+    assert held == results_file("a" * 40, f=[[1.0]], g=[[2.0]])
+    branch.fetch(Project(second), "t4", branch.Remote(second))
+    assert json.loads((second / ".asv/results/t4/aaaaaaaa-py.json").read_text()) == held
+
+
+def test_what_was_measured_here_is_not_undone_by_a_fetch(desks):
+    first, _, _ = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    keep(first, "t4")
+    fill(first, "t4", "a" * 40, f=[[5.0]])
+    branch.fetch(Project(first), "t4", branch.Remote(first))
+    path = first / ".asv/results/t4/aaaaaaaa-py.json"
+    assert json.loads(path.read_text())["results"] == {"f": [[5.0]]}
+    branch.fetch(Project(first), "another", branch.Remote(first))
+    assert json.loads(path.read_text())["results"] == {"f": [[1.0]]}
+
+
+@pytest.mark.parametrize("newer_first", [True, False])
+def test_of_two_descriptions_the_newer_commits_wins(desks, newer_first):
+    """Whichever runner comes first, and the union of the rest."""
+    old, new, bare = desks
+    (new / "file").write_text("newer")
+    git(new, "add", "--all")
+    env = os.environ | {"GIT_COMMITTER_DATE": "2090-01-01T00:00:00Z"}
+    words = ["git", "-C", str(new), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*words, "commit", "--quiet", "--message", "newer"], check=True, env=env)
+    for folder, machine, version, name in ((old, "t4", "1", "gone"), (new, "a100", "2", "added")):
+        fill(folder, machine, "a" * 40)
+        entries = {"both": ENTRY | {"version": version}, name: ENTRY, "version": 2}
+        put(folder, "benchmarks.json", entries)
+    for folder, machine in [(new, "a100"), (old, "t4")][:: 1 if newer_first else -1]:
+        keep(folder, machine)
+    held = json.loads(on_branch(bare)["benchmarks.json"])
+    assert set(held) == {"both", "gone", "added", "version"}
+    assert held["both"]["version"] == "2"
+
+
+def test_nothing_is_ever_deleted(desks):
+    first, _, bare = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    keep(first, "t4")
+    before = on_branch(bare)
+    (first / ".asv/results/t4/aaaaaaaa-py.json").unlink()
+    fill(first, "t4", "b" * 40, f=[[2.0]])
+    keep(first, "t4")
+    assert set(before) < set(on_branch(bare))
+    assert on_branch(bare)["t4/aaaaaaaa-py.json"] == before["t4/aaaaaaaa-py.json"]
+
+
+def test_a_damaged_file_is_named_and_the_others_are_kept(desks):
+    first, _, bare = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    damaged = put(first, "t4/bbbbbbbb-py.json", '{"results": {')
+    code, said = run("keep", "--machine", "t4")
+    assert code == 2
+    assert said == f"projecta keep: results must be JSON; got {damaged}. All others are kept.\n"
+    assert "t4/aaaaaaaa-py.json" in on_branch(bare)
+    assert "t4/bbbbbbbb-py.json" not in on_branch(bare)
+
+
+def test_a_link_is_not_followed(desks, tmp_path):
+    first, _, bare = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"secret": 1}')
+    (first / ".asv/results/t4/cccccccc-py.json").symlink_to(secret)
+    (first / ".asv/results/linked").symlink_to(first / ".asv/results/t4")
+    keep(first, None)
+    assert {name.split("/")[0] for name in on_branch(bare)} == {"t4", "benchmarks.json", "benchmarks.ages"}
+    assert "secret" not in str(on_branch(bare))
+
+
+def test_folders_that_machines_bring(desks, tmp_path, monkeypatch):
+    """As a job does that keeps what several runners have uploaded: one commit."""
+    first, _, bare = desks
+    brought = []
+    for machine in ("t4", "a100"):
+        fill(tmp_path / machine, machine, "a" * 40, **{machine: [[1.0]]})
+        brought.append(str(tmp_path / machine / ".asv/results"))
+    assert run("keep", *brought)[0] == 0
+    assert git(bare, "log", "--format=%s", "results") == "a100, t4: results\n"
+    assert not (first / ".asv/results").exists()
+    assert set(json.loads(on_branch(bare)["benchmarks.json"])) == {"t4", "a100", "version"}
+
+
+def test_a_remote_that_always_refuses(desks, monkeypatch):
+    first, _, bare = desks
+    hook = bare / "hooks/pre-receive"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    waits = []
+    with pytest.raises(ValueError, match=r"take one of 10 pushes; got \[remote rejected\] .*declined"):
+        keep(first, "t4", pause=waits.append)
+    assert len(waits) == 10
+    assert max(waits) <= 10
+
+
+def test_a_remote_that_is_not_there(desks):
+    first, _, _ = desks
+    fill(first, "t4", "a" * 40, f=[[1.0]])
+    code, said = run("keep", "--machine", "t4", "--remote", str(first / "nowhere"))
+    assert code == 2
+    assert said.startswith("projecta: the remote must be reachable; got ")
+    assert said.count("\n") == 1
+
+
+def test_what_a_gate_compares_with(desks):
+    """The newest commit measured before HEAD; else the one before it; else HEAD."""
+    first, _, _ = desks
+    hashes = [git(first, "rev-parse", "HEAD").strip()]
+
+    def base():
+        assert run("fetch", "--machine", "t4", "--base", ".asv/base")[0] == 0
+        return (first / ".asv/base").read_text().strip()
+
+    assert base() == hashes[0]
+    hashes += [commit(first, word) for word in ("two", "three", "four")]
+    assert base() == hashes[2]
+    for hash_ in (hashes[0], hashes[1], hashes[3]):
+        fill(first, "t4", hash_, f=[[1.0]])
+    assert base() == hashes[1]
+
+
+def test_the_token_goes_to_its_address_alone_and_never_into_an_argument(desks, monkeypatch):
+    first, _, _ = desks
+    monkeypatch.setenv(branch.TOKEN, "s3cret")
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "0")
+    address = "https://example.org/a/b"
+    there = branch.Remote(first, address)
+    asked = ["config", "--get-urlmatch", "http.extraHeader"]
+    assert there.git(first, *asked, address).stdout.startswith("Authorization: Basic ")
+    assert there.git(first, *asked, "https://example.org/other").stdout == ""
+    assert branch.TOKEN not in there.variables
+    assert "Authorization" not in str(branch.Remote(first).variables)  # a folder
+    code = "import sys; print(open(f'/proc/{sys.argv[1]}/cmdline').read())"
+    shown = f'alias.show=!{sys.executable} -c "{code}" $PPID'
+    assert "s3cret" not in there.git(first, "-c", shown, "show").stdout

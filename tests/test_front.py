@@ -1,0 +1,211 @@
+"""The front page: what it says of steps, verdicts and machines, and what it weighs."""
+
+import csv
+import json
+import math
+import random
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from projecta.regress import changes, charts, front, runner, show
+from projecta.regress.changes import Point, Series
+from projecta.regress.store import Measurement, Project
+from tests import foreign
+from tests.foreign import run
+
+
+class Links(HTMLParser):
+    """What a page refers to, and whether its tags close."""
+
+    VOID = ("meta", "link", "br", "img", "use", "path", "rect")
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.ids, self.open = [], set(), []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.found += [named[key] for key in ("href", "src") if key in named and tag not in ("use",)]
+        if "id" in named:
+            self.ids.add(named["id"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def check_links(folder):
+    """Every link of our own pages leads to a file, or to a place in the page, of this site."""
+    for page in folder.glob("*.html"):
+        if page.name in ("history.html", "error.html"):
+            continue  # asv's
+        links = Links(page.read_text())
+        for link in links.found:
+            path, _, place = link.partition("#")
+            assert not re.match(r"\w+:|//", path), link
+            if path:
+                assert (folder / path).is_file(), link
+            else:
+                assert place in links.ids, link
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
+    foreign.make(tmp_path)
+    foreign.commit(tmp_path, "one")
+    return tmp_path
+
+
+def grown(project, commits, axes, value, **settings):
+    """The pages of a history that was not measured, but for asv's own."""
+    foreign.make_history(project, commits, {"suite.Case.time_it": axes}, value, **settings)
+    pages = project / ".asv/html"
+    pages.mkdir(exist_ok=True)
+    (pages / "history.html").write_text("")
+    (pages / "swallow.ico").write_text("")
+    front.write_front(Project(project), pages, runner.history(project))
+    return pages
+
+
+def test_steps_up_and_down_name_their_commit():
+    def value(_, place, i):
+        return (1.5 if i >= 20 else 1.0) if place == 0 else (0.5 if i >= 30 else 1.0)
+
+    points = [tuple(Point(f"c{i}", i, value("", place, i), 0) for i in range(40)) for place in range(2)]
+    up, down = (changes.steps(Series("x", (), "seconds", own), {}) for own in points)
+    assert [(s.commit, s.change, s.worse) for s in up] == [("c20", 0.5, True)]
+    assert [(s.commit, s.change, s.worse) for s in down] == [("c30", -0.5, False)]
+    fast = changes.steps(Series("x", (), "GB/s", points[0]), {})
+    assert not fast[0].worse  # more of that is better
+
+
+def test_noise_is_no_step():
+    draw, found = random.Random(0), 0
+    for _ in range(50):
+        points = tuple(Point(f"c{i}", i, math.exp(draw.gauss(0, 0.01)), 0) for i in range(100))
+        found += len(changes.steps(Series("x", (), "seconds", points), {}))
+    assert found == 0
+
+
+def test_a_series_follows_the_history_not_the_clock():
+    def at(commit, date, value):
+        return Measurement("m", "e", commit, date, "x", {}, value, "seconds")
+
+    found = changes.collect(
+        [at("c", 1, 3.0), at("a", 3, 1.0), at("b", 2, 2.0), at("z", 9, 9.0)], {}, ["c", "b", "a"]
+    )
+    assert [point.value for point in found[0].points] == [1.0, 2.0, 3.0]
+
+
+def test_a_change_of_packages_is_not_blamed_on_a_commit(project):
+    pages = grown(
+        project, 40, [[1]], lambda *_: 1.0 if _[2] < 20 else 1.3,
+        conditions=lambda i: {"torch": "2.12" if i < 20 else "2.13"},
+    )  # fmt: skip
+    text = (pages / "index.html").read_text()
+    assert "not a commit's: torch 2.12 to 2.13" in text
+    assert "machine or packages changed 1 time(s): dashed" in text
+    with (pages / "data/desk/changes.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["cause"], float(row["change"])) == ("torch 2.12 to 2.13", pytest.approx(0.3))
+
+
+def test_every_link_leads_somewhere_and_machines_have_their_pages(project):
+    grown(project, 5, [[1, 2]], lambda *_: 1.0)
+    foreign.make_history(project, 5, {"suite.Case.time_it": [[1, 2]]}, lambda *_: 2.0, machine="rack")
+    pages = project / ".asv/html"
+    written = front.write_front(Project(project), pages, runner.history(project))
+    assert [path.name for path in written] == ["index.html", "machine-desk.html"]
+    check_links(pages)
+    assert "rack (this page)" in (pages / "index.html").read_text()
+
+
+def test_names_cannot_break_the_page(project):
+    hostile = "<script>alert(1)</script>&\"'"
+    pages = grown(project, 30, [[hostile]], lambda *_: 1.0 if _[2] < 15 else 2.0)
+    text = (pages / "index.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    Links(text)
+
+
+def test_the_verdict_of_the_projects_own_gate_is_on_the_page(project):
+    (project / "pyproject.toml").write_text("[tool.projecta]\ngate = 'track_size'\n")
+    foreign.commit(project, "two")
+    assert run("gate", "HEAD^", "--machine", "desk")[0] == 3
+    assert run("bench", "HEAD", "--machine", "desk", "--bench", "sleep")[0] == 0
+    text = (project / ".asv/html/index.html").read_text()
+    assert '<span class="verdict broken">BROKEN</span>' in text
+    assert "RuntimeError: planted failure" in text
+    (project / ".asv/results/desk" / show.LAST).unlink()
+    assert run("gate", "HEAD", "HEAD", "--machine", "desk", "--bench", "track_size")[0] == 3
+    assert not (project / ".asv/results/desk" / show.LAST).exists()  # a part is not the project's verdict
+    check_links(project / ".asv/html")
+    assert run("doctor")[0] == 0
+
+
+def test_2000_commits_of_300_series_make_a_small_page(project):
+    draw = random.Random(0)
+    start = time.monotonic()
+    pages = grown(
+        project, 2000, [list(range(30)), list("abcdefghij")],
+        lambda name, place, i: (1 + place) * math.exp(draw.gauss(0, 0.01)) * (1.2 if i > 1900 and place % 3 == 0 else 1),
+    )  # fmt: skip
+    weight = sum((pages / name).stat().st_size for name in ("index.html", "front.css"))
+    assert weight < 500_000
+    assert time.monotonic() - start < 120
+    with (pages / "data/desk/changes.csv").open() as file:
+        assert sum(1 for _ in csv.DictReader(file)) == 100
+    assert "(60 more)" in (pages / "index.html").read_text()
+
+
+def test_a_drawing_takes_its_colours_from_the_page():
+    drawn = charts.lines({"a": {"one": [(1, 1), (2, 2)], "two": [(1, 2), (2, 4)]}}, "x", "y")
+    assert "var(--line-1)" in drawn
+    assert "var(--ink)" in drawn
+    assert not re.search(r"#[ab]0000\d", drawn)
+    assert 'width="' not in drawn[: drawn.index(">")]  # it fits where it stands
+    assert Links(drawn)
+
+
+def test_projecta_s_own_tables_become_charts(tmp_path):
+    def at(benchmark, value, unit="seconds", **params):
+        return Measurement("m", "e", "c", 0, benchmark, params, value, unit)
+
+    rows = [
+        at("scan.Scan.time_forward", 1e-3 * k, backend=backend, length=str(length))
+        for backend in ("cpu", "vectorised") for k, length in ((1, 256), (2, 512), (4, 1024), (8, 2048))
+    ]  # fmt: skip
+    rows += [
+        at("roofline.Bandwidth.track_copy", 20.0, "GB/s"),
+        at("roofline.Arithmetic.track_product", 50.0, "Gop/s"),
+    ]
+    for keep, seconds in (("full", 0.9), ("input 0.7", 0.6), ("input 0.5", 0.4)):
+        rows.append(at("clip.Vtp.time_forward", seconds, case=keep, batch="8"))
+        rows.append(at("clip.VtpPeak.track_peak_forward", 100 * seconds, "MiB", case=keep, batch="8"))
+    (tmp_path / "mrss_accuracy.csv").write_text(
+        "task,scan,unit,seeds,mean,change\ncopying,full,per cent right,5,99,0\ncopying,post hoc,per cent right,5,98,-1\n"
+    )
+    found = {chart.name: chart for section in front._sections(rows, tmp_path) for chart in section.charts}
+    assert {"scan_time", "scan_roofline", "vtp_latency", "vtp_beside", "mrss_accuracy"} <= set(found)
+    beside = {(row["change"], row["keep"]): row for row in found["vtp_beside"].rows}
+    assert beside["latency", "keep 0.5"] == {
+        "change": "latency", "keep": "keep 0.5", "measured here": -55.6, "figure to beat, T4": -43.2
+    }  # fmt: skip
+    cpu = next(row for row in found["scan_roofline"].rows if row["backend"] == "cpu" and row["length"] == 256)
+    assert cpu["gops"] == pytest.approx(13 * 256 * 16 * 256 / 1e-3 / 1e9, rel=1e-3)
+    json.dumps({name: chart.rows for name, chart in found.items()})

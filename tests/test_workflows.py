@@ -1,0 +1,516 @@
+"""The workflows hold to their rules, and each rule is able to say that one does not; the pieces of a rehearsal."""
+
+import doctest
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import foreign
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / ".github/workflows"
+TEXTS = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.yml"))}
+sys.path.insert(0, str(ROOT / ".github"))
+try:
+    import rehearse
+    import rules
+    import stage
+finally:
+    sys.path.remove(str(ROOT / ".github"))
+
+Event = stage.Event
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_workflow_holds_to_the_rules(name):
+    assert rules.violations(TEXTS[name]) == []
+
+
+CHECKOUT = "      - uses: actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683 # v4.2.2\n"
+BROKEN = [  # a workflow, what is written there, what a careless hand writes instead, how the rule names it
+    ("benchmarks.yml", "  workflow_dispatch:", "  pull_request:\n  workflow_dispatch:", "fork: pull_request"),
+    ("benchmarks.yml", "  workflow_dispatch:", "  issue_comment:\n  workflow_dispatch:", "fork: issue_comment"),
+    ("benchmarks.yml", "  workflow_dispatch:", "  workflow_call:\n  workflow_dispatch:", "fork: workflow_call"),
+    ("benchmarks.yml", "branches: [main]", "branches: [main, '**']", "fork: push"),
+    ("benchmarks.yml", "    branches: [main]", "    branches: [main]\n    tags: ['*']", "fork: push"),
+    (
+        "benchmarks.yml", "  workflow_dispatch:",
+        "  workflow_run:\n    workflows: [ci]\n    types: [completed]\n  workflow_dispatch:", "fork: workflow_run",
+    ),
+    ("ci.yml", "  tests:\n    name: tests\n    runs-on: ubuntu-24.04", "  tests:\n    runs-on: [self-hosted]", "fork: pull_request"),
+    ("ci.yml", "  tests:\n    name: tests\n    runs-on: ubuntu-24.04", "  tests:\n    runs-on: t4", "fork: pull_request"),
+    ("ci.yml", "  tests:\n    name: tests\n    runs-on: ubuntu-24.04", "  tests:\n    runs-on: {group: gpus}", "fork: pull_request"),
+    ("ci.yml", "  tests:\n    name: tests\n    runs-on: ubuntu-24.04", "  tests:\n    runs-on: ${{ vars.RUNNER }}", "fork: pull_request"),
+    ("comment.yml", "    runs-on: ubuntu-24.04", "    runs-on: self-hosted", "fork: workflow_run must not start comment"),
+    ("ci.yml", "  pull_request:\n", "  pull_request_target:\n", "event: pull_request_target"),
+    ("ci.yml", "actions/setup-python@a26af69be951a213d495a4c3e4e4022e16d87065 # v5.6.0", "actions/setup-python@v5", "pin: lint must pin actions/setup-python@v5"),
+    ("ci.yml", "@a26af69be951a213d495a4c3e4e4022e16d87065 # v5.6.0", "@a26af69 # v5.6.0", "pin: lint must pin"),
+    ("ci.yml", "@a26af69be951a213d495a4c3e4e4022e16d87065 # v5.6.0", "@a26af69be951a213d495a4c3e4e4022e16d87065", "pin: '- uses: actions/setup-python@"),
+    ("ci.yml", "      - run: pip install nox && nox -s lint", "      - uses: docker://alpine", "pin: lint must pin docker://alpine"),
+    ("ci.yml", "      - run: pip install nox && nox -s lint", "      - uses: ./.github/actions/own", "pin: lint must pin ./.github"),
+    ("ci.yml", "    name: lint\n", "    name: lint\n    container: python:3.12\n", "pin: lint must pin the image python:3.12"),
+    ("ci.yml", "      contents: read # to check out", "      contents: write", "permissions: lint must have no more"),
+    ("ci.yml", "      contents: read # to check out", "      contents: read\n      issues: write", "permissions: lint must have no more than its steps need (issues: none); got write"),
+    ("ci.yml", "    permissions:\n      contents: read # to check out", "    permissions: write-all", "permissions: lint must name each"),
+    ("ci.yml", "    permissions:\n      contents: read # to check out\n", "", "permissions: lint must have what"),
+    ("ci.yml", "permissions: {}\n", "", "permissions: the workflow must begin with none"),
+    ("ci.yml", "permissions: {}\n", "permissions:\n  contents: read\n", "permissions: the workflow must begin with none"),
+    ("benchmarks.yml", "      contents: read # to check out", "      contents: write", "permissions: measure must have no more"),
+    ("benchmarks.yml", "      pages: write # to deploy", "      contents: read\n      pages: write", "permissions: publish must have no more"),
+    ("comment.yml", "      actions: read ", "      actions: write ", "permissions: comment must have no more"),
+    ("comment.yml", "      pull-requests: write", "      contents: write\n      pull-requests: write", "permissions: comment must have no more"),
+    ("ci.yml", 'echo "$NUMBER" > gate/number', "echo ${{ github.event.number }} > gate/number", "injection: gate must not write an expression into commands; got github.event.number"),
+    ("comment.yml", 'echo "$mark"', 'echo "${{ github.event.workflow_run.head_branch }}"', "injection: comment"),
+    ("ci.yml", "    timeout-minutes: 30\n", "", "timeout: tests must have"),
+    ("benchmarks.yml", "    timeout-minutes: 350\n", "", "timeout: measure must have"),
+    ("ci.yml", CHECKOUT + "        with:\n          persist-credentials: false\n", CHECKOUT, "credentials: lint"),
+    ("benchmarks.yml", "persist-credentials: false", "persist-credentials: true", "credentials: measure"),
+    ("benchmarks.yml", "cancel-in-progress: false", "cancel-in-progress: true", "concurrency: what measures"),
+    ("benchmarks.yml", "  cancel-in-progress: false\n", "", "concurrency: what measures"),
+    ("benchmarks.yml", "group: benchmarks", "group: ${{ github.sha }}", "concurrency: one group"),
+    ("benchmarks.yml", "concurrency:\n  group: benchmarks # one run at a time; a run in progress, and so a publish, is never cancelled\n  cancel-in-progress: false\n", "", "concurrency: one group"),
+    ("benchmarks.yml", "    needs: pages\n", "    needs: pages\n    concurrency:\n      group: x\n      cancel-in-progress: true\n", "concurrency: publish must not be cancelled"),
+    ("comment.yml", "    steps:\n", "    steps:\n" + CHECKOUT + "        with:\n          persist-credentials: false\n", "workflow_run: comment must fetch no code"),
+    ("comment.yml", 'echo "$mark"', "gh pr checkout 1", "workflow_run: comment must fetch no code"),
+    ("comment.yml", 'echo "$mark"', "nox -s lint", "workflow_run: comment must fetch no code"),
+    ("ci.yml", "  lint:\n    name: lint\n", "  more:\n    uses: ./.github/workflows/x.yml\n    secrets: inherit\n  lint:\n    name: lint\n", "secrets: more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "written", "instead", "named"), BROKEN)
+def test_a_broken_copy_is_caught(name, written, instead, named):
+    assert written in TEXTS[name]
+    found = rules.violations(TEXTS[name].replace(written, instead, 1))
+    assert any(line.startswith(named) for line in found), found
+
+
+def test_every_step_calls_a_session_that_there_is():
+    """Beside them stand only what makes nox, and what hands on a file; comment.yml may run nothing."""
+    sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.M))
+    called = set()
+    for name in ("ci.yml", "benchmarks.yml"):
+        for job in yaml.safe_load(TEXTS[name])["jobs"].values():
+            for step in job["steps"]:
+                found = re.findall(r"nox -s (\w+)", step.get("run", ""))
+                called |= set(found)
+                assert found or "run" not in step or step["name"] in (
+                    "Install nox", "Note whose table it is, for comment.yml",
+                ), step  # fmt: skip
+    assert called <= sessions
+    assert {"preflight", "fetch", "bench", "gate", "keep", "publish", "tests", "lint"} <= called
+
+
+def test_a_cancelled_job_has_time_to_write_what_it_measured(tmp_path):
+    """A runner signals the step's first process alone; 7.5 s later it signals again, and then it kills."""
+    (step,) = (
+        s
+        for s in yaml.safe_load(TEXTS["benchmarks.yml"])["jobs"]["measure"]["steps"]
+        if "bench" in s.get("run", "")
+    )
+    assert step["run"].startswith("exec nox -s bench")  # so that the first process is nox
+    stopping = re.search(r"^STOPPING = (.*)$", (ROOT / "noxfile.py").read_text(), re.M)[1]
+    (tmp_path / "child.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(1.5)\n    pathlib.Path('written').touch()\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path('started').touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "noxfile.py").write_text(
+        "import nox\n@nox.session(venv_backend='none')\ndef bench(session):\n"
+        f"    session.run({sys.executable!r}, 'child.py', **{stopping})\n"
+    )
+    words = ["bash", "-eo", "pipefail", "-c", f"exec {sys.executable} -m nox -s bench"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    start = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    process.wait(30)
+    assert (tmp_path / "written").exists()
+    assert time.monotonic() - start < 7.5
+
+
+def test_a_machine_more_is_one_line():
+    text = TEXTS["benchmarks.yml"]
+    more = re.sub(r"\n( +)- t4 .*", r"\g<0>\n\1- a100", text)
+    assert len(more.splitlines()) == len(text.splitlines()) + 1
+    choices = dict(stage.jobs_of(yaml.safe_load(more)))["measure"]
+    labels = [stage.fill(job.data["runs-on"], {"matrix": job.matrix}) for job in choices]
+    assert [label.count(name) for label, name in zip(labels, ("t4", "a100"), strict=True)] == [1, 1]
+    assert rules.violations(more) == []
+
+
+def test_lint_looks_at_every_workflow():
+    noxfile = (ROOT / "noxfile.py").read_text()
+    for word in (
+        'glob("*.yml")',
+        '".github/rules.py"',
+        '"--persona", "pedantic"',
+        '"vendor.github-workflows"',
+    ):
+        assert word in noxfile
+
+
+# What a rehearsal is made of.
+
+PULL = Event("pull_request", "1" * 40, "refs/pull/1/merge", {"base_ref": "main"})
+
+
+@pytest.mark.parametrize(
+    ("event", "started"),
+    [
+        (PULL, {"ci.yml"}),
+        (Event("push", "1"), {"benchmarks.yml", "ci.yml"}),
+        (Event("push", "1", "refs/heads/topic"), set()),
+        (Event("schedule", "1"), {"benchmarks.yml"}),
+        (Event("workflow_dispatch", "1"), {"benchmarks.yml"}),
+        (Event("issue_comment", "1"), set()),
+        (Event("pull_request_target", "1"), set()),
+        (Event("workflow_run", "1", workflow="ci"), {"comment.yml"}),
+        (Event("workflow_run", "1", workflow="benchmarks"), set()),
+    ],
+)
+def test_what_an_event_starts(event, started):
+    assert {n for n, text in TEXTS.items() if not rehearse.starts(yaml.safe_load(text), event)} == started
+
+
+def test_a_forks_pull_request_is_refused_and_shown(capsys):
+    workflows = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
+    assert rehearse.show_fork(workflows, PULL) == []
+    said = capsys.readouterr().out
+    assert "benchmarks.yml: refused: its events are push, schedule, workflow_dispatch" in said
+    assert "ci.yml: starts, on hosted ones" in said
+    workflows["benchmarks.yml"][True]["pull_request"] = None
+    assert rehearse.show_fork(workflows, PULL) == ["benchmarks.yml: a fork's pull request starts measure"]
+    assert "on OUR machines" in capsys.readouterr().out
+
+
+CONTEXT = {"github": {"event": {"n": 3}, "ref": "main"}, "steps": {"a": {"outcome": "success"}}, "inputs": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("${{ github.ref }}-${{ github.event.n }}", "main-3"),
+        ("${{ inputs.range || 'NEW' }}", "NEW"),
+        ("${{ github.event.nothing.there }}", ""),
+        ("${{ 'it''s' }}", "it's"),
+    ],
+)
+def test_expressions_are_filled_in(text, value):
+    assert stage.fill(text, CONTEXT) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "after", "holds"),
+    [
+        ("always()", ["failure"], True),
+        ("github.ref == 'main'", ["failure"], False),
+        ("github.ref == 'main'", ["success"], True),
+        ("${{ !cancelled() && steps.a.outcome == 'success' }}", ["failure"], True),
+        ("${{ !cancelled() && steps.b.outcome == 'success' }}", ["success"], False),
+        ("failure()", ["skipped"], True),
+        ("success()", [], True),
+    ],
+)
+def test_conditions(text, after, holds):
+    assert stage.condition(text, CONTEXT, stage.status_after(*after)) is holds
+
+
+@pytest.mark.parametrize("text", ["hashFiles('x')", "a ? b", "contains(a, 'b')"])
+def test_what_a_rehearsal_does_not_know_it_refuses(text):
+    with pytest.raises(ValueError, match=r"^rehearse: an? (function|expression) must be one that it knows"):
+        stage.evaluate(text, {})
+
+
+def test_jobs_come_after_those_they_need():
+    order = [name for name, _ in stage.jobs_of(yaml.safe_load(TEXTS["benchmarks.yml"]))]
+    assert order == ["measure", "keep", "pages", "publish"]
+    with pytest.raises(ValueError, match="jobs must not need each other; got a, b"):
+        list(stage.jobs_of({"jobs": {"a": {"needs": "b"}, "b": {"needs": ["a"]}}}))
+
+
+SMALL = """
+    name: small
+    on: {push: {branches: [main]}}
+    jobs:
+      work:
+        runs-on: [self-hosted, "${{ matrix.machine }}"]
+        strategy: {matrix: {machine: [one, two]}}
+        env: {MACHINE: "${{ matrix.machine }}"}
+        steps:
+          - uses: actions/checkout@x
+            with: {fetch-depth: 0}
+          - run: |
+              mkdir tool && printf '#!/bin/sh\\necho tool' > tool/mine && chmod +x tool/mine
+              echo "$PWD/tool" >> "$GITHUB_PATH"
+              echo "count=$(git rev-list --count HEAD)" >> "$GITHUB_OUTPUT"
+            id: count
+          - run: mkdir -p out/$MACHINE && mine > out/$MACHINE/said && echo "$COUNT" > out/all
+            env: {COUNT: "${{ steps.count.outputs.count }}"}
+          - run: nox -s preflight -- --gpu && false | true
+          - run: touch never
+          - if: always()
+            uses: actions/upload-artifact@x
+            with:
+              name: results-${{ matrix.machine }}
+              path: |
+                out/all
+                out/${{ matrix.machine }}
+                out/absent
+      left:
+        needs: work
+        runs-on: ubuntu-24.04
+        steps:
+          - run: exit 1
+      gather:
+        needs: [work]
+        if: always()
+        runs-on: ubuntu-24.04
+        steps:
+          - uses: actions/checkout@x
+          - uses: actions/download-artifact@x
+            with: {pattern: results-*, path: incoming}
+          - run: mkdir html && (cd incoming && find . -type f | sort) > html/index.html && test ! -e out
+          - uses: actions/upload-pages-artifact@x
+            with: {path: html}
+      publish:
+        needs: gather
+        if: ${{ !cancelled() && needs.gather.result == 'success' }}
+        runs-on: ubuntu-24.04
+        steps:
+          - {uses: actions/deploy-pages@x, id: deployment}
+"""
+
+
+def test_a_small_workflow_runs_whole(tmp_path, capfd):
+    """Steps in order with path, outputs and pipefail; a failed job is seen by those that ask; artifacts travel."""
+    source = tmp_path / "source"
+    source.mkdir()
+    stage.git(source, "init", "--quiet", "-b", "main")
+    for message in ("one", "two"):
+        stage.git(source, "commit", "--quiet", "--allow-empty", "-m", message)
+    place = stage.Stage(tmp_path / "room", "some")
+    (place.bin / "nox").write_text('#!/bin/sh\necho "nox got $*, measures $PROJECTA_BENCH"\n')
+    (place.bin / "nox").chmod(0o755)
+    sha = stage.git(source, "rev-parse", "HEAD")
+    place.push(sha, source=source)
+    data = yaml.safe_load(SMALL)
+    ended = place.run(data, Event("push", sha))
+    assert ended == {"work": "failure", "left": "skipped", "gather": "success", "publish": "success"}
+    names = (place.published / "index.html").read_text().split()
+    assert names == [f"./results-{m}/{what}" for m in ("one", "two") for what in ("all", f"{m}/said")]
+    assert (place.artifacts / "results-two/all").read_text() == "2\n"
+    said = capfd.readouterr().out
+    assert "nox got -s preflight -- --load 1000, measures some" in said
+    assert "touch never: skipped" in said
+    assert not place.work.exists()
+    data["jobs"] = {"work": {"steps": [{"uses": "someone/else@x"}], "runs-on": "ubuntu-24.04"}}
+    with pytest.raises(ValueError, match=r"an action must be one of .*; got someone/else"):
+        place.run(data, Event("push", sha))
+
+
+TINY = """
+    class Tiny:
+        version = "1"
+        def track_size(self):
+            return 1.5
+"""
+NOX = """#!/bin/sh
+test "$1" = -s || exit 9
+command=$2
+shift 2
+if test "$1" = --; then shift; fi
+exec {python} -m projecta $command "$@"
+"""
+
+
+def test_the_workflows_run_whole(tmp_path, monkeypatch, capfd):
+    """As `nox -s rehearse` does, but with a tiny project, and nox replaced by the command that it would call."""
+    source = tmp_path / "source"
+    source.mkdir()
+    foreign.make(source, foreign.textwrap.dedent(TINY))
+    foreign.commit(source, "zero")
+    first = foreign.commit(source, "one")
+    second = rehearse.child(source, first, "two")
+    place = stage.Stage(tmp_path / "room", "")
+    for name, text in (("nox", NOX.format(python=sys.executable)), ("pip", "#!/bin/sh\n")):
+        (place.bin / name).write_text(text)
+        (place.bin / name).chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setitem(stage.ACTIONS, "actions/setup-python", lambda *_: None)
+    data = yaml.safe_load(TEXTS["benchmarks.yml"])
+    measure = data["jobs"]["measure"]["steps"]
+    (install,) = (step for step in measure if step.get("name") == "Install nox")
+    measure.remove(install)
+    for commit in (first, second):
+        place.push(commit, source=source)
+        ended = place.run(data, Event("push", commit))
+        assert set(ended.values()) == {"success"}, capfd.readouterr().out
+    assert rehearse.lacks(place.published, [first, second]) == []
+    assert rehearse.lacks(place.published, [second, "f" * 40]) == ["f" * 40]
+    held = stage.git(place.bare, "ls-tree", "-r", "--name-only", "results").split()
+    assert sum(re.match(r"t4/[0-9a-f]{8}-", name) is not None for name in held) == 2
+    assert {"benchmarks.json", "t4/machine.json", "t4/last.gate", "t4/last.preflight"} < set(held)
+    assert not [name for name in held if "journal" in name]
+    gate = json.loads(stage.git(place.bare, "show", "results:t4/last.gate"))
+    assert (gate["base"], gate["head"], gate["verdict"]) == (first, second, "PASS")
+
+    forks = rehearse.child(source, second, "a fork's")
+    place.push(forks, "refs/pull/1/head", source)
+    pull = {"base_ref": "main", "pull_request": {"number": 12, "head": {"sha": forks}}}
+    workflows = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
+    assert rehearse.rehearse_pull_request(place, workflows, Event("pull_request", forks, "", pull)) == []
+    said = (place.room / "comment.txt").read_text()
+    assert "gh api --silent --method POST repos/owner/project/issues/12/comments --field body=@body" in said
+    assert f"**PASS: 1 PASS. {second[:8]} to {forks[:8]} on hosted" in said
+
+
+@pytest.mark.parametrize("module", [rehearse, rules, stage])
+def test_examples(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_working_tree_is_rehearsed_as_it_is(tmp_path):
+    stage.git(tmp_path, "init", "--quiet", "-b", "main")
+    (tmp_path / "file").write_text("one")
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    stage.git(tmp_path, "add", "--all")
+    stage.git(tmp_path, "commit", "--quiet", "-m", "one")
+    head = stage.git(tmp_path, "rev-parse", "HEAD")
+    assert rehearse.snapshot(tmp_path) == head
+    for name in ("file", "new", "ignored"):
+        (tmp_path / name).write_text("two")
+    made = rehearse.snapshot(tmp_path)
+    assert stage.git(tmp_path, "ls-tree", "--name-only", made).split() == [".gitignore", "file", "new"]
+    assert stage.git(tmp_path, "show", f"{made}:file") == "two"
+    assert stage.git(tmp_path, "rev-parse", "HEAD", f"{made}^").split() == [head, head]
+    assert stage.git(tmp_path, "status", "--porcelain").split() == ["M", "file", "??", "new"]
+    further = rehearse.child(tmp_path, made, "more")
+    assert stage.git(tmp_path, "rev-parse", f"{further}^") == made
+
+
+def test_pages_without_one_of_the_commits_are_seen(tmp_path):
+    commits = ["a" * 40, "b" * 40]
+    assert rehearse.lacks(tmp_path, commits) == ["index.html"]
+    (tmp_path / "index.html").write_text("")
+    (tmp_path / "index.json").write_text(json.dumps({"revision_to_hash": {"7": commits[0], "8": commits[1]}}))
+    graph = tmp_path / "graphs/machine-t4/suite.f.json"
+    graph.parent.mkdir(parents=True)
+    graph.write_text("[[7, 0.5], [8, null]]")
+    assert rehearse.lacks(tmp_path, commits) == commits[1:]
+    graph.write_text("[[7, [0.5, null]], [8, [null, 0.25]]]")
+    assert rehearse.lacks(tmp_path, commits) == []
+
+
+# comment.yml, with a `gh` that writes down what it is asked.
+
+SHA = "c" * 40
+FORGED = """\
+**REGRESSED** 5 & more @someone #12 owner/project#13 gh-14 [click](https://evil.example) ![x](//evil.example/x.png)
+<img src=x><script>alert(1)</script> www.evil.example HTTP://evil.example &#64;someone <!-- projecta gate -->
+[ref]: https://evil.example
+
+| verdict | `suite.f('a', 2)` |
+|---|---|
+<details><summary>3 passed</summary>
+
+</details>
+<details open><summary>other</summary>
+"""
+
+
+@pytest.fixture
+def comment(tmp_path):
+    """A function that runs comment.yml's commands on an artifact: exit code, what was asked of gh, the body."""
+    (job,) = yaml.safe_load(TEXTS["comment.yml"])["jobs"].values()
+    (commands,) = (step["run"] for step in job["steps"] if "run" in step)
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "gh").write_text(
+        '#!/bin/sh\necho "$*" >> asked\n'
+        'case "$*" in *pulls/*) echo "$ITS_HEAD" ;; *comments*--jq*) printf "$EARLIER" ;; esac\n'
+    )
+    (bin_ / "gh").chmod(0o755)
+
+    def post(number="12\n", table="table\n", its_head=SHA, earlier=""):
+        place = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        (place / "gate").mkdir(parents=True)
+        for name, text in (("number", number), ("gate.md", table)):
+            if isinstance(text, Path):
+                (place / "gate" / name).symlink_to(text)
+            elif text is not None:
+                (place / "gate" / name).write_text(text)
+        own = {
+            "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "REPOSITORY": "o/p", "HEAD_SHA": SHA,
+            "RUN_URL": "https://example.org/run", "GH_TOKEN": "t", "ITS_HEAD": its_head, "EARLIER": earlier,
+        }  # fmt: skip
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", commands]
+        done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True)
+        asked = (place / "asked").read_text().splitlines() if (place / "asked").exists() else []
+        body = (place / "body").read_text() if (place / "body").exists() else ""
+        return done.returncode, asked, body
+
+    return post
+
+
+def test_the_table_is_posted_and_the_second_time_replaced(comment):
+    table = "**PASS**\n\n| verdict | benchmark |\n|---|---|\n| PASS | `suite.f('a')` |\n"
+    code, asked, body = comment(table=table)
+    assert code == 0
+    assert asked[0] == "api repos/o/p/pulls/12 --jq .head.sha"
+    assert asked[2] == "api --silent --method POST repos/o/p/issues/12/comments --field body=@body"
+    assert body.startswith("<!-- projecta gate -->\nGate of cccccccc against the merge base")
+    assert body.endswith(table)
+    code, asked, _ = comment(earlier="77\\n78\\n")
+    assert code == 0
+    assert asked[2:] == ["api --silent --method PATCH repos/o/p/issues/comments/77 --field body=@body"]
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["", None, "0", "12; rm -rf .", "$(id)", "../1", "-1", "1e3", "12\n13", "1234567890", "一", "12 "],
+)
+def test_a_number_that_is_none_is_refused(comment, number):
+    code, asked, _ = comment(number=number)
+    assert (code, asked) == (1, [])
+
+
+def test_a_number_of_another_pull_request_gets_nothing(comment):
+    code, asked, _ = comment(its_head="d" * 40)
+    assert (code, asked) == (0, ["api repos/o/p/pulls/12 --jq .head.sha"])
+
+
+def test_what_a_fork_writes_is_text(comment):
+    _, _, body = comment(table=FORGED)
+    text = body.split("\n\n", 1)[1]
+    assert not re.search(r"@\w|#\d(?!\d*;)|gh-\d|\[|://|www\.", text)
+    assert set(re.findall(r"<[^>]*>", text)) == {"<details>", "<summary>", "</summary>", "</details>"}
+    assert text.count("<details>") == 1
+    assert "&amp;#\u200b64;" in text
+    assert "| verdict | `suite.f('a', 2)` |\n|---|---|\n<details><summary>3 passed</summary>\n" in text
+
+
+def test_a_long_table_is_cut_off(comment):
+    """GitHub takes 65,536 characters; the worst character grows to five."""
+    code, asked, body = comment(table="&" * 200_000)
+    assert code == 0
+    assert len(asked) == 3
+    assert len(body) < 65_000
+    assert body.endswith("Cut off here; the run has all of it.\n")
+
+
+def test_no_table_and_a_link_in_its_place(comment, tmp_path):
+    assert comment(table=None)[2].endswith("No verdict: the run tells why.\n")
+    secret = tmp_path / "secret"
+    secret.write_text("12")
+    assert "12" not in comment(table=secret)[2].split("\n\n", 1)[1]
+    assert comment(number=secret)[0] == 1
