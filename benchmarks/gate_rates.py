@@ -58,7 +58,8 @@ _VTP = _PLANT + textwrap.dedent("""
 
     def prune(model, *args, **kwargs):
         handle = _plain_prune(model, *args, **kwargs)
-        model.forward = _planted(model.forward, {share}, {size})
+        plain = type(model).forward.__get__(model)  # not what an earlier call put there
+        model.forward = _planted(plain, {share}, {size})
         return handle
 """)
 PLANTS = {"projecta/scan/__init__.py": _SCAN, "projecta/clip.py": _VTP}
