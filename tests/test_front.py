@@ -198,7 +198,8 @@ def test_projecta_s_own_tables_become_charts(tmp_path):
         rows.append(at("clip.Vtp.time_forward", seconds, case=keep, batch="8"))
         rows.append(at("clip.VtpPeak.track_peak_forward", 100 * seconds, "MiB", case=keep, batch="8"))
     (tmp_path / "mrss_accuracy.csv").write_text(
-        "task,scan,unit,seeds,mean,change\ncopying,full,per cent right,5,99,0\ncopying,post hoc,per cent right,5,98,-1\n"
+        "task,scan,unit,seeds,mean,change\ncopying,full,per cent right,5,99,0\n"
+        'copying,"post hoc, theta 0.1",per cent right,5,98,-1\n'
     )
     found = {chart.name: chart for section in front._sections(rows, tmp_path) for chart in section.charts}
     assert {"scan_time", "scan_roofline", "vtp_latency", "vtp_beside", "mrss_accuracy"} <= set(found)

@@ -41,31 +41,36 @@ def lines(
             axis.set_yscale("log")
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.minorticks_off()
-        axis.set(title=title, xlabel=x)
+            _few_ticks(axis)
+        _title(axis, title)
+        axis.set_xlabel(x)
     axes[0].set_ylabel(y)
     _legend(figure, axes)
     return _svg(figure)
 
 
-def bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], y: str, form: str = "{:.3g}") -> str:
+def bars(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], y: str, form: str = "{:.4g}",
+    width: float | None = None,
+) -> str:  # fmt: skip
     """Groups of bars: panel, group, and the bar's name; each carries its number."""
     names = list(dict.fromkeys(n for panel in panels.values() for group in panel.values() for n in group))
-    figure, axes = _figure(len(panels), 3.4)
+    figure, axes = _figure(len(panels), 3.4, width)
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
-        width = 0.8 / max(1, len(names))
+        thick = 0.8 / max(1, len(names))
         for i, name in enumerate(names):
             at = [
-                j + (i - (len(names) - 1) / 2) * width
+                j + (i - (len(names) - 1) / 2) * thick
                 for j, group in enumerate(panel.values())
                 if name in group
             ]
             heights = [group[name] for group in panel.values() if name in group]
-            drawn = axis.bar(at, heights, width * 0.92, label=name, color=LINES[i % len(LINES)])
+            drawn = axis.bar(at, heights, thick * 0.92, label=name, color=LINES[i % len(LINES)])
             axis.bar_label(drawn, [form.format(h) for h in heights], padding=2, fontsize=7, color=INK)
         axis.set_xticks(range(len(panel)), list(panel))
         axis.axhline(0, color=RULE, linewidth=0.8)
         axis.margins(y=0.15)
-        axis.set_title(title)
+        _title(axis, title)
     axes[0].set_ylabel(y)
     _legend(figure, axes)
     return _svg(figure)
@@ -128,6 +133,20 @@ def history(values: Sequence[float], marks: Sequence[int], level: float | None, 
     return _svg(figure)
 
 
+def _title(axis: Any, text: str) -> None:
+    axis.set_title(text, color=INK, fontsize=9)
+
+
+def _few_ticks(axis: Any) -> None:
+    """1, 2 and 5 of each decade, or 1 and 3, if there are few decades."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_ylim()
+    if high < 1e3 * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e2 * low else (1.0, 3.0)))
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
 def _ticks(count: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
@@ -161,7 +180,8 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
             found.setdefault(label, handle)
     if len(found) > 1:
         figure.legend(
-            list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)),
+            list(found.values()), list(found), loc="outside lower center",
+            ncols=min(4 if max(map(len, found)) < 22 else 3, len(found)),
             frameon=False, fontsize=8, labelcolor=INK,
         )  # fmt: skip
 
@@ -181,6 +201,6 @@ def _svg(figure: Any) -> str:
         drawn = drawn.replace(colour, f"var({variable})")
     drawn = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", drawn)
     drawn = re.sub(r"(\d+\.\d{2})\d+", r"\1", drawn)
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', drawn, count=1
-    )
+    wide, high = (72 * inches for inches in figure.get_size_inches())
+    start = f'<svg viewBox="0 0 {wide:g} {high:g}" style="max-width: {1.35 * wide:.0f}px" aria-hidden="true">'
+    return re.sub(r"<svg [^>]*>", start, drawn, count=1)

@@ -22,6 +22,7 @@ DATA = "data"
 SHOWN = 40  # changes in the page; all are in the CSV
 DRAWN = 300  # commits in a history
 HISTORIES = 12
+ACCURACY = ("post hoc, theta 0.1", "post hoc, theta 0.5", "trained, theta 0.5")
 Table = list[dict[str, Any]]
 
 
@@ -208,6 +209,8 @@ def _cards(project: Project, pages: Mapping[str, str]) -> list[tuple[str, dict[s
         known = {
             key: str(value) for key, value in facts.items() if value and key not in ("machine", "version")
         }
+        if known.get("ram", "").isdigit():
+            known["ram"] = f"{int(known['ram']) / 2**30:.1f} GiB"
         verdict = _verdict(project.results / name / show.LAST)
         if verdict:
             known |= {
@@ -251,10 +254,10 @@ def _of_table(table: report.Table, newest: Sequence[Measurement]) -> Chart | Non
     svg = charts.lines(panels, "length (steps)", unit, dashed=[report.BOUND]) if panels else ""
     if single:
         svg += charts.bars(single, unit)
-    says = f"{table.title}, by {table.by}."
+    says = f"By {table.by}."
     if table.slopes:
         powers = [
-            f"{line} {power}" for panel in panels.values() for line, points in panel.items()
+            f"{line}: {power}" for panel in panels.values() for line, points in panel.items()
             if (power := report.slope(points)) is not None
         ]  # fmt: skip
         says += " Grows with this power of the length, from 1,024 steps on: " + ", ".join(powers) + "."
@@ -347,12 +350,12 @@ def _accuracy(extra: Path | None) -> list[Chart]:
         return []
     panel: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["unit"].startswith("per cent") and row["scan"] != "full":
+        if row["unit"].startswith("per cent") and row["scan"] in ACCURACY:
             panel.setdefault(row["task"].replace(" ", "\n"), {})[row["scan"]] = float(row["change"])
     return [Chart(
         "mrss_accuracy", "Accuracy against the full scan",
         "Mean change over five seeds, in points of per cent right.",
-        charts.bars({"": panel}, "change (points)", "{:+.1f}"), list(rows),
+        charts.bars({"": panel}, "change (points)", "{:+.2f}", width=8.4), list(rows),
     )]  # fmt: skip
 
 
