@@ -120,13 +120,12 @@ def duel(sides: Mapping[str, Side], case: Case) -> dict[str, Outcome]:
         for name, side in sides.items():
             found[name] = side.begin(case) or side.finish()
         return found
-    for name, side in sides.items():
-        missing = side.begin(case)
-        if missing is not None:
-            found[name] = missing
     ready = []
-    for name in [name for name in sides if name not in found]:
-        answer = sides[name].ready()
+    for (
+        name,
+        side,
+    ) in sides.items():  # in turn: two that spin for the same cores take many times as long
+        answer = side.begin(case) or side.ready()
         if isinstance(answer, Outcome):
             found[name] = answer
         else:
@@ -136,7 +135,7 @@ def duel(sides: Mapping[str, Side], case: Case) -> dict[str, Outcome]:
         if i >= LEAST and time.monotonic() - start > TOTAL:
             break
         for name in [name for name in sides if name not in found]:
-            answer = sides[name].turn()
-            if isinstance(answer, Outcome):
-                found[name] = answer
+            took = sides[name].turn()
+            if isinstance(took, Outcome):
+                found[name] = took
     return found | {name: sides[name].finish() for name in ready if name not in found}
