@@ -114,6 +114,27 @@ def test_every_fault_has_its_reason_and_the_next_case_runs(sides, method):
     assert not running("4243")
 
 
+def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(sides):
+    suite = """
+        import os
+        class Dies:
+            version = "1"
+            number, repeat, warmup_time = 1, 1, 0.0
+            calls = 0
+            def time_it(self):
+                self.calls += 1
+                if self.calls == 3:
+                    os._exit(7)
+            def track_it(self):
+                return 1.0
+    """
+    both, found = sides(suite, launch_method="forkserver")
+    for _ in range(5):
+        died, lived = duel(both, found["time_it"]), duel(both, found["track_it"])
+        assert {(o.status, o.reason) for o in died.values()} == {("failed", "exit status 7")}
+        assert {(o.status, o.samples) for o in lived.values()} == {(OK, (1.0,))}
+
+
 def test_one_side_that_fails_ends_the_duel(sides):
     suite = """
         import work

@@ -59,6 +59,10 @@ class Side:
     def finish(self) -> Outcome:
         """Have it take no more: what it gave."""
         self._tell({"seconds": 0})
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """Wait for the case's end: what it gave."""
         found = self._hear("ended")
         assert isinstance(found, Outcome)
         return found
@@ -74,15 +78,15 @@ class Side:
             self._process = self.launcher.guard.start(
                 words, out, self._room, self.build.variables, [other.fileno()]
             )
-        self._socket, self._link = own, own.makefile("rw", buffering=1)
+        self._socket, self._heard, self._told = own, own.makefile("r"), own.makefile("w")
 
     def end(self) -> None:
         if self._process is not None:
             end_group(self._process, patience=0)
             self._process = None
-            with contextlib.suppress(OSError):
-                self._link.close()
-            self._socket.close()
+            for end in (self._heard, self._told, self._socket):
+                with contextlib.suppress(OSError):
+                    end.close()
             shutil.rmtree(self._room, ignore_errors=True)
 
     def close(self) -> None:
@@ -91,7 +95,8 @@ class Side:
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it has ended: reading will tell
-            self._link.write(json.dumps(message) + "\n")
+            self._told.write(json.dumps(message) + "\n")
+            self._told.flush()
 
     def _hear(self, word: str) -> Any:
         """What the process answers, within the case's timeout; if it ends instead, the outcome."""
@@ -100,7 +105,7 @@ class Side:
         line = ""
         try:
             with contextlib.suppress(ConnectionError):  # as if it had hung up
-                line = self._link.readline()
+                line = self._heard.readline()
             answer = json.loads(line) if line else {"ended": self._process.wait(self._case.timeout)}
         except (TimeoutError, subprocess.TimeoutExpired):
             answer = {"ended": None}
@@ -118,7 +123,7 @@ def duel(sides: Mapping[str, Side], case: Case) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {}
     if not case.timed:
         for name, side in sides.items():
-            found[name] = side.begin(case) or side.finish()
+            found[name] = side.begin(case) or side.outcome()
         return found
     ready = []
     for (

@@ -14,7 +14,22 @@ import time
 from typing import Any
 
 
-def _take_turns(benchmark: Any, link: Any) -> None:
+class Link:
+    """A line of JSON each way."""
+
+    def __init__(self, end: socket.socket):
+        self._heard, self._told = end.makefile("r"), end.makefile("w")
+
+    def hear(self) -> dict[str, Any]:
+        """What is said next; nothing if the other end has hung up."""
+        return json.loads(self._heard.readline() or "{}")  # type: ignore[no-any-return]
+
+    def tell(self, said: dict[str, Any]) -> None:
+        self._told.write(json.dumps(said) + "\n")
+        self._told.flush()
+
+
+def _take_turns(benchmark: Any, link: Link) -> None:
     """Have a timing of asv's take its samples in turns; of many in a turn the first is not counted."""
     plain = benchmark.benchmark_timing
 
@@ -23,23 +38,23 @@ def _take_turns(benchmark: Any, link: Any) -> None:
         min_run_count: int,
     ) -> tuple[list[float], int]:  # fmt: skip
         first, number = plain(timer, 1, 1, 0.0, warmup_time, number, 1)
-        link.write(json.dumps({"ready": first[0]}) + "\n")
+        link.tell({"ready": first[0]})
         samples = []
-        while (seconds := json.loads(link.readline())["seconds"]) > 0:
+        while (seconds := link.hear().get("seconds", 0)) > 0:
             end = time.monotonic() + seconds
             turn = [timer.timeit(number)]
             if turn[0] < seconds / 4:  # what the other process left in caches is gone now
                 turn.clear()
             while not turn or time.monotonic() < end:
                 turn.append(timer.timeit(number))
-            link.write(json.dumps({"turn": len(turn)}) + "\n")
+            link.tell({"turn": len(turn)})
             samples += turn
         return samples or first, number
 
     benchmark.benchmark_timing = timing
 
 
-def _run(folder: str, order: dict[str, str], link: Any) -> None:
+def _run(folder: str, order: dict[str, str], link: Link) -> None:
     """One case; its result goes where asv writes it."""
     import asv_runner.run as runner
 
@@ -56,7 +71,7 @@ def _run(folder: str, order: dict[str, str], link: Any) -> None:
     runner._run((folder, order["name"], "{}", "None", order["result"]))
 
 
-def _fork(folder: str, order: dict[str, str], link: Any) -> int:
+def _fork(folder: str, order: dict[str, str], link: Link) -> int:
     """The same, in a fork: its exit status."""
     child = os.fork()
     if child == 0:
@@ -81,14 +96,15 @@ def main() -> None:
     from asv_runner.discovery import disc_benchmarks
 
     update_sys_path(folder)
-    link = socket.socket(fileno=number).makefile("rw", buffering=1)
+    link = Link(socket.socket(fileno=number))
     if not forks:
-        _run(folder, json.loads(link.readline()), link)
+        _run(folder, link.hear(), link)
         return
     for _ in disc_benchmarks(folder, ignore_import_errors=True):
         pass
-    for line in link:
-        link.write(json.dumps({"ended": _fork(folder, json.loads(line), link)}) + "\n")
+    while order := link.hear():
+        if "name" in order:  # else it was meant for a case that has ended
+            link.tell({"ended": _fork(folder, order, link)})
 
 
 if __name__ == "__main__":
