@@ -358,7 +358,7 @@ def test_the_workflows_run_whole(tmp_path, monkeypatch, capfd):
     assert rehearse.lacks(place.published, [first, second]) == []
     assert rehearse.lacks(place.published, [second, "f" * 40]) == ["f" * 40]
     held = stage.git(place.bare, "ls-tree", "-r", "--name-only", "results").split()
-    assert sum(re.match(r"t4/[0-9a-f]{8}-", name) is not None for name in held) == 2
+    assert sum(re.match(r"t4/[0-9a-f]{8}-.*\.json$", name) is not None for name in held) == 2
     assert {"benchmarks.json", "t4/machine.json", "t4/last.gate", "t4/last.preflight"} < set(held)
     assert not [name for name in held if "journal" in name]
     gate = json.loads(stage.git(place.bare, "show", "results:t4/last.gate"))
