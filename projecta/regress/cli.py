@@ -1,15 +1,21 @@
 """The `projecta` command. Each command imports what it needs itself: `--help` must be quick."""
 
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
-OK, FAILED, USAGE, BROKEN, NOT_MEASURED, CRASHED, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
-RESULTS = "results"
+from projecta.regress.command import (
+    BROKEN,
+    CRASHED,
+    NOT_MEASURED,
+    RESULTS,
+    machine_option,
+    one_line,
+    project_at,
+)
+from projecta.regress.command_runner import fetch, keep, preflight
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,39 +24,14 @@ def cli() -> None:
     """Measure commits, and look at what was measured."""
 
 
-def _one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """What a user did wrong is told in one line."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            click.echo(error, err=True)
-            sys.exit(USAGE)
-        except KeyboardInterrupt:
-            click.echo(
-                "Interrupted: what was measured so far is stored; `projecta bench` goes on from there.",
-                err=True,
-            )
-            sys.exit(INTERRUPTED)
-
-    return run
-
-
-_machine = click.option(
-    "--machine", metavar="NAME", help="Name of this machine in the results; the host's by default."
-)
-
-
 @cli.command()
 @click.argument("range", required=False, metavar="[RANGE]")
-@_machine
+@machine_option
 @click.option("-b", "--bench", "regex", metavar="REGEX", help="Only benchmarks whose name matches.")
 @click.option(
     "--quick", is_flag=True, help="Run each benchmark once, to see that it works; nothing is stored."
 )
-@_one_line
+@one_line
 def bench(range: str | None, machine: str | None, regex: str | None, quick: bool) -> None:
     """Measure commits, write the pages and the report.
 
@@ -65,7 +46,7 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
 
     console = Console()
     root = runner.find_root(Path.cwd())
-    project = _project(root)
+    project = project_at(root)
     name = runner.machine_name(machine)
     commits = runner.find_commits(root, range, project.commits(name))
     if regex is not None:
@@ -102,7 +83,7 @@ _budget = click.option(
 @cli.command()
 @click.argument("base")
 @click.argument("head", default="HEAD")
-@_machine
+@machine_option
 @_bench
 @_budget
 @click.option(
@@ -122,7 +103,7 @@ _budget = click.option(
     help="Write a comment for a pull request here.",
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the pairs here (PNG).")
-@_one_line
+@one_line
 def gate(
     base: str, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
     memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None,
@@ -150,7 +131,7 @@ def gate(
 
 
 @cli.command()
-@_machine
+@machine_option
 @_bench
 @_budget
 @click.option(
@@ -160,7 +141,7 @@ def gate(
     "--tolerance", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True,
     help="Of the gate that this is for.",
 )  # fmt: skip
-@_one_line
+@one_line
 def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int, tolerance: float) -> None:
     """Measure HEAD against itself: how noisy each benchmark is here, and what a gate can see of it."""
     from rich.console import Console
@@ -179,7 +160,7 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
 
 @cli.command()
 @click.option("--fix", is_flag=True, help="Put right, or aside, what can be.")
-@_one_line
+@one_line
 def doctor(fix: bool) -> None:
     """Look for damaged, orphaned and doubled results. Nothing is ever deleted.
 
@@ -189,7 +170,7 @@ def doctor(fix: bool) -> None:
     from projecta.regress import runner
 
     root = runner.find_root(Path.cwd())
-    found = ward.examine(_project(root), fix)
+    found = ward.examine(project_at(root), fix)
     for finding in found:
         place = finding.path.relative_to(root) if finding.path.is_relative_to(root) else finding.path
         does = "" if finding.fixable and not fix else "To do: " if not finding.fixable else "Done: "
@@ -202,7 +183,7 @@ def doctor(fix: bool) -> None:
 
 
 @cli.command()
-@_machine
+@machine_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -210,7 +191,7 @@ def doctor(fix: bool) -> None:
     show_default=True,
     help="Folder to write.",
 )
-@_one_line
+@one_line
 def report(machine: str | None, out: Path) -> None:
     """Write CSV tables and plots of the newest commit measured, and print the tables."""
     from projecta.regress import runner
@@ -219,13 +200,13 @@ def report(machine: str | None, out: Path) -> None:
 
 
 @cli.command()
-@_one_line
+@one_line
 def publish() -> None:
     """Write the pages with the historical charts."""
     from projecta.regress import runner
 
     root = runner.find_root(Path.cwd())
-    project = _project(root)
+    project = project_at(root)
     if not project.machines():
         click.echo("projecta publish: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)
@@ -236,12 +217,12 @@ def publish() -> None:
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one."
 )
-@_one_line
+@one_line
 def preview(port: int) -> None:
     """Serve the pages on this machine, until Ctrl-C."""
     from projecta.regress import runner, site
 
-    project = _project(runner.find_root(Path.cwd()))
+    project = project_at(runner.find_root(Path.cwd()))
     folder = project.folder / project.config.html_dir
     if not (folder / site.HISTORY).is_file():
         click.echo("projecta preview: no pages yet. Run `projecta publish` first.", err=True)
@@ -249,97 +230,6 @@ def preview(port: int) -> None:
     with site.serve(folder, port) as server:
         click.echo(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)")
         server.serve_forever()
-
-
-@cli.command()
-@click.option("--gpu", is_flag=True, help="Refuse a machine without a GPU.")
-@click.option(
-    "--load", type=click.FloatRange(min=0), metavar="SHARE",
-    help="Most runnable processes per processor.",
-)  # fmt: skip
-@click.option("--temperature", type=click.FloatRange(min=0), metavar="C", help="Most that a GPU may have.")
-@click.option(
-    "--free", type=click.FloatRange(min=0, max=1), metavar="SHARE", help="Least free share of GPU memory."
-)
-@click.option("--disk", type=click.FloatRange(min=0), metavar="GIB", help="Least free room on the disk.")
-@click.option(
-    "--wait", metavar="SECONDS", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Time for the machine to cool down, or to come free.",
-)  # fmt: skip
-@click.option(
-    "--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found here."
-)
-@_one_line
-def preflight(gpu: bool, wait: float, as_json: Path | None, **limits: float | None) -> None:
-    """Say whether this machine is fit to measure on, and lock the GPU's clocks if that is permitted.
-
-    Exit codes: 0 it is; 3 it is not: busy, hot, or short of memory or disk.
-    """
-    from projecta.regress import preflight as pilot
-
-    wanted = pilot.Limits(**{name: value for name, value in limits.items() if value is not None})
-    found, problems = pilot.examine(Path.cwd(), wanted, gpu, wait)
-    click.echo("\n".join(found.lines()))
-    if as_json:
-        pilot.write_json(found, problems, as_json)
-    if problems:
-        click.echo("\n".join(problems), err=True)
-        sys.exit(BROKEN)
-
-
-_remote = click.option(
-    "--remote", default="origin", show_default=True, help="Name or address of the repository with the branch."
-)
-_branch = click.option("--branch", default="results", show_default=True, help="Where the results are.")
-
-
-@cli.command()
-@_machine
-@_remote
-@_branch
-@click.option(
-    "--base", "base_file", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write here which commit a gate of HEAD compares with: the newest one measured before it.",
-)  # fmt: skip
-@_one_line
-def fetch(machine: str | None, remote: str, branch: str, base_file: Path | None) -> None:
-    """Bring the results that all machines have kept into this folder's."""
-    from projecta.regress import branch as shelf
-    from projecta.regress import runner
-
-    root = runner.find_root(Path.cwd())
-    project, name = _project(root), runner.machine_name(machine)
-    changed = shelf.fetch(project, name, shelf.Remote(root, remote, branch))
-    click.echo(f"{len(changed)} file(s) of results are new here.")
-    if base_file:
-        base_file.parent.mkdir(parents=True, exist_ok=True)
-        base_file.write_text(shelf.base_of(project, name) + "\n")
-
-
-@cli.command()
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_machine
-@_remote
-@_branch
-@_one_line
-def keep(folders: tuple[Path, ...], machine: str | None, remote: str, branch: str) -> None:
-    """Commit results to their branch and push it; what is there already stays.
-
-    FOLDERS are laid out as asv's results are, and hold what machines bring. Without any: this machine's own
-    results. PROJECTA_TOKEN may hold what a remote wants to know.
-    """
-    from projecta.regress import branch as shelf
-    from projecta.regress import runner
-
-    root = runner.find_root(Path.cwd())
-    project = _project(root)
-    name = runner.machine_name(machine) if machine is not None or not folders else None
-    sources = [(folder, name) for folder in folders or (project.results,)]
-    commit, count = shelf.keep(project, sources, shelf.Remote(root, remote, branch))
-    if not count:
-        click.echo(f"projecta keep: no results of {name or 'any machine'} yet: nothing to keep.", err=True)
-        sys.exit(NOT_MEASURED)
-    click.echo(f"{count} file(s) are on branch {branch}, commit {commit[:8]}.")
 
 
 def _contest(
@@ -356,7 +246,7 @@ def _contest(
 
     console = Console(stderr=True)
     root = runner.find_root(Path.cwd())
-    project = _project(root)
+    project = project_at(root)
     name = runner.machine_name(machine)
     before, after = (runner.find_commit(root, word) for word in (base, head))
     pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
@@ -384,17 +274,11 @@ def _publish(project: Any) -> str:
     return f"Pages: {project.config.html_dir}/index.html (served by `projecta preview`)"
 
 
-def _project(root: Path) -> Any:
-    from projecta.regress.store import Project
-
-    return Project(root)
-
-
 def _report(root: Path, machine: str | None, out: Path) -> None:
     from projecta.regress import report as tables
     from projecta.regress import runner
 
-    project = _project(root)
+    project = project_at(root)
     machines = project.machines()
     if machine is not None and machine not in machines:
         raise ValueError(
@@ -408,6 +292,10 @@ def _report(root: Path, machine: str | None, out: Path) -> None:
     click.echo(f"\nMachine {newest[0].machine}, commit {newest[0].commit[:8]}\n\n{tables.summary(newest)}\n")
     for path in tables.write_report(newest, root / out):
         click.echo(f"Wrote {path.relative_to(root) if path.is_relative_to(root) else path}")
+
+
+for command in (preflight, fetch, keep):
+    cli.add_command(command)
 
 
 def main() -> None:

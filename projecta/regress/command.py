@@ -1,0 +1,42 @@
+"""What every command shares: exit codes, the option for the machine, and how a user's mistake is told."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+OK, FAILED, USAGE, BROKEN, NOT_MEASURED, CRASHED, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
+RESULTS = "results"
+machine_option = click.option(
+    "--machine", metavar="NAME", help="Name of this machine in the results; the host's by default."
+)
+
+
+def one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """What a user did wrong is told in one line."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            click.echo(error, err=True)
+            sys.exit(USAGE)
+        except KeyboardInterrupt:
+            click.echo(
+                "Interrupted: what was measured so far is stored; `projecta bench` goes on from there.",
+                err=True,
+            )
+            sys.exit(INTERRUPTED)
+
+    return run
+
+
+def project_at(root: Path) -> Any:
+    """The asv project there; asv is imported only now."""
+    from projecta.regress.store import Project
+
+    return Project(root)

@@ -1,0 +1,99 @@
+"""Commands for a runner: is the machine fit, and results brought from their branch and to it."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from projecta.regress.command import BROKEN, NOT_MEASURED, machine_option, one_line, project_at
+
+
+@click.command()
+@click.option("--gpu", is_flag=True, help="Refuse a machine without a GPU.")
+@click.option(
+    "--load", type=click.FloatRange(min=0), metavar="SHARE",
+    help="Most runnable processes per processor.",
+)  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="C", help="Most that a GPU may have.")
+@click.option(
+    "--free", type=click.FloatRange(min=0, max=1), metavar="SHARE", help="Least free share of GPU memory."
+)
+@click.option("--disk", type=click.FloatRange(min=0), metavar="GIB", help="Least free room on the disk.")
+@click.option(
+    "--wait", metavar="SECONDS", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Time for the machine to cool down, or to come free.",
+)  # fmt: skip
+@click.option(
+    "--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found here."
+)
+@one_line
+def preflight(gpu: bool, wait: float, as_json: Path | None, **limits: float | None) -> None:
+    """Say whether this machine is fit to measure on, and lock the GPU's clocks if that is permitted.
+
+    Exit codes: 0 it is; 3 it is not: busy, hot, or short of memory or disk.
+    """
+    from projecta.regress import preflight as pilot
+
+    wanted = pilot.Limits(**{name: value for name, value in limits.items() if value is not None})
+    found, problems = pilot.examine(Path.cwd(), wanted, gpu, wait)
+    click.echo("\n".join(found.lines()))
+    if as_json:
+        pilot.write_json(found, problems, as_json)
+    if problems:
+        click.echo("\n".join(problems), err=True)
+        sys.exit(BROKEN)
+
+
+_remote = click.option(
+    "--remote", default="origin", show_default=True, help="Name or address of the repository with the branch."
+)
+_branch = click.option("--branch", default="results", show_default=True, help="Where the results are.")
+
+
+@click.command()
+@machine_option
+@_remote
+@_branch
+@click.option(
+    "--base", "base_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write here which commit a gate of HEAD compares with: the newest one measured before it.",
+)  # fmt: skip
+@one_line
+def fetch(machine: str | None, remote: str, branch: str, base_file: Path | None) -> None:
+    """Bring the results that all machines have kept into this folder's."""
+    from projecta.regress import branch as shelf
+    from projecta.regress import runner
+
+    root = runner.find_root(Path.cwd())
+    project, name = project_at(root), runner.machine_name(machine)
+    changed = shelf.fetch(project, name, shelf.Remote(root, remote, branch))
+    click.echo(f"{len(changed)} file(s) of results are new here.")
+    if base_file:
+        base_file.parent.mkdir(parents=True, exist_ok=True)
+        base_file.write_text(shelf.base_of(project, name) + "\n")
+
+
+@click.command()
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@machine_option
+@_remote
+@_branch
+@one_line
+def keep(folders: tuple[Path, ...], machine: str | None, remote: str, branch: str) -> None:
+    """Commit results to their branch and push it; what is there already stays.
+
+    FOLDERS are laid out as asv's results are, and hold what machines bring. Without any: this machine's own
+    results. PROJECTA_TOKEN may hold what a remote wants to know.
+    """
+    from projecta.regress import branch as shelf
+    from projecta.regress import runner
+
+    root = runner.find_root(Path.cwd())
+    project = project_at(root)
+    name = runner.machine_name(machine) if machine is not None or not folders else None
+    sources = [(folder, name) for folder in folders or (project.results,)]
+    commit, count = shelf.keep(project, sources, shelf.Remote(root, remote, branch))
+    if not count:
+        click.echo(f"projecta keep: no results of {name or 'any machine'} yet: nothing to keep.", err=True)
+        sys.exit(NOT_MEASURED)
+    click.echo(f"{count} file(s) are on branch {branch}, commit {commit[:8]}.")
