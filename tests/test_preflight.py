@@ -60,7 +60,7 @@ IDLE = ("preflight", "--load", "1000", "--disk", "0")
 
 def test_a_free_t4_is_found_and_locked(nvidia_smi, tmp_path):
     asked = nvidia_smi()
-    code, said = run(*IDLE, "--gpu", "--json", "results/t4/last.preflight")
+    code, said = run(*IDLE, "--gpu", "--lock", "--json", "results/t4/last.preflight")
     assert code == 0
     assert said.splitlines()[:2] == [
         "GPU 0: Tesla T4, driver 560.35.03, 15095 MiB of 15360 MiB free, 41 C, 0 process(es)",
@@ -88,7 +88,7 @@ def test_a_free_t4_is_found_and_locked(nvidia_smi, tmp_path):
 )
 def test_a_lock_that_is_forbidden_is_noted_and_no_reason_to_refuse(nvidia_smi, said, noted):
     nvidia_smi(LOCK=said)
-    code, told = run(*IDLE, "--gpu")
+    code, told = run(*IDLE, "--gpu", "--lock")
     assert code == 0
     assert noted in told
     assert "; -ac: nvidia-smi: The current user" in told
@@ -96,13 +96,13 @@ def test_a_lock_that_is_forbidden_is_noted_and_no_reason_to_refuse(nvidia_smi, s
 
 def test_an_older_gpu_is_locked_by_application_clocks(nvidia_smi):
     asked = nvidia_smi(LOCK=(3, "not supported"), **{"-ac": "Applications clocks set"})
-    assert "locked at 585 MHz (nvidia-smi -ac 5001,585)" in run(*IDLE, "--gpu")[1]
+    assert "locked at 585 MHz (nvidia-smi -ac 5001,585)" in run(*IDLE, "--gpu", "--lock")[1]
     assert "-i 0 -ac 5001,585" in asked.read_text()
 
 
 def test_a_gpu_that_names_no_clock_is_left_as_it_is(nvidia_smi):
     asked = nvidia_smi(DEFAULTS="[N/A], [N/A], [N/A]", CLOCK="[N/A]")
-    code, told = run(*IDLE, "--gpu")
+    code, told = run(*IDLE, "--gpu", "--lock")
     assert (code, told.splitlines()[1]) == (
         0, "GPU 0: clock unknown MHz, not locked: no clock is known (nvidia-smi names none)",
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, said = run(*IDLE)
     assert (code, said.splitlines()[0]) == (0, "GPU: none (no nvidia-smi)")
-    code, said = run(*IDLE, "--gpu")
+    code, said = run(*IDLE, "--gpu", "--lock")
     assert (code, said.splitlines()[-1]) == (
         3, "projecta preflight: the machine must have a GPU that nvidia-smi knows; got no nvidia-smi.",
     )  # fmt: skip
@@ -179,7 +179,7 @@ def test_a_driver_that_does_not_answer(nvidia_smi):
     nvidia_smi(GPUS=(9, "Failed to initialize NVML: Driver/library version mismatch"))
     reason = "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch"
     assert run(*IDLE)[1].splitlines()[0] == f"GPU: none ({reason})"
-    assert run(*IDLE, "--gpu")[0] == 3
+    assert run(*IDLE, "--gpu", "--lock")[0] == 3
 
 
 def test_it_waits_for_the_gpu_to_cool(nvidia_smi, tmp_path):
@@ -190,8 +190,17 @@ def test_it_waits_for_the_gpu_to_cool(nvidia_smi, tmp_path):
         waits.append(seconds)
         nvidia_smi()
 
-    found, problems = preflight.examine(tmp_path, limits, True, 60.0, cool)
+    found, problems = preflight.examine(tmp_path, limits, True, patience=60.0, sleep=cool)
     assert (problems, waits) == ([], [preflight.INTERVAL])
     assert found.gpus[0].temperature == 41
     nvidia_smi(GPUS=FACTS.format("15095", "83"))
     assert len(preflight.examine(tmp_path, limits, True)[1]) == 1  # no patience: one look
+
+
+def test_clocks_are_left_alone_unless_asked_for(nvidia_smi):
+    asked = nvidia_smi()
+    code, told = run(*IDLE, "--gpu")
+    assert code == 0
+    assert "not locked: not asked to" in told
+    assert "-lgc" not in asked.read_text()
+    assert "-pm" not in asked.read_text()

@@ -10,6 +10,7 @@ from projecta.regress.command import BROKEN, NOT_MEASURED, machine_option, one_l
 
 @click.command()
 @click.option("--gpu", is_flag=True, help="Refuse a machine without a GPU.")
+@click.option("--lock", is_flag=True, help="Have the GPU keep one clock from now on, if that is permitted.")
 @click.option(
     "--load", type=click.FloatRange(min=0), metavar="SHARE",
     help="Most runnable processes per processor.",
@@ -27,15 +28,15 @@ from projecta.regress.command import BROKEN, NOT_MEASURED, machine_option, one_l
     "--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found here."
 )
 @one_line
-def preflight(gpu: bool, wait: float, as_json: Path | None, **limits: float | None) -> None:
-    """Say whether this machine is fit to measure on, and lock the GPU's clocks if that is permitted.
+def preflight(gpu: bool, lock: bool, wait: float, as_json: Path | None, **limits: float | None) -> None:
+    """Say whether this machine is fit to measure on.
 
     Exit codes: 0 it is; 3 it is not: busy, hot, or short of memory or disk.
     """
     from projecta.regress import preflight as pilot
 
     wanted = pilot.Limits(**{name: value for name, value in limits.items() if value is not None})
-    found, problems = pilot.examine(Path.cwd(), wanted, gpu, wait)
+    found, problems = pilot.examine(Path.cwd(), wanted, gpu, lock, wait)
     click.echo("\n".join(found.lines()))
     if as_json:
         pilot.write_json(found, problems, as_json)

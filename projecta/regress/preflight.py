@@ -1,7 +1,8 @@
 """Is this machine fit to measure on? Looks at the GPU (driver, clocks, heat, who uses it), at disk and load.
 
 What is found is told and kept, whatever it is; a machine on which timings would not be its own is refused.
-Clocks are locked where that is permitted. Where it is not, that is noted and no reason to refuse.
+Clocks are locked where that is asked for and permitted. Where it is not, that is noted and no reason to
+refuse.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class Gpu:
     free: float | None
     temperature: float | None
     clock: float | None = None
-    lock: str = "not tried"
+    lock: str = "not locked: not asked to"
     processes: list[tuple[int, str, float | None]] = field(default_factory=list)  # number, name, MiB
 
 
@@ -108,13 +109,14 @@ class Findings:
 
 
 def examine(
-    folder: Path, limits: Limits, demanded: bool = False, patience: float = 0.0,
+    folder: Path, limits: Limits, demanded: bool = False, lock_clocks: bool = False, patience: float = 0.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Findings, list[str]]:  # fmt: skip
-    """Look at the machine that `folder` is on, and lock its clocks; what was found, and why it is refused.
+    """Look at the machine that `folder` is on; what was found, and why it is refused.
 
     Args:
         demanded: whether a machine without a GPU is refused.
+        lock_clocks: whether the GPUs are asked to keep one clock from now on, if nothing is refused.
         patience: seconds for a GPU to cool, or a process to end, before the last look.
     """
     end = time.monotonic() + patience
@@ -125,7 +127,7 @@ def examine(
         if not problems or left <= 0:
             break
         sleep(min(INTERVAL, left))
-    for gpu in found.gpus if not problems else ():  # another's work is not to be slowed down
+    for gpu in found.gpus if lock_clocks and not problems else ():  # another's work is not to be slowed down
         lock(gpu)
     return found, problems
 
