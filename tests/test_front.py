@@ -180,6 +180,9 @@ def test_a_drawing_takes_its_colours_from_the_page():
     assert not re.search(r"#[ab]0000\d", drawn)
     assert 'width="' not in drawn[: drawn.index(">")]  # it fits where it stands
     assert Links(drawn)
+    assert ">0.7194<" in charts.bars(
+        {"": {"": {"one": 0.7194}}}, "y"
+    )  # coordinates are shortened, text is not
 
 
 def test_projecta_s_own_tables_become_charts(tmp_path):

@@ -200,7 +200,7 @@ def _svg(figure: Any) -> str:
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(colour, f"var({variable})")
     drawn = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", drawn)
-    drawn = re.sub(r"(\d+\.\d{2})\d+", r"\1", drawn)
+    drawn = re.sub(r'="[^"]*"', lambda place: re.sub(r"(\d+\.\d{2})\d+", r"\1", place[0]), drawn)
     wide, high = (72 * inches for inches in figure.get_size_inches())
     start = f'<svg viewBox="0 0 {wide:g} {high:g}" style="max-width: {1.35 * wide:.0f}px" aria-hidden="true">'
     return re.sub(r"<svg [^>]*>", start, drawn, count=1)
