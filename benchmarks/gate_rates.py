@@ -117,6 +117,8 @@ def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
 
 def gates(kind: str, count: int) -> None:
     """Real gates, one after the other."""
+    from projecta.regress.processes import Outcome
+
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
@@ -132,15 +134,11 @@ def gates(kind: str, count: int) -> None:
             rows.append([kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
             if kind == "same" and label in TIMED.values():
                 both = zip(row["base"], row["head"], strict=False)
-                pairs += [[label, f"{_undisturbed(h) / _undisturbed(b):.5f}"] for b, h in both]
+                ratios = (Outcome(**h).undisturbed / Outcome(**b).undisturbed for b, h in both)
+                pairs += [[label, f"{ratio:.5f}"] for ratio in ratios]
         _append("gate_rates.csv", HEADER, rows)
         _append("gate_pairs.csv", ["benchmark", "ratio"], pairs)
         print(f"{kind}: {found['verdict']} ({done.returncode}), {seconds:.0f} s", flush=True)
-
-
-def _undisturbed(outcome: dict) -> float:
-    """The lower quartile, as the gate takes it."""
-    return sorted(outcome["samples"])[len(outcome["samples"]) // 4]
 
 
 def continuous(kind: str, count: int) -> None:

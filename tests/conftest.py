@@ -41,6 +41,14 @@ def backend(request):
     torch.set_default_device("cpu")
 
 
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder where commands are called, and in which asv keeps its file of machines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """A fixed seed; memory that an operator leaves unwritten reads as NaN."""

@@ -156,14 +156,12 @@ def test_asv_s_pages_draw_what_they_show(page, address, name):
         page.locator("#summarygrid-display .benchmark-plot canvas, .benchmark-plot img").first.wait_for()
 
 
-def test_nothing_moves_while_it_loads_and_2000_commits_load_within_a_second(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
-    foreign.make(tmp_path)
-    foreign.commit(tmp_path, "one")
+def test_nothing_moves_while_it_loads_and_2000_commits_load_within_a_second(page, workplace):
+    foreign.make(workplace)
+    foreign.commit(workplace, "one")
     draw = random.Random(0)
     pages = grown(
-        tmp_path, 2000, [list(range(30)), list("abcdefghij")],
+        workplace, 2000, [list(range(30)), list("abcdefghij")],
         lambda _, place, i: (1 + place) * math.exp(draw.gauss(0, 0.01)) * (1.2 if i > 1900 else 1),
     )  # fmt: skip
     with site.serve(pages, 0) as server:

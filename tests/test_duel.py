@@ -45,17 +45,17 @@ TURNS = """
 
 
 @pytest.fixture
-def sides(tmp_path, monkeypatch):
+def sides(workplace):
     """Makes both sides of a duel of two commits; closes them."""
     made = []
 
     def make(suite, base="", head="", **settings):
-        foreign.make(tmp_path, suite, **settings)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
-        commits = [foreign.commit(tmp_path, name, work=text) for name, text in (("one", base), ("two", head))]
+        foreign.make(workplace, suite, **settings)
+        commits = [
+            foreign.commit(workplace, name, work=text) for name, text in (("one", base), ("two", head))
+        ]
         builds = dict(
-            zip(("base", "head"), (Build(Project(tmp_path), commit) for commit in commits), strict=True)
+            zip(("base", "head"), (Build(Project(workplace), commit) for commit in commits), strict=True)
         )
         for build in builds.values():
             build.make()

@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 import pytest
 
 from projecta.regress import changes, charts, front, runner, show
+from projecta.regress.builds import cases
 from projecta.regress.changes import Point, Series
-from projecta.regress.store import Measurement, Project
+from projecta.regress.store import NOISE, Measurement, Project
 from tests import foreign
 from tests.foreign import run
 
@@ -62,12 +63,10 @@ def check_links(folder):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
-    foreign.make(tmp_path)
-    foreign.commit(tmp_path, "one")
-    return tmp_path
+def project(workplace):
+    foreign.make(workplace)
+    foreign.commit(workplace, "one")
+    return workplace
 
 
 def grown(project, commits, axes, value, **settings):
@@ -85,19 +84,19 @@ def test_steps_up_and_down_name_their_commit():
     def value(_, place, i):
         return (1.5 if i >= 20 else 1.0) if place == 0 else (0.5 if i >= 30 else 1.0)
 
-    points = [tuple(Point(f"c{i}", i, value("", place, i), 0) for i in range(40)) for place in range(2)]
-    up, down = (changes.steps(Series("x", (), "seconds", own), {}) for own in points)
+    points = [tuple(Point(f"c{i}", i, value("", place, i)) for i in range(40)) for place in range(2)]
+    up, down = (changes.steps(Series("x", (), "seconds", own)) for own in points)
     assert [(s.commit, s.change, s.worse) for s in up] == [("c20", 0.5, True)]
     assert [(s.commit, s.change, s.worse) for s in down] == [("c30", -0.5, False)]
-    fast = changes.steps(Series("x", (), "GB/s", points[0]), {})
+    fast = changes.steps(Series("x", (), "GB/s", points[0]))
     assert not fast[0].worse  # more of that is better
 
 
 def test_noise_is_no_step():
     draw, found = random.Random(0), 0
     for _ in range(50):
-        points = tuple(Point(f"c{i}", i, math.exp(draw.gauss(0, 0.01)), 0) for i in range(100))
-        found += len(changes.steps(Series("x", (), "seconds", points), {}))
+        points = tuple(Point(f"c{i}", i, math.exp(draw.gauss(0, 0.01))) for i in range(100))
+        found += len(changes.steps(Series("x", (), "seconds", points)))
     assert found == 0
 
 
@@ -105,9 +104,8 @@ def test_a_series_follows_the_history_not_the_clock():
     def at(commit, date, value):
         return Measurement("m", "e", commit, date, "x", {}, value, "seconds")
 
-    found = changes.collect(
-        [at("c", 1, 3.0), at("a", 3, 1.0), at("b", 2, 2.0), at("z", 9, 9.0)], {}, ["c", "b", "a"]
-    )
+    measured = [at("c", 1, 3.0), at("a", 3, 1.0), at("b", 2, 2.0), at("z", 9, 9.0)]
+    found = changes.collect(measured, ["c", "b", "a"])
     assert [point.value for point in found[0].points] == [1.0, 2.0, 3.0]
 
 
@@ -122,6 +120,17 @@ def test_a_change_of_packages_is_not_blamed_on_a_commit(project):
     with (pages / "data/desk/changes.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["cause"], float(row["change"])) == ("torch 2.12 to 2.13", pytest.approx(0.3))
+
+
+@pytest.mark.parametrize("parameter", [True, None, 1e-05, "8"])
+def test_the_noise_is_drawn_under_the_name_that_the_gate_gave_it(project, parameter):
+    pages = grown(project, 5, [[parameter]], lambda *_: 1.0)
+    assert "opacity: 0.15" not in (pages / "index.html").read_text()
+    described = json.loads((project / ".asv/results/benchmarks.json").read_text())
+    (case,) = cases({name: entry for name, entry in described.items() if name != "version"})
+    (project / ".asv/results/desk" / NOISE).write_text(json.dumps({case.label: 0.01}))
+    front.write_front(Project(project), pages, runner.history(project))
+    assert "opacity: 0.15" in (pages / "index.html").read_text()
 
 
 def test_every_link_leads_somewhere_and_machines_have_their_pages(project):

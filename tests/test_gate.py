@@ -163,14 +163,12 @@ SUITE = """
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(workplace):
     """Two commits: the second is a tenth slower, takes 1 % more memory, and fails."""
-    foreign.make(tmp_path, SUITE)
-    foreign.commit(tmp_path, "one", work="FACTOR, MEMORY, BROKEN = 1, 50.0, 1")
-    foreign.commit(tmp_path, "two", work="FACTOR, MEMORY, BROKEN = 1.1, 50.5, None")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
-    return tmp_path
+    foreign.make(workplace, SUITE)
+    foreign.commit(workplace, "one", work="FACTOR, MEMORY, BROKEN = 1, 50.0, 1")
+    foreign.commit(workplace, "two", work="FACTOR, MEMORY, BROKEN = 1.1, 50.5, None")
+    return workplace
 
 
 def test_the_gate_finds_a_slow_down_more_memory_and_what_broke(project):

@@ -23,10 +23,8 @@ from tests.foreign import ENDINGS, FAULTS, run, running, start
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
-    return tmp_path
+def project(workplace):
+    return workplace
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])

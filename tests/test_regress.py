@@ -13,14 +13,12 @@ from tests.foreign import commit, git, make, run
 
 
 @pytest.fixture
-def foreign(tmp_path, monkeypatch):
+def foreign(workplace):
     """An asv project that is not ours: two commits, benchmarks of its own, the interpreter at hand."""
-    make(tmp_path)
+    make(workplace)
     for message in ("one", "two"):
-        commit(tmp_path, message)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))  # asv keeps its machine file there
-    return tmp_path
+        commit(workplace, message)
+    return workplace
 
 
 def measure_with_asv(folder, commit="HEAD"):

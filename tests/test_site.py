@@ -20,13 +20,11 @@ ASSETS = Path(site.__file__).parent / "assets"
 
 
 @pytest.fixture
-def pages(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
-    foreign.make(tmp_path)
-    foreign.commit(tmp_path, "one")
+def pages(workplace):
+    foreign.make(workplace)
+    foreign.commit(workplace, "one")
     assert run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")[0] == 0
-    return tmp_path / ".asv/html"
+    return workplace / ".asv/html"
 
 
 def test_no_page_loads_from_another_host(pages):

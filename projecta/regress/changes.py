@@ -5,7 +5,7 @@ A step where the machine or its packages changed as well is that change's, never
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from projecta.regress.store import Measurement
 
@@ -17,12 +17,12 @@ HIGHER_IS_BETTER = ("/s", "hz")  # how units end where a step up is good
 
 @dataclass(frozen=True)
 class Point:
-    """A result; `condition` numbers what it was measured in, and changes when that does."""
+    """A result, and what it was measured in."""
 
     commit: str
     date: int  # milliseconds since 1970
     value: float
-    condition: int
+    state: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Series:
     params: tuple[tuple[str, str], ...]
     unit: str
     points: tuple[Point, ...]
+    asv_label: str = ""  # as gates name it
 
     @property
     def label(self) -> str:
@@ -40,11 +41,8 @@ class Series:
         >>> Series("scan.time", (("length", "64"), ("backend", "cpu")), "seconds", ()).label
         'scan.time(64, cpu)'
         """
-        return (
-            f"{self.benchmark}({', '.join(value for _, value in self.params)})"
-            if self.params
-            else self.benchmark
-        )
+        values = ", ".join(value for _, value in self.params)
+        return f"{self.benchmark}({values})" if self.params else self.benchmark
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,7 @@ class Step:
         return (self.change > 0) != self.series.unit.lower().endswith(HIGHER_IS_BETTER)
 
 
-def collect(
-    measurements: Iterable[Measurement],
-    conditions: Mapping[str, Mapping[str, str]],
-    history: Sequence[str] = (),
-) -> list[Series]:
+def collect(measurements: Iterable[Measurement], history: Sequence[str] = ()) -> list[Series]:
     """Series in the order of `history` (newest first); commits outside of it are left out, if it is given."""
     place = {commit: -i for i, commit in enumerate(history)}
     found: dict[tuple[str, tuple[tuple[str, str], ...]], list[Measurement]] = {}
@@ -81,22 +75,16 @@ def collect(
     made = []
     for (benchmark, params), own in sorted(found.items()):
         own.sort(key=lambda m: (place.get(m.commit, 0), m.date))
-        points, number, seen = [], 0, None
-        for m in own:
-            here = conditions.get(m.commit, {})
-            number += seen is not None and here != seen
-            seen = here
-            assert m.value is not None
-            points.append(Point(m.commit, m.date, m.value, number))
-        made.append(Series(benchmark, params, own[0].unit, tuple(points)))
+        points = tuple(Point(m.commit, m.date, m.value, m.state) for m in own if m.value is not None)
+        made.append(Series(benchmark, params, own[0].unit, points, own[0].label))
     return made
 
 
-def steps(series: Series, conditions: Mapping[str, Mapping[str, str]], least: float = LEAST) -> list[Step]:
+def steps(series: Series, least: float = LEAST) -> list[Step]:
     """The steps of a series within its newest commits, oldest first.
 
-    >>> points = tuple(Point(f"c{i}", i, 1.0 if i < 10 else 2.0, 0) for i in range(20))
-    >>> [(step.commit, step.change) for step in steps(Series("x", (), "seconds", points), {})]
+    >>> points = tuple(Point(f"c{i}", i, 1.0 if i < 10 else 2.0) for i in range(20))
+    >>> [(step.commit, step.change) for step in steps(Series("x", (), "seconds", points))]
     [('c10', 1.0)]
     """
     from asv.step_detect import detect_steps
@@ -111,7 +99,7 @@ def steps(series: Series, conditions: Mapping[str, Mapping[str, str]], least: fl
         if short or before <= 0 or abs(after / before - 1) < least:
             continue
         point, previous = points[start], points[max(0, start - 1)]
-        cause = differences(conditions.get(previous.commit, {}), conditions.get(point.commit, {}))
+        cause = differences(previous.state, point.state)
         made.append(Step(series, point.commit, point.date, before, after, cause))
     return made
 

@@ -19,11 +19,8 @@ _DASHES = ("-", "--", "-.", ":")
 Points = Sequence[tuple[float, float]]
 
 
-def lines(
-    panels: Mapping[str, Mapping[str, Points]], x: str, y: str, *, logarithmic: bool = True,
-    dashed: Sequence[str] = (),
-) -> str:  # fmt: skip
-    """One panel each, one line for each name; lines differ in colour, marker and dash."""
+def lines(panels: Mapping[str, Mapping[str, Points]], x: str, y: str, dashed: Sequence[str] = ()) -> str:
+    """One panel each, one line for each name, log-log; lines differ in colour, marker and dash."""
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     figure, axes = _figure(len(panels), 3.4)
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
@@ -36,12 +33,11 @@ def lines(
                 marker="" if bound else _MARKERS[i % len(_MARKERS)], markersize=4, linewidth=1.4,
                 linestyle="--" if bound else _DASHES[(i // len(LINES)) % len(_DASHES)],
             )  # fmt: skip
-        if logarithmic:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.xaxis.set_major_formatter("{x:.0f}")
-            axis.minorticks_off()
-            _few_ticks(axis)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        _few_ticks(axis)
         _title(axis, title)
         axis.set_xlabel(x)
     axes[0].set_ylabel(y)
@@ -76,25 +72,20 @@ def bars(
     return _svg(figure)
 
 
-def scatter(groups: Mapping[str, Sequence[tuple[float, float, str]]], x: str, y: str) -> str:
-    """Named points; each group has a colour and a marker."""
+def scatter(groups: Mapping[str, Points], x: str, y: str) -> str:
+    """Points; each group has a colour and a marker."""
     figure, (axis,) = _figure(1, 4.2)
     for i, (name, points) in enumerate(groups.items()):
         axis.plot(
             [p[0] for p in points], [p[1] for p in points], _MARKERS[i % len(_MARKERS)],
             color=LINES[i % len(LINES)], label=name, markersize=5,
         )  # fmt: skip
-        for at, value, text in points:
-            if text:
-                axis.annotate(
-                    text, (at, value), xytext=(4, 3), textcoords="offset points", fontsize=7, color=INK
-                )
     axis.set(xlabel=x, ylabel=y)
     _legend(figure, [axis])
     return _svg(figure)
 
 
-def roofline(points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: float, arithmetic: float) -> str:
+def roofline(points: Mapping[str, Points], bandwidth: float, arithmetic: float) -> str:
     """What arithmetic and memory allow at each intensity, and what was reached."""
     figure, (axis,) = _figure(1, 3.8)
     corner = arithmetic / bandwidth

@@ -47,14 +47,14 @@ class Side:
         self._tell({"name": asv_name(case), "cwd": where, "result": str(self._result)})
         return None
 
-    def ready(self) -> float | Outcome:
-        """Wait until the case has set up and warmed up: the seconds of a sample, or what came of it."""
-        return self._hear("ready")  # type: ignore[no-any-return]
+    def ready(self) -> Outcome | None:
+        """Wait until the case has set up and warmed up; what came of it if it ended instead."""
+        return self._hear("ready")
 
-    def turn(self) -> int | Outcome:
-        """Have it take samples for the time of a turn: how many, or what came of it."""
+    def turn(self) -> Outcome | None:
+        """Have it take samples for the time of a turn; what came of it if it ended instead."""
         self._tell({"seconds": TURN})
-        return self._hear("turn")  # type: ignore[no-any-return]
+        return self._hear("turn")
 
     def finish(self) -> Outcome:
         """Have it take no more: what it gave."""
@@ -63,8 +63,8 @@ class Side:
 
     def outcome(self) -> Outcome:
         """Wait for the case's end: what it gave."""
-        found = self._hear("ended")
-        assert isinstance(found, Outcome)
+        found = self._hear("")
+        assert found is not None
         return found
 
     def start(self) -> None:
@@ -98,8 +98,8 @@ class Side:
             self._told.write(json.dumps(message) + "\n")
             self._told.flush()
 
-    def _hear(self, word: str) -> Any:
-        """What the process answers, within the case's timeout; if it ends instead, the outcome."""
+    def _hear(self, word: str) -> Outcome | None:
+        """None when the process says the word, within the case's timeout; if it ends instead, the outcome."""
         assert self._process is not None
         self._socket.settimeout(self._case.timeout)
         line = ""
@@ -109,8 +109,8 @@ class Side:
             answer = json.loads(line) if line else {"ended": self._process.wait(self._case.timeout)}
         except (TimeoutError, subprocess.TimeoutExpired):
             answer = {"ended": None}
-        if word in answer and word != "ended":
-            return answer[word]
+        if word in answer:
+            return None
         code, printed = answer.get("ended"), tail_of(self._room / "printed", self._mark)
         found = outcome_of(self._case, code, printed, self._result, time.monotonic() - self._began)
         if code is None:
@@ -126,21 +126,18 @@ def duel(sides: Mapping[str, Side], case: Case) -> dict[str, Outcome]:
             found[name] = side.begin(case) or side.outcome()
         return found
     ready = []
-    for (
-        name,
-        side,
-    ) in sides.items():  # in turn: two that spin for the same cores take many times as long
-        answer = side.begin(case) or side.ready()
-        if isinstance(answer, Outcome):
-            found[name] = answer
-        else:
+    for name, side in sides.items():  # in turn: two that spin for the same cores take far longer
+        ended = side.begin(case) or side.ready()
+        if ended is None:
             ready.append(name)
+        else:
+            found[name] = ended
     start = time.monotonic()
     for i in range(MOST if len(ready) == len(sides) else 0):
         if i >= LEAST and time.monotonic() - start > TOTAL:
             break
         for name in [name for name in sides if name not in found]:
-            took = sides[name].turn()
-            if isinstance(took, Outcome):
-                found[name] = took
+            ended = sides[name].turn()
+            if ended is not None:
+                found[name] = ended
     return found | {name: sides[name].finish() for name in ready if name not in found}

@@ -7,6 +7,7 @@ as CSV.
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -79,12 +80,11 @@ def write_front(
     machines = project.machines()
     pages = {name: "index.html" if i == 0 else f"machine-{name}.html" for i, name in enumerate(machines)}
     (folder / "front.css").write_bytes(files("projecta.regress").joinpath("pages", "front.css").read_bytes())
-    written = []
+    cards, template = [(name, _card(project, name)) for name in machines], _template()
     for name, page in pages.items():
-        made = _page(project, name, pages, history, extra, headline, folder)
-        (folder / page).write_text(_template().render(page=made, vars=vars), encoding="utf-8")
-        written.append(folder / page)
-    return written
+        made = _page(project, name, pages, cards, history, extra, headline, folder)
+        (folder / page).write_text(template.render(page=made), encoding="utf-8")
+    return [folder / page for page in pages.values()]
 
 
 def _template() -> Any:
@@ -94,19 +94,18 @@ def _template() -> Any:
         loader=PackageLoader("projecta.regress", "pages"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    room.filters |= {"cell": _cell, "amount": _amount, "percent": lambda x: f"{100 * x:+.1f} %"}
+    room.filters |= {"cell": _cell, "amount": show.amount, "percent": lambda x: f"{100 * x:+.1f} %"}
     return room.get_template("front.html")
 
 
 def _page(
-    project: Project, machine: str, pages: Mapping[str, str], history: Sequence[str], extra: Path | None,
-    headline: str | None, folder: Path,
+    project: Project, machine: str, pages: Mapping[str, str], cards: list[tuple[str, dict[str, str]]],
+    history: Sequence[str], extra: Path | None, headline: str | None, folder: Path,
 ) -> Page:  # fmt: skip
-    conditions = project.conditions(machine)
     measurements = list(project.measurements(machine))
-    series = changes.collect(measurements, conditions, history)
+    series = changes.collect(measurements, history)
     steps = sorted(
-        (step for one in series for step in changes.steps(one, conditions)),
+        (step for one in series for step in changes.steps(one)),
         key=lambda step: (-step.date, not step.worse, -abs(step.change)),
     )
     newest = report.newest_commit(measurements, history)
@@ -115,18 +114,18 @@ def _page(
     sections = [s for s in _sections(newest, extra) if s.charts]
     for section in sections:
         for chart in section.charts:
-            _write(room / f"{chart.name}.csv", chart.rows)
+            report.write_csv(room / f"{chart.name}.csv", chart.rows)
     link = project.config.show_commit_url.removesuffix("#")  # asv's way to say that there is none
     told = [_told(step, link) for step in steps]
-    _write(room / "changes.csv", told)
-    _write(room / "newest.csv", [
+    report.write_csv(room / "changes.csv", told)
+    report.write_csv(room / "newest.csv", [
         {"benchmark": s.label, "value": s.points[-1].value, "unit": s.unit, "commit": s.points[-1].commit}
         for s in series
     ])  # fmt: skip
     return Page(
         project.config.project, machine, pages, newest[0].commit if newest else "",
         _day(newest[0].date) if newest else "", _verdict(project.results / machine / show.LAST), told[:SHOWN],
-        max(0, len(told) - SHOWN), sections, _cards(project, pages),
+        max(0, len(told) - SHOWN), sections, cards,
         _histories(series, steps, project.noise(machine), headline),
     )  # fmt: skip
 
@@ -140,9 +139,14 @@ def _verdict(path: Path) -> dict[str, Any] | None:
     return found | {"bad": bad, "passed": len(found["benchmarks"]) - len(bad)}
 
 
+def _history_of(series: Series) -> str:
+    """Its page among asv's."""
+    return f"history.html#{series.benchmark}"
+
+
 def _told(step: Step, link: str) -> dict[str, Any]:
     return {
-        "benchmark": step.series.label, "page": f"history.html#{step.series.benchmark}",
+        "benchmark": step.series.label, "page": _history_of(step.series),
         "change": step.change, "worse": step.worse, "before": step.before, "after": step.after,
         "unit": step.series.unit, "commit": step.commit, "link": f"{link}{step.commit}" if link else "",
         "day": _day(step.date), "cause": step.cause,
@@ -153,11 +157,9 @@ def _histories(
     series: Sequence[Series], steps: Iterable[Step], noise: Mapping[str, float], headline: str | None
 ) -> list[dict[str, str]]:
     """Charts of those that the project gates, or of those that changed most."""
-    import re
-
     long = [one for one in series if len(one.points) > 1]
     if headline is not None:
-        chosen = [one for one in long if re.search(headline, one.label) or re.search(headline, _as_asv(one))]
+        chosen = [one for one in long if re.search(headline, one.asv_label)]
     else:
         largest: dict[str, float] = {}
         for step in steps:
@@ -166,60 +168,28 @@ def _histories(
     made = []
     for one in chosen[:HISTORIES]:
         points = one.points[-DRAWN:]
-        scale, unit = _scale(points[-1].value, one.unit)
-        marks = [i for i in range(1, len(points)) if points[i].condition != points[i - 1].condition]
-        recent = sorted(p.value * scale for p in points[-5:])
-        spread = noise.get(_as_asv(one))
-        svg = charts.history(
-            [p.value * scale for p in points],
-            marks,
-            recent[len(recent) // 2],
-            None if spread is None else 2 * spread,
-        )
-        words = (
-            f"{len(points)} commits; {points[0].value * scale:.3g} to {points[-1].value * scale:.3g} {unit}"
-        )
+        size, unit = show.scale(points[-1].value, one.unit)
+        values = [point.value / size for point in points]
+        marks = [i for i in range(1, len(points)) if points[i].state != points[i - 1].state]
+        spread = noise.get(one.asv_label)
+        level = sorted(values[-5:])[len(values[-5:]) // 2]
+        svg = charts.history(values, marks, level, None if spread is None else 2 * spread)
+        words = f"{len(points)} commits; {values[0]:.3g} to {values[-1]:.3g} {unit}"
         if marks:
             words += f"; machine or packages changed {len(marks)} time(s): dashed"
-        made.append(
-            {
-                "title": one.label,
-                "unit": unit,
-                "svg": svg,
-                "says": words,
-                "page": f"history.html#{one.benchmark}",
-            }
-        )
+        made.append({"title": one.label, "svg": svg, "says": words, "page": _history_of(one)})
     return made
 
 
-def _as_asv(series: Series) -> str:
-    """The label with strings in quotes, as the gate writes it."""
-    words = [
-        value if value.lstrip("-").replace(".", "", 1).isdigit() else repr(value)
-        for _, value in series.params
-    ]
-    return f"{series.benchmark}({', '.join(words)})" if words else series.benchmark
-
-
-def _cards(project: Project, pages: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
-    cards = []
-    for name in pages:
-        facts = json.loads((project.results / name / "machine.json").read_text())
-        known = {
-            key: str(value) for key, value in facts.items() if value and key not in ("machine", "version")
-        }
-        if known.get("ram", "").isdigit():
-            known["ram"] = f"{int(known['ram']) / 2**30:.1f} GiB"
-        verdict = _verdict(project.results / name / show.LAST)
-        if verdict:
-            known |= {
-                key: str(value)
-                for key, value in verdict["state"].items()
-                if key in ("gpu", "governor", "system")
-            }
-        cards.append((name, known))
-    return cards
+def _card(project: Project, machine: str) -> dict[str, str]:
+    """What is known of a machine: by asv, and by its last gate."""
+    facts = json.loads((project.results / machine / "machine.json").read_text())
+    if str(facts.get("ram", "")).isdigit():
+        facts["ram"] = f"{int(facts['ram']) / 2**30:.1f} GiB"
+    verdict = _verdict(project.results / machine / show.LAST)
+    state = verdict["state"] if verdict else {}
+    facts |= {key: state[key] for key in ("gpu", "governor", "system") if key in state}
+    return {key: str(value) for key, value in facts.items() if value and key not in ("machine", "version")}
 
 
 def _sections(newest: Sequence[Measurement], extra: Path | None) -> Iterator[Section]:
@@ -329,13 +299,13 @@ def _fidelity(extra: Path | None) -> list[Chart]:
     rows = [row for row in _read(extra, "vtp_fidelity.csv") if row["images"] == "natural"]
     if not rows:
         return []
-    groups: dict[str, list[tuple[float, float, str]]] = {}
+    groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         kind = "control" if row["row"].startswith("control") else next(
             (fuse for fuse in ("squeeze", "bipartite", "drop", "mean", "cluster") if fuse in row["row"]),
             "preset",
         )  # fmt: skip
-        groups.setdefault(kind, []).append((float(row["FLOPs"]), float(row["cosine"]), ""))
+        groups.setdefault(kind, []).append((float(row["FLOPs"]), float(row["cosine"])))
     return [Chart(
         "vtp_fidelity", "Fidelity against arithmetic",
         "DINOv2-S/14 with real weights on photographs: the cosine of the class token's output to the full "
@@ -380,27 +350,8 @@ def _roofline(newest: Sequence[Measurement]) -> list[Chart]:
     )]  # fmt: skip
 
 
-def _write(path: Path, rows: Table) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        if rows:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 def _day(milliseconds: int) -> str:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d")
-
-
-def _scale(value: float, unit: str) -> tuple[float, str]:
-    if unit != "seconds":
-        return 1.0, unit
-    return (1e3, "ms") if value >= 1e-3 else (1e6, "us")
-
-
-def _amount(value: float, unit: str) -> str:
-    scale, name = _scale(value, unit)
-    return f"{value * scale:.4g} {name}"
 
 
 def _cell(value: Any) -> str:

@@ -6,7 +6,7 @@ What goes into which table is said by `TABLES`: a benchmark of the suites belong
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def write_report(measurements: Sequence[Measurement], folder: Path) -> list[Path
     written = []
     rows = vtp_rows(measurements)
     if rows:
-        written += [_write_csv(folder / "clip_vtp_results.csv", rows)]
+        written += [write_csv(folder / "clip_vtp_results.csv", rows)]
         written += [
             _plot_vtp(folder / "clip_vtp_latency.png", rows, "latency_ms", "latency (ms)", measurements),
             _plot_vtp(
@@ -111,7 +111,7 @@ def write_report(measurements: Sequence[Measurement], folder: Path) -> list[Path
     for table in TABLES:
         rows = length_rows(table, measurements)
         if rows:
-            written += [_write_csv(folder / f"{table.name}.csv", rows)]
+            written += [write_csv(folder / f"{table.name}.csv", rows)]
             written += [_plot_lengths(folder / f"{table.name}.png", table, rows, measurements)]
     return written
 
@@ -245,11 +245,13 @@ def _cell(value: str | float | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """The rows below the names of their columns; of no rows an empty file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if rows:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     return path
 
 

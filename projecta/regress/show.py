@@ -75,7 +75,7 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     low = f"{j.low:.3f} to " if j.low else "up to "  # 0: too few pairs for a lower bound
     bounds = f"{low}{j.high:.3f}" if j.high is not None and math.isfinite(j.high) else ""
     base = row.values["base"]
-    size = _amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
+    size = amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
     why = j.reason
     if row.verdict == gate.INCONCLUSIVE:
         more = f"about {j.more} more pairs would tell" if j.more else "one pair tells nothing"
@@ -83,19 +83,21 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     return ratio, bounds, size, str(j.pairs or ""), why
 
 
-def _amount(value: float, unit: str) -> str:
+def scale(value: float, unit: str) -> tuple[float, str]:
+    """A unit in which such a value is easily read, and how large it is."""
+    if unit == "seconds":
+        sizes = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+        return next((pair for pair in sizes if value >= pair[0]), (1e-9, "ns"))
+    return (2.0**20, "MiB") if unit == "bytes" else (1.0, unit)
+
+
+def amount(value: float, unit: str) -> str:
     """
-    >>> _amount(0.00123, "seconds")
+    >>> amount(0.00123, "seconds")
     '1.23 ms'
     """
-    if unit == "seconds":
-        for size, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-            if value >= size:
-                return f"{value / size:.3g} {name}"
-        return f"{value / 1e-9:.3g} ns"
-    if unit == "bytes":
-        return f"{value / 2**20:.4g} MiB"
-    return f"{value:.4g} {unit}"
+    size, name = scale(value, unit)
+    return f"{value / size:.{3 if unit == 'seconds' else 4}g} {name}"
 
 
 def sentence(result: Result) -> str:

@@ -4,9 +4,10 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from projecta._checks import Checker
 
@@ -29,6 +30,8 @@ class Measurement:
     params: dict[str, str]
     value: float | None
     unit: str
+    label: str = ""  # the benchmark and its parameters as asv writes them, and as gates name them
+    state: Mapping[str, str] = field(default_factory=dict)  # what it was measured in: machine, versions
 
     @property
     def measured(self) -> bool:
@@ -76,19 +79,6 @@ class Project:
         """The first eight digits of the commits that have results of a machine, by their files' names."""
         return {path.name[:8] for path in (self.results / machine).glob("????????-*.json")}
 
-    def conditions(self, machine: str) -> dict[str, dict[str, str]]:
-        """Of each commit with results of a machine, what it was measured in: its state, versions."""
-        from asv.results import iter_results_for_machine
-
-        found: dict[str, dict[str, str]] = {}
-        for result in iter_results_for_machine(str(self.results), machine):
-            here = found.setdefault(result.commit_hash, {})
-            here |= {str(k): str(v) for k, v in result.params.items() if k != "machine"}
-            path = (self.results / machine / result._filename).with_suffix(STATE)
-            with contextlib.suppress(OSError, ValueError):
-                here |= {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
-        return found
-
     def noise(self, machine: str) -> dict[str, float]:
         """By benchmark's label, the standard deviation of the logarithm of ratios of identical code."""
         try:
@@ -108,6 +98,7 @@ class Project:
         except UserError:
             return  # asv has not run here yet
         for result in iter_results_for_machine(str(self.results), machine):
+            state = self._state(machine, result)
             for name in result.get_all_result_keys():
                 if name not in benchmarks or result.benchmark_version.get(name) != str(
                     benchmarks[name]["version"]
@@ -119,10 +110,19 @@ class Project:
                     params = dict(
                         zip(benchmarks[name]["param_names"], map(_plain, combination or ()), strict=False)
                     )
+                    label = f"{name}({', '.join(combination)})" if combination else name
                     yield Measurement(
                         machine, result.env_name, result.commit_hash, result.date, name, params, value,
-                        benchmarks[name]["unit"]
+                        benchmarks[name]["unit"], label, state,
                     )  # fmt: skip
+
+    def _state(self, machine: str, result: Any) -> dict[str, str]:
+        """What one of asv's files was measured in, as it says and as was noted beside it."""
+        facts = {key: value for key, value in result.params.items() if key != "machine"}
+        path = (self.results / machine / result._filename).with_suffix(STATE)
+        with contextlib.suppress(OSError, ValueError):
+            facts |= json.loads(path.read_text())
+        return {str(key): str(value) for key, value in facts.items()}
 
 
 def _plain(parameter: str) -> str:

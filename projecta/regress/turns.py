@@ -38,7 +38,7 @@ def _take_turns(benchmark: Any, link: Link) -> None:
         min_run_count: int,
     ) -> tuple[list[float], int]:  # fmt: skip
         first, number = plain(timer, 1, 1, 0.0, warmup_time, number, 1)
-        link.tell({"ready": first[0]})
+        link.tell({"ready": True})
         samples = []
         while (seconds := link.hear().get("seconds", 0)) > 0:
             end = time.monotonic() + seconds
@@ -47,7 +47,7 @@ def _take_turns(benchmark: Any, link: Link) -> None:
                 turn.clear()
             while not turn or time.monotonic() < end:
                 turn.append(timer.timeit(number))
-            link.tell({"turn": len(turn)})
+            link.tell({"turn": True})
             samples += turn
         return samples or first, number
 
