@@ -13,7 +13,7 @@ import pytest
 from projecta.regress import changes, charts, front, runner, show
 from projecta.regress.builds import cases
 from projecta.regress.changes import Point, Series
-from projecta.regress.store import NOISE, Measurement, Project
+from projecta.regress.store import NOISE, STATE, Measurement, Project
 from tests import foreign
 from tests.foreign import run
 
@@ -120,6 +120,20 @@ def test_a_change_of_packages_is_not_blamed_on_a_commit(project):
     with (pages / "data/desk/changes.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["cause"], float(row["change"])) == ("torch 2.12 to 2.13", pytest.approx(0.3))
+
+
+def test_a_new_driver_is_not_blamed_on_a_commit(project):
+    """What the machine was known by lies beside a commit's results."""
+    pages = grown(project, 40, [[1]], lambda *_: 1.0 if _[2] < 20 else 1.3)
+    assert "not a commit's" not in (pages / "index.html").read_text()
+    for i, path in enumerate(sorted((project / ".asv/results/desk").glob("*-env.json"), key=_date)):
+        path.with_suffix(STATE).write_text(json.dumps({"gpu": f"T4, driver {1 if i < 20 else 2}"}))
+    front.write_front(Project(project), pages, runner.history(project))
+    assert "not a commit's: gpu T4, driver 1 to T4, driver 2" in (pages / "index.html").read_text()
+
+
+def _date(path):
+    return json.loads(path.read_text())["date"]
 
 
 @pytest.mark.parametrize("parameter", [True, None, 1e-05, "8"])

@@ -98,7 +98,7 @@ class Project:
         except UserError:
             return  # asv has not run here yet
         for result in iter_results_for_machine(str(self.results), machine):
-            state = self._state(machine, result)
+            state = self._state(result)
             for name in result.get_all_result_keys():
                 if name not in benchmarks or result.benchmark_version.get(name) != str(
                     benchmarks[name]["version"]
@@ -116,10 +116,10 @@ class Project:
                         benchmarks[name]["unit"], label, state,
                     )  # fmt: skip
 
-    def _state(self, machine: str, result: Any) -> dict[str, str]:
+    def _state(self, result: Any) -> dict[str, str]:
         """What one of asv's files was measured in, as it says and as was noted beside it."""
         facts = {key: value for key, value in result.params.items() if key != "machine"}
-        path = (self.results / machine / result._filename).with_suffix(STATE)
+        path = (self.results / result._filename).with_suffix(STATE)  # machine/commit-environment
         with contextlib.suppress(OSError, ValueError):
             facts |= json.loads(path.read_text())
         return {str(key): str(value) for key, value in facts.items()}
