@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from projecta.regress import builds, journal, runner
+from projecta.regress import builds, journal, processes, runner
 from projecta.regress.journal import Journal
 from projecta.regress.processes import Case, Outcome
 from projecta.regress.store import Project
@@ -149,6 +149,23 @@ def test_interrupted_it_writes_what_it_has(project, number):
     assert "what was measured so far is stored" in text
     assert not running(str(project / "benchmarks"))
     assert len([m for m in Project(project).measurements("desk") if m.measured]) >= 2
+
+
+def test_interrupted_while_a_process_starts_it_leaves_none_running(tmp_path, monkeypatch):
+    guard, start_one = processes.Guard(), subprocess.Popen
+
+    def interrupted(*words, **options):
+        process = start_one(*words, **options)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(processes.subprocess, "Popen", interrupted)
+    with (tmp_path / "printed").open("wb") as out, pytest.raises(KeyboardInterrupt):
+        guard.start(["sleep", "4244"], out, tmp_path, os.environ)
+    (process,) = guard.groups
+    assert process.poll() is None
+    guard.close()
+    assert process.poll() is not None
 
 
 def test_two_runs_at_once_are_told_apart(project):

@@ -18,8 +18,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -246,24 +247,47 @@ class Guard:
     def __init__(self) -> None:
         words = [sys.executable, "-I", "-S", "-c", _GUARD]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+        self.groups: list[subprocess.Popen[bytes]] = []
 
     def start(
         self, words: list[str], out: IO[bytes], folder: Path, variables: Mapping[str, str],
         inherited: Sequence[int] = (),
     ) -> "subprocess.Popen[bytes]":  # fmt: skip
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=variables,
-            start_new_session=True, pass_fds=inherited,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{process.pid}\n".encode())
-        self.process.stdin.flush()
+        with _uninterrupted():  # a process that nobody knows of would outlive us
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+                env=variables, start_new_session=True, pass_fds=inherited,
+            )  # fmt: skip
+            self.groups = [*(group for group in self.groups if group.poll() is None), process]
+            assert self.process.stdin is not None
+            self.process.stdin.write(f"{process.pid}\n".encode())
+            self.process.stdin.flush()
         return process
 
     def close(self) -> None:
-        """All groups have ended: it has nobody to kill."""
+        """End the groups that have not ended; then there is nobody to kill."""
+        for group in self.groups:
+            if group.poll() is None:
+                end_group(group)
         self.process.kill()
         self.process.communicate()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What interrupts this process waits until the block is done."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers if callable(signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def end_group(process: "subprocess.Popen[Any]", patience: float = PATIENCE) -> None:
