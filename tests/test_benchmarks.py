@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import resource
 import subprocess
 import sys
 import time
@@ -95,6 +96,26 @@ def test_a_planted_peak_is_read():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for planted, read in pool.submit(_peaks).result(timeout=120):
             assert read == pytest.approx(planted, abs=1)
+
+
+def _faults():
+    """Page faults while ten calls each write 16 MiB of tensors and free them."""
+
+    def call():
+        held = [torch.ones(2**19) for _ in range(8)]
+        return held[-1].sum()
+
+    call()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_timed_call_uses_freed_memory_again():
+    """Else each process faults as often as its heap happens to make it: here up to 4,096 times a call."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(_faults).result(timeout=120) < 4096
 
 
 class FakeDevice:
