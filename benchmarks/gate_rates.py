@@ -108,11 +108,15 @@ def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
-    path = RESULTS / name
+    from projecta.regress import machine
+
+    path, processor = RESULTS / name, machine.state()["processor"]
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         out = csv.writer(file)
-        out.writerows(([header] if fresh else []) + rows)
+        if fresh:
+            out.writerow(["processor", *header])
+        out.writerows([processor, *row] for row in rows)
 
 
 def gates(kind: str, count: int) -> None:
