@@ -78,7 +78,7 @@ def test_only_one_side_runs_at_a_time_and_they_alternate(sides, tmp_path, method
     inside = lines[2 * 2 :]  # both have warmed up
     assert all(a[2] <= b[1] for a, b in itertools.pairwise(inside))
     runs = [name for name, _ in itertools.groupby(name for name, _, _ in inside)]
-    assert runs == ["base", "head"] * 32
+    assert runs == ["base", "head"] * 20
     spans = [list(own) for _, own in itertools.groupby(inside, key=lambda line: line[0])]
     assert 0.03 < statistics.median(own[-1][2] - own[0][1] for own in spans) < 0.08  # a turn, not several
     assert {name: outcome.status for name, outcome in outcomes.items()} == {"base": OK, "head": OK}

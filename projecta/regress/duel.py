@@ -21,7 +21,7 @@ from projecta.regress.builds import Build
 from projecta.regress.processes import Case, Outcome, asv_name, end_group, outcome_of, tail_of
 
 TURN = 0.04  # seconds, or one sample if that takes longer
-MOST, LEAST, TOTAL = 32, 4, 4.0  # turns of a side; seconds after which no more begin, but for the least
+MOST, LEAST, TOTAL = 20, 4, 4.0  # turns of a side; seconds after which no more begin, but for the least
 _SCRIPT = Path(__file__).with_name("turns.py")
 
 
