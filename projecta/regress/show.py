@@ -187,14 +187,18 @@ def draw(result: Result, path: Path) -> None:
     height = 1.2 + 0.32 * max(1, len(rows))
     figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
     names = {"green": "C2", "bold red": "C3", "bold magenta": "C6", "yellow": "C1", "blue": "C0"}
+    bounds = [bound for row in rows for bound in (row.judgement.low, row.judgement.high)]
+    shown = [bound for bound in bounds if bound and math.isfinite(bound)]  # the rest are open: over the edge
+    shown += [1.0, 1 + result.design.tolerance, *(r for row in rows for r in row.ratios if math.isfinite(r))]
+    left, right = 100 * (min(shown) - 1), 100 * (max(shown) - 1)
+    margin = 0.04 * max(1.0, right - left)
+    axis.set_xlim(left - margin, right + margin)
     for i, row in enumerate(rows):
         colour, j = names[COLOURS[row.verdict]], row.judgement
-        axis.plot([100 * (r - 1) for r in row.ratios], [i] * len(row.ratios), ".", color=colour, alpha=0.4)
-        low, high = _finite(j.low), _finite(j.high)
-        if low is not None and high is not None:
-            axis.plot(
-                [100 * (low - 1), 100 * (high - 1)], [i, i], color=colour, linewidth=3, solid_capstyle="butt"
-            )
+        axis.plot([100 * (r - 1) for r in row.ratios], [i] * len(row.ratios), ".", color=colour, alpha=0.6)
+        if j.low is not None and j.high is not None:
+            ends = (max(100 * (j.low - 1), left - 2 * margin), min(100 * (j.high - 1), right + 2 * margin))
+            axis.plot(ends, (i, i), color=colour, alpha=0.3, linewidth=5, solid_capstyle="butt")
     axis.axvline(0, color="grey", linewidth=0.8)
     axis.axvline(100 * result.design.tolerance, color="C3", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(rows)), [f"{row.case.label}  {row.verdict}" for row in rows], fontsize=7)
