@@ -56,6 +56,26 @@ def test_every_fault_has_its_reason(project, method):
     assert stored == {"good": 1.5, "garbage": 2.5, "cached": 7.0}
 
 
+def test_a_benchmark_without_a_timeout_takes_the_project_s(project):
+    foreign.make(project, SLEEPS, default_benchmark_timeout=1)
+    foreign.commit(project, "one")
+    code, text = run("bench", "HEAD", "--machine", "desk", "--quick")
+    assert code == 3
+    assert "suite.track_its_own" not in text.partition("BROKEN")[2]
+    assert "took longer than its timeout of 1 s" in text
+
+
+SLEEPS = """
+    import time
+
+    def track_its_own():
+        time.sleep(1.5)
+        return 1
+    track_its_own.timeout = 20
+
+    def track_the_project_s():
+        time.sleep(4242)
+"""
 SLOW = """
     import time
 

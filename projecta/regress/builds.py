@@ -108,7 +108,7 @@ class Build:
         return kind([self.python, BENCHMARK_RUN_SCRIPT], self.folder, self.variables, settings)
 
     def benchmarks(self) -> dict[str, dict[str, Any]]:
-        """asv's descriptions of the benchmarks, by name; BuildFailed if they cannot be imported."""
+        """asv's descriptions of benchmarks, timeouts included; BuildFailed if they cannot be imported."""
         from asv.benchmarks import Benchmarks
         from asv.util import ProcessError, UserError
 
@@ -127,7 +127,10 @@ class Build:
         finally:
             os.environ.clear()
             os.environ.update(before)
-        return dict(self.found)
+        usual = self.config.default_benchmark_timeout
+        return {
+            name: entry | {"timeout": entry.get("timeout") or usual} for name, entry in self.found.items()
+        }
 
     def packages(self) -> dict[str, str]:
         """Versions of what is installed beside the project."""
@@ -161,7 +164,7 @@ def cases(benchmarks: dict[str, dict[str, Any]]) -> list[Case]:
     return [
         Case(
             name, i, params, entry["type"], entry["unit"], str(entry["version"]),
-            float(entry.get("timeout") or 60), entry.get("setup_cache_key"),
+            float(entry["timeout"]), entry.get("setup_cache_key"),
         )
         for name, entry in sorted(benchmarks.items())
         for i, params in enumerate(itertools.product(*entry["params"]))
