@@ -146,6 +146,7 @@ def rates(session: nox.Session) -> None:
     """How often the gate is wrong, and what it finds: 20 real gates of each kind, a day. Or as said."""
     session.install(*EXTRAS["bench"])
     install_project(session)
+    session.run("asv", "machine", "--yes")
     if session.posargs:
         session.run("python", "-m", "benchmarks.gate_rates", *session.posargs)
         return

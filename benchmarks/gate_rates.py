@@ -1,7 +1,7 @@
 """How often `projecta gate` is wrong, and what it finds: on identical code, and on commits made slower.
 
 `python -m benchmarks.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
-repository, HEAD against HEAD ("same") or against a commit that makes the scan and the pruned tower slower and
+repository, HEAD against an empty commit ("same") or one that makes the scan and the pruned tower slower and
 the tower hungrier; `continuous KIND COUNT` has asv continuous judge the same. Every gate is a line of
 results/gate_rates.csv, every pair of processes one of results/gate_pairs.csv. `summary` resamples 2,000 gates
 from the pairs of identical code, as they are and with a factor, and writes results/gate_summary.csv. Holds no
@@ -9,6 +9,7 @@ benchmark.
 """
 
 import csv
+import itertools
 import json
 import random
 import subprocess
@@ -26,6 +27,13 @@ PATTERN = (
     "^(" + "|".join(label.replace("(", r"\(").replace(")", r"\)") for label in (*TIMED.values(), PEAK)) + ")$"
 )
 RESAMPLED = 2000
+IMPROVED = "improved"
+_SAID = {  # by asv continuous
+    "PERFORMANCE DECREASED": "REGRESSED",
+    "PERFORMANCE INCREASED": IMPROVED,
+    "NOT SIGNIFICANTLY CHANGED": "PASS",
+}
+_MARKS = {"+": "REGRESSED", "-": IMPROVED, "": "PASS"}
 HEADER = ["planted", "benchmark", "verdict", "ratio", "pairs", "seconds"]
 # What a commit may plant: seconds are spent as a share of what the call took, memory is held while it runs.
 _PLANT = """
@@ -90,12 +98,10 @@ def _clone(kind: str) -> tuple[Path, str, str]:
     base = _git(ROOT, "rev-parse", "HEAD")
     _git(folder, "checkout", "--quiet", "--force", "--detach", base)
     share, size = KINDS[kind]
-    head = base
-    if share or size:
-        for path, text in PLANTS.items():
-            (folder / path).write_text((folder / path).read_text() + text.format(share=share, size=size))
-        _git(folder, "commit", "--quiet", "--all", "--message", f"plant {kind}")
-        head = _git(folder, "rev-parse", "HEAD")
+    for path, text in PLANTS.items() if share or size else ():
+        (folder / path).write_text((folder / path).read_text() + text.format(share=share, size=size))
+    _git(folder, "commit", "--quiet", "--all", "--allow-empty", "--message", f"plant {kind}")
+    head = _git(folder, "rev-parse", "HEAD")
     config = (folder / "asv.conf.json").read_text()
     (folder / "asv.conf.json").write_text(config.replace('".asv/env"', json.dumps(str(ROOT / ".asv/env"))))
     return folder, base, head
@@ -103,7 +109,7 @@ def _clone(kind: str) -> tuple[Path, str, str]:
 
 def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """One of the two commands, on the three benchmarks."""
-    command = [sys.executable, "-m", *words, "--machine", "rates", "--bench", PATTERN]
+    command = [sys.executable, "-m", *words, "--bench", PATTERN]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -127,7 +133,7 @@ def gates(kind: str, count: int) -> None:
     for _ in range(count):
         start = time.monotonic()
         (folder / "gate.json").unlink(missing_ok=True)
-        done = _run(folder, "projecta", "gate", base, head, "--json", "gate.json")
+        done = _run(folder, "projecta", "gate", base, head, "--machine", "rates", "--json", "gate.json")
         if not (folder / "gate.json").exists():
             sys.exit(f"gate_rates: the gate must give a verdict; got {done.stderr.strip().splitlines()[-1]}")
         found = json.loads((folder / "gate.json").read_text())
@@ -138,64 +144,72 @@ def gates(kind: str, count: int) -> None:
             rows.append([kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
             if kind == "same" and label in TIMED.values():
                 both = zip(row["base"], row["head"], strict=False)
-                ratios = (Outcome(**h).undisturbed / Outcome(**b).undisturbed for b, h in both)
-                pairs += [[label, f"{ratio:.5f}"] for ratio in ratios]
+                each = ((Outcome(**b).undisturbed, Outcome(**h).undisturbed) for b, h in both)
+                pairs += [[label, f"{h / b:.5f}"] for b, h in each if b and h]
         _append("gate_rates.csv", HEADER, rows)
         _append("gate_pairs.csv", ["benchmark", "ratio"], pairs)
         print(f"{kind}: {found['verdict']} ({done.returncode}), {seconds:.0f} s", flush=True)
 
 
 def continuous(kind: str, count: int) -> None:
-    """The same, as asv continuous says it at its defaults."""
+    """The same, as asv continuous says it at its defaults (first: `asv machine --yes`)."""
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
         done = _run(folder, "asv", "continuous", base, head)
-        seconds = time.monotonic() - start
-        verdict = {0: "PASS", 1: "REGRESSED"}.get(done.returncode, f"exit {done.returncode}")
-        if "PERFORMANCE DECREASED" not in done.stdout and done.returncode == 1:
-            verdict = "improved"
-        _append("gate_rates.csv", HEADER, [[kind, "asv continuous", verdict, "", "", f"{seconds:.0f}"]])
-        print(f"{kind}: asv continuous {verdict}, {seconds:.0f} s", flush=True)
+        seconds = f"{time.monotonic() - start:.0f}"
+        verdict = next((own for words, own in _SAID.items() if words in done.stdout), None)
+        if verdict is None:
+            said = (done.stdout + done.stderr).strip().splitlines()
+            sys.exit(f"gate_rates: asv continuous must give a verdict; got {said[-1]}")
+        rows: list[list[object]] = [[kind, "asv continuous", verdict, "", "", seconds]]
+        table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
+        changed = {row[5]: (row[1], row[4]) for row in table if len(row) == 7}  # name: mark, ratio
+        for label in (*TIMED.values(), PEAK):
+            mark, ratio = changed.get(label, ("", ""))
+            rows.append([kind, f"asv continuous, {label}", _MARKS.get(mark, mark), ratio, "", seconds])
+        _append("gate_rates.csv", HEADER, rows)
+        print(f"{kind}: asv continuous {verdict}, {seconds} s", flush=True)
 
 
 def summary() -> None:
-    """What real gates said, and 2,000 resampled from pairs of identical code, with each factor."""
+    """What real gates said, and 2,000 resampled from pairs of identical code, each factor; by processor."""
     from projecta.regress.gate import REGRESSED, Design, judge_pairs
 
+    pairs: dict[str, dict[str, list[float]]] = {}
     with (RESULTS / "gate_pairs.csv").open(newline="") as file:
-        pairs: dict[str, list[float]] = {}
         for row in csv.DictReader(file):
-            pairs.setdefault(row["benchmark"], []).append(float(row["ratio"]))
+            own = pairs.setdefault(row["processor"], {})
+            own.setdefault(row["benchmark"], []).append(float(row["ratio"]))
     design, draw = Design(benchmarks=3), random.Random(0)
     looks = sorted({*design.looks()[0], *design.looks()[1]})
     lines: list[list[object]] = []
-    for percent in (0, 3, 5, 10):
-        each: dict[str, Counter[str]] = {label: Counter() for label in pairs}
+    for processor, percent in itertools.product(sorted(pairs), (0, 3, 5, 10)):
+        each: dict[str, Counter[str]] = {label: Counter() for label in pairs[processor]}
         wrong = 0
         for _ in range(RESAMPLED):
             said = set()
-            for label, own in pairs.items():
-                ratios = [(1 + percent / 100) * draw.choice(own) for _ in range(design.most)]
+            for label, drawn_from in pairs[processor].items():
+                ratios = [(1 + percent / 100) * draw.choice(drawn_from) for _ in range(design.most)]
                 verdict = next(
                     (v for n in looks if (v := judge_pairs(ratios[:n], design).verdict)), "INCONCLUSIVE"
                 )
                 each[label][verdict] += 1
                 said.add(verdict)
             wrong += REGRESSED in said
+        planted = ["resampled", processor, f"+{percent} %"]
         for label, counts in each.items():
-            for verdict, found in counts.most_common():
-                lines.append(["resampled", f"+{percent} %", label, verdict, found, RESAMPLED])
-        lines.append(["resampled", f"+{percent} %", "any", REGRESSED, wrong, RESAMPLED])
+            lines += [[*planted, label, verdict, found, RESAMPLED] for verdict, found in counts.most_common()]
+        lines.append([*planted, "any", REGRESSED, wrong, RESAMPLED])
     with (RESULTS / "gate_rates.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    kinds = Counter((row["planted"], row["benchmark"], row["verdict"]) for row in rows)
-    totals = Counter((row["planted"], row["benchmark"]) for row in rows)
-    for (planted, benchmark, verdict), found in sorted(kinds.items()):
-        lines.append(["real", planted, benchmark, verdict, found, totals[planted, benchmark]])
+    kinds = Counter((row["processor"], row["planted"], row["benchmark"], row["verdict"]) for row in rows)
+    totals = Counter((row["processor"], row["planted"], row["benchmark"]) for row in rows)
+    for (*of, verdict), found in sorted(kinds.items()):
+        lines.append(["real", *of, verdict, found, totals[of[0], of[1], of[2]]])
     with (RESULTS / "gate_summary.csv").open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["gates", "planted", "benchmark", "verdict", "count", "of"])
+        out.writerow(["gates", "processor", "planted", "benchmark", "verdict", "count", "of"])
         out.writerows(lines)
     for line in lines:
         print(*line)
