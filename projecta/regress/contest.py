@@ -141,9 +141,9 @@ def contest(
             elapsed = time.monotonic() - start
             if not open_rows or (pair >= 2 and elapsed + last > budget):
                 break
-            for name in SIDES:
-                sides[name].start()
             order = SIDES if pair % 2 == 0 else SIDES[::-1]
+            for name in order:
+                sides[name].start()
             for row in open_rows:
                 for name, outcome in duel({name: sides[name] for name in order}, row.case).items():
                     row.outcomes[name].append(outcome)
