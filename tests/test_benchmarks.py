@@ -145,7 +145,8 @@ def test_the_timer_waits_for_an_asynchronous_device(monkeypatch):
 
     assert read(time.perf_counter) < 0.2 / 5
     device.synchronise()
-    assert read(common.Suite.timer) == pytest.approx(0.2, rel=0.05)
+    # A sleep may take longer, on a busy machine by far, but never less.
+    assert min(read(common.Suite.timer) for _ in range(3)) == pytest.approx(0.2, rel=0.05)
 
 
 def test_the_version_follows_the_code_not_the_comments(tmp_path):

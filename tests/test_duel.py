@@ -30,19 +30,35 @@ TURNS = """
             with LOG.open("a") as file:
                 file.write(json.dumps([work.NAME, start, time.time()]) + "\\n")
 
-        def time_disturbed(self):
-            # The machine takes twice as long after 80 calls, whoever made them.
-            with LOG.open("a") as file:
-                file.write("1")
-            slow = 2 if LOG.stat().st_size > 80 else 1
-            time.sleep(0.004 * slow * work.FACTOR)
-
         def time_quick(self):
             sum(range(100))
         time_quick.number = 0
 
         def timeraw_import(self):
             return "import json"
+"""
+
+DISTURBED = """
+    import time
+    from pathlib import Path
+    import work
+
+    LOG = Path(__file__).parents[1] / ".asv/log"
+    spent = 0.0
+
+    class Disturbed:
+        # The machine takes twice as long from base's eighth turn on, by a clock that only its work moves on:
+        # what else runs beside this test is not seen.
+        version = "1"
+        number, repeat, warmup_time = 1, (1, 10, 0.5), 0.0
+        timer = staticmethod(lambda: spent)
+
+        def time_it(self):
+            global spent
+            with LOG.open("a") as file:
+                file.write(work.NAME)
+            spent += 0.004 * work.FACTOR * (2 if LOG.read_text().count("hb") > 7 else 1)
+            time.sleep(0.004)  # so that a turn holds some ten calls
 """
 
 
@@ -86,15 +102,12 @@ def test_only_one_side_runs_at_a_time_and_they_alternate(sides, tmp_path, method
     assert all(0.002 < outcome.undisturbed < 0.004 for outcome in outcomes.values())
 
 
-def test_what_disturbs_the_machine_disturbs_both(sides, tmp_path):
-    both, found = sides(TURNS, "NAME, FACTOR = '', 1", "NAME, FACTOR = '', 1.1")
-    ratios = []
-    for _ in range(3):
-        (tmp_path / ".asv/log").unlink(missing_ok=True)
-        outcomes = duel(both, found["time_disturbed"])
-        assert statistics.mean(outcomes["base"].samples) > 0.0045  # it was disturbed
-        ratios.append(outcomes["head"].undisturbed / outcomes["base"].undisturbed)
-    assert all(1.05 < ratio < 1.15 for ratio in ratios), ratios
+def test_what_disturbs_the_machine_disturbs_both(sides):
+    both, found = sides(DISTURBED, "NAME, FACTOR = 'b', 1", "NAME, FACTOR = 'h', 1.1")
+    outcomes = duel(both, found["time_it"])
+    for outcome, factor in zip(outcomes.values(), (1, 1.1), strict=True):
+        assert max(outcome.samples) == pytest.approx(0.008 * factor)  # it was disturbed
+        assert outcome.undisturbed == pytest.approx(0.004 * factor)
 
 
 def test_asv_s_number_and_its_other_timings(sides):
