@@ -17,6 +17,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ _SAID = {  # by asv continuous
     "NOT SIGNIFICANTLY CHANGED": "PASS",
 }
 _MARKS = {"+": "REGRESSED", "-": IMPROVED, "": "PASS"}
-HEADER = ["planted", "benchmark", "verdict", "ratio", "pairs", "seconds"]
+HEADER = ["gate", "planted", "benchmark", "verdict", "ratio", "pairs", "seconds"]
 # What a commit may plant: seconds are spent as a share of what the call took, memory is held while it runs.
 _PLANT = """
 
@@ -127,8 +128,10 @@ def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
 
 def gates(kind: str, count: int) -> None:
     """Real gates, one after the other."""
+    from projecta.regress.duel import MOST
     from projecta.regress.processes import Outcome
 
+    name = f"{MOST} turns"
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
@@ -141,18 +144,19 @@ def gates(kind: str, count: int) -> None:
         for row in found["benchmarks"]:
             label = f"{row['name']}({', '.join(row['params'])})"
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.4f}"  # of what is broken
-            rows.append([kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
+            rows.append([name, kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
             if kind == "same" and label in TIMED.values():
                 both = zip(row["base"], row["head"], strict=False)
                 each = ((Outcome(**b).undisturbed, Outcome(**h).undisturbed) for b, h in both)
-                pairs += [[label, f"{h / b:.5f}"] for b, h in each if b and h]
+                pairs += [[name, label, f"{h / b:.5f}"] for b, h in each if b and h]
         _append("gate_rates.csv", HEADER, rows)
-        _append("gate_pairs.csv", ["benchmark", "ratio"], pairs)
+        _append("gate_pairs.csv", ["gate", "benchmark", "ratio"], pairs)
         print(f"{kind}: {found['verdict']} ({done.returncode}), {seconds:.0f} s", flush=True)
 
 
 def continuous(kind: str, count: int) -> None:
     """The same, as asv continuous says it at its defaults (first: `asv machine --yes`)."""
+    name = f"asv {version('asv')}"
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
@@ -162,34 +166,34 @@ def continuous(kind: str, count: int) -> None:
         if verdict is None:
             said = (done.stdout + done.stderr).strip().splitlines()
             sys.exit(f"gate_rates: asv continuous must give a verdict; got {said[-1]}")
-        rows: list[list[object]] = [[kind, "asv continuous", verdict, "", "", seconds]]
+        rows: list[list[object]] = [[name, kind, "asv continuous", verdict, "", "", seconds]]
         table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
         changed = {row[5]: (row[1], row[4]) for row in table if len(row) == 7}  # name: mark, ratio
         for label in (*TIMED.values(), PEAK):
             mark, ratio = changed.get(label, ("", ""))
-            rows.append([kind, f"asv continuous, {label}", _MARKS.get(mark, mark), ratio, "", seconds])
+            rows.append([name, kind, f"asv continuous, {label}", _MARKS.get(mark, mark), ratio, "", seconds])
         _append("gate_rates.csv", HEADER, rows)
         print(f"{kind}: asv continuous {verdict}, {seconds} s", flush=True)
 
 
 def summary() -> None:
-    """What real gates said, and 2,000 resampled from pairs of identical code, each factor; by processor."""
+    """What real gates said, and 2,000 resampled from pairs of identical code: by processor, gate, factor."""
     from projecta.regress.gate import REGRESSED, Design, judge_pairs
 
-    pairs: dict[str, dict[str, list[float]]] = {}
+    pairs: dict[tuple[str, str], dict[str, list[float]]] = {}
     with (RESULTS / "gate_pairs.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            own = pairs.setdefault(row["processor"], {})
+            own = pairs.setdefault((row["processor"], row["gate"]), {})
             own.setdefault(row["benchmark"], []).append(float(row["ratio"]))
     design, draw = Design(benchmarks=3), random.Random(0)
     looks = sorted({*design.looks()[0], *design.looks()[1]})
     lines: list[list[object]] = []
-    for processor, percent in itertools.product(sorted(pairs), (0, 3, 5, 10)):
-        each: dict[str, Counter[str]] = {label: Counter() for label in pairs[processor]}
+    for measured, percent in itertools.product(sorted(pairs), (0, 3, 5, 10)):
+        each: dict[str, Counter[str]] = {label: Counter() for label in pairs[measured]}
         wrong = 0
         for _ in range(RESAMPLED):
             said = set()
-            for label, drawn_from in pairs[processor].items():
+            for label, drawn_from in pairs[measured].items():
                 ratios = [(1 + percent / 100) * draw.choice(drawn_from) for _ in range(design.most)]
                 verdict = next(
                     (v for n in looks if (v := judge_pairs(ratios[:n], design).verdict)), "INCONCLUSIVE"
@@ -197,19 +201,20 @@ def summary() -> None:
                 each[label][verdict] += 1
                 said.add(verdict)
             wrong += REGRESSED in said
-        planted = ["resampled", processor, f"+{percent} %"]
+        planted = ["resampled", *measured, f"+{percent} %"]
         for label, counts in each.items():
             lines += [[*planted, label, verdict, found, RESAMPLED] for verdict, found in counts.most_common()]
         lines.append([*planted, "any", REGRESSED, wrong, RESAMPLED])
     with (RESULTS / "gate_rates.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    kinds = Counter((row["processor"], row["planted"], row["benchmark"], row["verdict"]) for row in rows)
-    totals = Counter((row["processor"], row["planted"], row["benchmark"]) for row in rows)
-    for (*of, verdict), found in sorted(kinds.items()):
-        lines.append(["real", *of, verdict, found, totals[of[0], of[1], of[2]]])
+    of = ("processor", "gate", "planted", "benchmark")
+    kinds = Counter((*(row[name] for name in of), row["verdict"]) for row in rows)
+    totals = Counter(tuple(row[name] for name in of) for row in rows)
+    for (*own, verdict), found in sorted(kinds.items()):
+        lines.append(["real", *own, verdict, found, totals[tuple(own)]])
     with (RESULTS / "gate_summary.csv").open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["gates", "processor", "planted", "benchmark", "verdict", "count", "of"])
+        out.writerow(["gates", "processor", "gate", "planted", "benchmark", "verdict", "count", "of"])
         out.writerows(lines)
     for line in lines:
         print(*line)
