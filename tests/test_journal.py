@@ -62,6 +62,7 @@ def test_a_benchmark_without_a_timeout_takes_the_project_s(project):
     code, text = run("bench", "HEAD", "--machine", "desk", "--quick")
     assert code == 3
     assert text.count("took longer than its timeout of 1 s") == 1, text
+    assert text.splitlines()[-1] == "1 failed; why stands above."
 
 
 SLEEPS = """
@@ -152,6 +153,19 @@ def test_killed_it_leaves_nothing_running(project, method):
         time.sleep(0.05)
     assert not running("4244")
     assert not running(str(project / "benchmarks"))
+
+
+def test_interrupted_when_quick_it_promises_nothing(project):
+    foreign.make(project, LONG)
+    foreign.commit(project, "one")
+    process = start(project, "bench", "HEAD", "--machine", "desk", "--quick", start_new_session=True)
+    limit = time.monotonic() + 60
+    while not running("4244") and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert (process.returncode, text.splitlines()[-1]) == (130, "Interrupted.")
+    assert not running("4244")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -63,13 +63,21 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     if wanted is not None and regex is None:
         console.print("Left out: suites for large machines; PROJECTA_FULL=1 runs them.", highlight=False)
     runner.know_machine(name)
-    with Journal(project) as journal, runner.stopped_by_sigterm():
-        broken = measure(project, journal, name, commits, wanted, quick, console)
-    if not quick and project.machines():
-        _report(root, name, Path(RESULTS))
-        console.print(_publish(project), highlight=False)
+    try:
+        with Journal(project) as journal, runner.stopped_by_sigterm():
+            broken = measure(project, journal, name, commits, wanted, quick, console)
+        if not quick and project.machines():
+            _report(root, name, Path(RESULTS))
+            console.print(_publish(project), highlight=False)
+    except KeyboardInterrupt:
+        if quick:
+            raise
+        raise KeyboardInterrupt(
+            "what was measured so far is stored; `projecta bench` goes on from there"
+        ) from None
     if broken:
-        click.echo(f"{broken} failed; why stands above. The others are stored.", err=True)
+        others = "" if quick else " The others are stored."
+        click.echo(f"{broken} failed; why stands above.{others}", err=True)
         sys.exit(BROKEN)
 
 

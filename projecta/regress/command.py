@@ -25,11 +25,8 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, TypeError) as error:
             click.echo(error, err=True)
             sys.exit(USAGE)
-        except KeyboardInterrupt:
-            click.echo(
-                "Interrupted: what was measured so far is stored; `projecta bench` goes on from there.",
-                err=True,
-            )
+        except KeyboardInterrupt as error:
+            click.echo(": ".join(("Interrupted", *map(str, error.args))) + ".", err=True)
             sys.exit(INTERRUPTED)
 
     return run
