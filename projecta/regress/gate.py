@@ -10,9 +10,10 @@ Wilcoxon's signed-rank test is exact for them, and its inversion gives the bound
     PASS          the upper bound lies below 1 + tolerance: proved, not merely "no difference found"
     INCONCLUSIVE  neither, and the time is spent; with how many more pairs it would take
 
-Looks and benchmarks are corrected for (Bonferroni): a gate says REGRESSED of anything whose true ratio is at
-most 1 + tolerance with a probability of at most `error`; it says PASS of a given benchmark that is slower
-than that with at most `miss`. Metrics that do not vary (peak memory, counts) are compared as they are.
+Looks and benchmarks are corrected for (Bonferroni, in unequal shares): a gate says REGRESSED of anything
+whose true ratio is at most 1 + tolerance with a probability of at most `error`; it says PASS of a given
+benchmark that is slower than that with at most `miss`. Metrics that do not vary (peak memory, counts) are
+compared as they are.
 """
 
 import math
@@ -26,7 +27,6 @@ PASS, REGRESSED, BROKEN, NOT_MEASURED, INCONCLUSIVE = (
 EXIT_CODES = {PASS: 0, REGRESSED: 1, BROKEN: 3, NOT_MEASURED: 4, INCONCLUSIVE: 5}
 WORST_FIRST = (REGRESSED, BROKEN, INCONCLUSIVE, NOT_MEASURED, PASS)
 LOOKS = 5  # of each kind
-FIRST_PASS = 7  # pairs: 2^-7 is the least p that as many can have, and must not exceed miss / LOOKS
 GROWTH = 1.25  # of the pairs from look to look
 
 
@@ -41,29 +41,29 @@ class Design:
     benchmarks: int = 1  # among which `error` is shared
     pairs: int = 0  # that the last look waits for at least, as `projecta calibrate` found
 
-    @property
-    def level(self) -> float:
-        """Of one look at one benchmark."""
-        return self.error / (max(1, self.benchmarks) * LOOKS)
-
-    def looks(self) -> tuple[list[int], list[int]]:
-        """After how many pairs a benchmark may be said to PASS, and to have REGRESSED."""
-        first = max(FIRST_PASS, math.ceil(-math.log2(self.level)))
-        return _grow(FIRST_PASS, self.pairs), _grow(first, self.pairs)
+    def looks(self) -> tuple[dict[int, float], dict[int, float]]:
+        """After how many pairs a benchmark may be said to PASS, and to have REGRESSED, each at its level."""
+        return _plan(self.miss, self.pairs), _plan(self.error / max(1, self.benchmarks), self.pairs)
 
     @property
     def most(self) -> int:
         """Pairs after the last look."""
-        return self.looks()[1][-1]
+        return max(self.looks()[1])
 
 
-def _grow(first: int, last: int) -> list[int]:
-    """LOOKS numbers of pairs, each larger by the same factor."""
+def _plan(share: float, last: int) -> dict[int, float]:
+    """LOOKS numbers of pairs, each larger by the same factor, and what each may spend of this share of error.
+
+    No p of n pairs is less than 2^-n. What the first look needs is enough for those that follow, which find
+    what is plain; the last, which has the most pairs, has all that is left.
+    """
+    first = math.ceil(-math.log2(share / LOOKS))
     factor = max(GROWTH, (last / first) ** (1 / (LOOKS - 1)))
     looks = [first]
     while len(looks) < LOOKS:
         looks.append(math.ceil(looks[-1] * factor - 1e-9))
-    return looks
+    least = 2.0**-first
+    return dict.fromkeys(looks, least) | {looks[-1]: share - (LOOKS - 1) * least}
 
 
 def pairs_for_power(spread: float, design: Design, slower: float, power: float = 0.95) -> int:
@@ -77,8 +77,10 @@ def pairs_for_power(spread: float, design: Design, slower: float, power: float =
     from scipy.stats import norm
 
     distance = math.log1p(slower) - math.log1p(design.tolerance)
-    needed = ((float(norm.isf(design.level)) + float(norm.ppf(power))) * spread / distance) ** 2
-    return max(design.looks()[1][0], math.ceil(min(needed, 1e6)))
+    regresses = design.looks()[1]
+    level = regresses[max(regresses)]
+    needed = ((float(norm.isf(level)) + float(norm.ppf(power))) * spread / distance) ** 2
+    return max(min(regresses), math.ceil(min(needed, 1e6)))
 
 
 @dataclass
@@ -109,8 +111,9 @@ def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None
     averages = sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
     found.ratio = math.exp(statistics.median(averages))
     passes, regresses = design.looks()
-    found.low = math.exp(_bound(averages, n, design.level))  # 0: too few pairs to say
-    found.high = math.exp(-_bound([-a for a in reversed(averages)], n, design.miss / LOOKS))
+    low, high = (plan.get(n, min(plan.values())) for plan in (regresses, passes))
+    found.low = math.exp(_bound(averages, n, low))  # 0: too few pairs to say
+    found.high = math.exp(-_bound([-a for a in reversed(averages)], n, high))
     if n in regresses and found.low > 1 + tolerance:
         found.verdict = REGRESSED
     elif n in passes and found.high < 1 + tolerance:
@@ -151,8 +154,8 @@ def _pairs_needed(spread: float, distance: float, design: Design, slower: bool) 
     """Pairs for the bound to clear a limit at this distance, were the data normal."""
     from scipy.stats import norm
 
-    level = design.level if slower else design.miss / LOOKS
-    least = design.looks()[1][0] if slower else FIRST_PASS
+    plan = design.looks()[slower]
+    level, least = plan[max(plan)], min(plan)
     if distance == 0:
         return 10_000
     wanted = (float(norm.isf(level)) * spread / distance) ** 2
