@@ -74,6 +74,13 @@ def test_errors_are_as_rare_as_stated(noise):
     assert passed <= 0.2 * 20 * gates
 
 
+@pytest.mark.parametrize("design", [Design(), Design(benchmarks=7), Design(benchmarks=3, pairs=40)])
+def test_looks_together_spend_what_is_stated_and_each_can_decide(design):
+    for plan, share in zip(design.looks(), (design.miss, design.error / design.benchmarks), strict=True):
+        assert sum(plan.values()) == pytest.approx(share)
+        assert all(level >= 2.0**-pairs for pairs, level in plan.items())
+
+
 def test_a_slow_down_is_found_and_no_change_passes():
     draw, design = np.random.default_rng(1), Design(benchmarks=3)
     for factor, verdict in ((1.0, PASS), (1.1, REGRESSED)):
