@@ -29,7 +29,7 @@ from torch import Tensor
 from projecta._checks import Checker
 from projecta.scan import available_backends, reference, require_backend, selective_scan, vectorised
 from projecta.scan._arguments import canonical_arguments
-from projecta.scan._operator import Inputs
+from projecta.scan._operator import Inputs, only_once, refuse_tangents
 
 BACKENDS = ("reference", "vectorised", "cpu")
 DECAYS = ("compound", "exact")
@@ -111,6 +111,8 @@ def mrss_scan(
     check.one_of("decay", decay, DECAYS)
     check.that(decay == "exact" or not A.is_complex(), "decay", "be 'exact' with complex A", repr(decay))
     check.one_of("backend", backend, ("auto", *BACKENDS))
+    if backend != "reference":
+        refuse_tangents("mrss_scan", (u, delta, A, B, C, D, z, delta_bias, first), backend)
     table = _check_periods(check, periods, A, delta_bias, delta_softplus)
     backend, in_vectors = _choose(check, backend, u, A, B, C, table)
     shape = (delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -119,7 +121,10 @@ def mrss_scan(
             u, *shape, return_last_state, initial_state=first, cu_seqlens=cu_seqlens, backend=backend
         )
     if in_vectors is not None:
-        tensors = (u, delta, A, B, C, D, z, delta_bias, first, cu_seqlens)
+        tensors = [
+            None if t is None else t.resolve_neg()
+            for t in (u, delta, A, B, C, D, z, delta_bias, first, cu_seqlens)
+        ]
         y, last = _OnCpu.apply(in_vectors, decay == "exact", delta_softplus, *tensors)
         return (y, last) if return_last_state else y
     scan_one, each = _scan_vectorised, lambda function, *along: function(*along)
@@ -321,15 +326,22 @@ class _OnCpu(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_last):
         saved, *tensors = ctx.saved_tensors
+        sources = (grad_y, grad_last, *tensors)
+        refuse_tangents("mrss_scan", sources, "cpu")
+        with torch.no_grad():
+            grads = _OnCpu.gradients(ctx, grad_y, grad_last, saved, tensors)
+        return None, None, None, *only_once("mrss_scan", "cpu", grads, sources), None
+
+    @staticmethod
+    def gradients(ctx, grad_y, grad_last, saved, tensors):
         inputs, (periods, exact, delta_softplus) = Inputs(*tensors), ctx.rest
         grad_y = torch.zeros_like(inputs.u) if grad_y is None else grad_y
         grad_last = inputs.A.new_zeros(ctx.last_shape) if grad_last is None else grad_last
         grads = Inputs(*(None if t is None else torch.empty_like(t) for t in tensors[:9]))
         _kernels().lazy_backward(grad_y, grad_last, saved, inputs, delta_softplus, grads, periods, exact)
-        return None, None, None, *grads
+        return grads[:9]
 
 
 def _check_periods(check, periods, A, delta_bias, delta_softplus) -> Tensor:
@@ -554,7 +566,10 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         a, hs, h = ctx.saved_tensors
-        a_next = torch.cat([a[1:], torch.zeros_like(a[:1])]).conj().resolve_conj()
-        g = vectorised.linear_recurrence_(a_next, grad.clone(), reverse=True)
-        before = torch.cat([h[None], hs[:-1]])
-        return g * before.conj(), g, a[0].conj() * g[0]
+        refuse_tangents("mrss_scan", (grad, a, hs, h), "vectorised")
+        with torch.no_grad():
+            a_next = torch.cat([a[1:], torch.zeros_like(a[:1])]).conj().resolve_conj()
+            g = vectorised.linear_recurrence_(a_next, grad.clone(), reverse=True)
+            before = torch.cat([h[None], hs[:-1]])
+            grads = g * before.conj(), g, a[0].conj() * g[0]
+        return tuple(only_once("mrss_scan", "vectorised", grads, (grad, a, hs, h)))

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import random
 
 import torch
 
@@ -49,14 +50,40 @@ def widen(t):
 
 def run_with_gradients(scan, arguments, **options):
     """y, the last state and every gradient of one fixed loss, by name."""
-    leaves = {
-        n: t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex())
-        for n, t in arguments.items()
-    }
+    return _run({n: t.detach().clone() for n, t in arguments.items()}, scan, lambda t: t, options)
+
+
+def run_strided(scan, arguments, seed, **options):
+    """The same where the arguments lie, and with gradients of the results that lie anyhow."""
+    draw = random.Random(seed)
+    return _run({n: t.detach() for n, t in arguments.items()}, scan, lambda t: strided(t, draw), options)
+
+
+def strided(t, draw, expand=True):
+    """t's values (or some of them, expanded) within a margin of NaN, with strides that `draw` chooses."""
+    if draw.random() < 0.1:
+        return t.clone()
+    if expand and t.dim() > 1 and draw.random() < 0.2 and t.numel():
+        axis = draw.randrange(t.dim())
+        return strided(t.narrow(axis, 0, 1), draw, False).expand(t.shape)
+    order = draw.sample(range(t.dim()), t.dim())  # of the axes in memory
+    steps = [draw.choice((1, 1, 2, 3)) for _ in order]
+    sizes = [t.shape[axis] * step + 4 for axis, step in zip(order, steps, strict=True)]
+    whole = torch.full(sizes, float("nan") if t.is_floating_point() or t.is_complex() else 2**30, dtype=t.dtype)
+    for i, (axis, step) in enumerate(zip(order, steps, strict=True)):
+        start = draw.randrange(4)
+        whole = whole.narrow(i, start, t.shape[axis] * step).unflatten(i, (t.shape[axis], step)).select(i + 1, 0)
+    place = whole.permute([order.index(axis) for axis in range(t.dim())])
+    place.copy_(t)
+    return place
+
+
+def _run(leaves, scan, lay, options):
+    leaves = {n: t.requires_grad_(t.is_floating_point() or t.is_complex()) for n, t in leaves.items()}
     y, last = scan(**leaves, delta_softplus=True, return_last_state=True, **options)
     draw = torch.Generator("cpu").manual_seed(1)
-    grad_y = torch.randn(y.shape, generator=draw, dtype=torch.float64, device="cpu").to(y)
-    grad_last = torch.randn(last.shape, generator=draw, dtype=torch.float64, device="cpu").to(last)
+    grad_y = lay(torch.randn(y.shape, generator=draw, dtype=torch.float64, device="cpu").to(y))
+    grad_last = lay(torch.randn(last.shape, generator=draw, dtype=torch.float64, device="cpu").to(last))
     wanted = {n: t for n, t in leaves.items() if t.requires_grad}
     grads = torch.autograd.grad((y, last), list(wanted.values()), (grad_y, grad_last), materialize_grads=True)
     return {"y": y.detach(), "last": last.detach()} | {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}

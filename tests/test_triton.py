@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import multiprocessing
 import os
+import random
 import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.cases import make_scan, run_with_gradients, widen
+from tests.cases import make_scan, run_strided, run_with_gradients, strided, widen
 
 if importlib.util.find_spec("triton") is None:  # not imported here: the interpreter is chosen before that
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -120,6 +121,41 @@ def test_the_kernels_agree_with_the_reference(errors, case, mode):
     found = errors[case, mode].result(timeout=600)
     tolerance = TOLERANCE[CASES[case].get("dtype", torch.float32)]
     assert {name: error for name, error in found.items() if not error <= tolerance} == {}
+
+
+WAYS = ({}, {"g": 2}, {"constant": "BC"}, {"constant": "B", "dtype": HALF}, {"b": 1, "l": 9, "packed": [0, 4, 9]},
+        {"dtype": BRAIN}, {"without": ("z", "D")})  # fmt: skip
+
+
+def _strided_errors(seed):
+    """Of scans and steps whose tensors lie anyhow, within NaN: error over tolerance, at most."""
+    from projecta import selective_scan, selective_state_update
+
+    torch.manual_seed(seed)
+    draw, worst = random.Random(seed), 0.0
+    for way in draw.sample(WAYS, 2):
+        tensors = make_scan(**{"b": 2, "d": 4, "l": draw.choice((1, 9, 16)), "n": draw.choice((1, 4))} | way)
+        lying = {name: strided(t, draw) for name, t in tensors.items()}
+        wide = {name: widen(t) for name, t in lying.items()}
+        truth = run_strided(selective_scan, wide, seed, backend="reference")
+        got = run_strided(selective_scan, lying, seed, backend="triton")
+        for name, t in truth.items():
+            error = (widen(got[name]) - t).abs().max() / t.abs().max().clamp_min(1e-30)
+            worst = max(worst, float(error) / TOLERANCE[lying["u"].dtype])
+    shapes = {"x": (2, 4), "dt": (2, 4), "A": (4, 3), "B": (2, 3), "C": (2, 1, 3), "D": (4,), "z": (2, 4)}
+    step = {name: strided(torch.randn(shape), draw) for name, shape in shapes.items()}
+    state = strided(torch.randn(2, 4, 3), draw, expand=False)
+    kept = state.clone(memory_format=torch.contiguous_format)
+    y, truth = (
+        selective_state_update(s, **step, backend=b) for s, b in ((state, "triton"), (kept, "reference"))
+    )
+    found = max((y - truth).abs().max() / truth.abs().max(), (state - kept).abs().max() / kept.abs().max())
+    return max(worst, float(found) / TOLERANCE[torch.float32])
+
+
+def test_calls_of_random_strides_agree_with_the_reference(interpreter):
+    jobs = [interpreter.submit(_strided_errors, seed) for seed in range(8)]
+    assert [job.result(timeout=600) for job in jobs if not job.result() <= 1] == []
 
 
 def _check_others():

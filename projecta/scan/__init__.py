@@ -140,6 +140,7 @@ def selective_state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -153,6 +154,9 @@ def selective_state_update(
         x: input (b, d). dt: step size (b, d). A: (d, n).
         B: (b, n), or (b, g, n) with g dividing h d. C: as B.
         D: (d,). z: (b, d). dt_bias: (d,). dt_softplus: apply softplus to the biased step.
+        state_batch_indices: int32 or int64 (b,): row i of the batch reads and overwrites state[this[i]] of a
+            pool of N states, (N, d, n) or (N, h, d, n); the others stay. Indices lie in 0...N - 1 and differ
+            from each other, which is checked on the CPU only, where reading them is free.
         backend: as in `selective_scan`.
 
     Returns:
@@ -180,7 +184,10 @@ def selective_state_update(
     n = A.shape[-1]
     d = heads[0] if len(heads) == 1 else heads[0] * heads[1]
     check.tensor("state", state, x.device)
-    check.shape("state", state, (b, *heads, n), f"(b, {axes}, n)")
+    if state_batch_indices is None:
+        check.shape("state", state, (b, *heads, n), f"(b, {axes}, n)")
+    else:
+        _check_indices(check, state_batch_indices, state, (*heads, n), f"({axes}, n)", b)
     check.that(
         state.is_complex() == A.is_complex(),
         "state",
@@ -213,15 +220,39 @@ def selective_state_update(
         return t[:, None] if t.dim() == 2 else t
 
     module = _choose(check, backend, x, state_dtype(x, A))
-    own = flat(state)
-    wide = own.to(state_dtype(x, A))
+    own = state if state_batch_indices is None else state.index_select(0, state_batch_indices)
+    wide = flat(own).to(state_dtype(x, A))
     y = module.selective_state_update(
         wide, flat(x), flat(dt), flat(A, 0).to(wide.dtype), grouped(B), grouped(C), flat(D, 0), flat(z),
         flat(dt_bias, 0), dt_softplus
     )  # fmt: skip
-    if wide.data_ptr() != state.data_ptr():  # another dtype, or strides that cannot be flattened
+    if state_batch_indices is not None:
+        state.index_copy_(0, state_batch_indices.long(), wide.view(own.shape).to(state.dtype))
+    elif wide.dtype != state.dtype or not _flattens(state):
         state.copy_(wide.view(state.shape))
     return y.view(x.shape)
+
+
+def _flattens(state: Tensor) -> bool:
+    """Whether a state's heads and channels are one axis without a copy."""
+    return state.dim() == 3 or state.stride(1) == state.shape[2] * state.stride(2)
+
+
+def _check_indices(
+    check: Checker, indices: Tensor, state: Tensor, each: tuple[int, ...], axes: str, b: int
+) -> None:
+    """`state` is a pool of states of shape `each`, and `indices` names b of them."""
+    name = "state_batch_indices"
+    rule = f"have shape (N, *{axes}) with {axes} = {each}"
+    check.that(state.shape[1:] == each, "state", rule, tuple(state.shape))
+    check.tensor(name, indices, state.device)
+    check.dtype(name, indices, (torch.int32, torch.int64))
+    check.shape(name, indices, (b,), "(b,)")
+    if state.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = indices.tolist()
+        inside = all(0 <= i < len(state) for i in found)
+        check.that(inside, name, f"lie in 0...N - 1 = {len(state) - 1}", found)
+        check.that(len(set(found)) == b, name, "differ from each other", found)
 
 
 def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:

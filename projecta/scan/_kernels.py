@@ -23,6 +23,7 @@ from projecta.scan._lanes import (
     LN_2,
     LOG2_E,
     WARP,
+    also,
     barrier,
     collected,
     compensated,
@@ -298,7 +299,7 @@ def forward_states(
                 Cs = _eight(at_C + at, row_n, in_room, steady_C, STEADY_C or ENDS)
                 if saved is not None:
                     to = ((place + (slab - origin) // EVERY) * N + j * LANES + lane) * d + channel
-                    here = real & (slab < final) & ((slab - origin) % EVERY == 0)
+                    here = also(real, (slab < final) & ((slab - origin) % EVERY == 0))
                     put(saved + to, (h[j].to(tl.int32, bitcast=True),), here, 1)
                 state, new = h[j], ()
                 for i in tl.static_range(STEPS):
@@ -335,7 +336,7 @@ def forward_states(
     else:
         for j in tl.static_range(K):
             row_n = j * LANES + lane
-            own = real & (row_n < n) & (part == parts - 1)
+            own = also(real & (row_n < n), part == parts - 1)
             tl.store(last + (sequence * d + channel) * n + row_n, h[j], own)
 
 

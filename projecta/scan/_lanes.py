@@ -71,6 +71,18 @@ def softplus(x, BROAD: tl.constexpr):
 
 
 @triton.jit
+def also(inside, condition):
+    """The lanes that are inside, if a condition that all lanes share holds.
+
+    The interpreter of Triton 3.9 would broadcast the condition as int32, which is no type of a mask.
+    """
+    if INTERPRETED:
+        return inside & (condition.to(tl.int32) + tl.zeros(inside.shape, tl.int32) != 0)
+    else:
+        return inside & condition
+
+
+@triton.jit
 def compensated(total, lost, value):
     """total + value, and what rounding has added to the sum so far (Kahan)."""
     value = value - lost

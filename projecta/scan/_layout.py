@@ -24,25 +24,31 @@ PIECE = 8192  # the least steps of a piece
 CORES = os.cpu_count() or 1
 
 
-def flat(t: Tensor) -> np.ndarray:
-    """A contiguous tensor's memory; complex numbers as pairs."""
-    t = t.detach()
-    return (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).numpy()
-
-
 _STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `_vectors` knows them
 
 
-def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The memory of a (b, d, l) tensor as a flat array, and the strides."""
+def flat(t: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor as a flat array; complex numbers as pairs.
+
+    Kernels add offsets to an array's address and ignore its strides. So every array that they get comes from
+    here, and an array with other strides is an error.
+    """
     t = t.detach()
-    if t.dtype in _STORED:
-        t = t.view(_STORED[t.dtype])
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    if not t.is_contiguous():
+        raise AssertionError(f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}")
+    array: np.ndarray = t.view(_STORED.get(t.dtype, t.dtype)).view(-1).numpy()
+    return array
+
+
+def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The memory of a (b, d, l) tensor as a flat array, and the strides with which kernels address it."""
     strides = t.stride()
     if not t.is_contiguous():
         last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
-        t = t.as_strided((last + 1 if t.numel() else 0,), (1,))
-    return t.view(-1).numpy(), np.array(strides)
+        t = t.detach().as_strided((last + 1 if t.numel() else 0,), (1,))
+    return flat(t), np.array(strides)
 
 
 class Layout:
@@ -89,7 +95,7 @@ class Layout:
         return (
             self.sizes, self.order, self.bounds, self.chunks, self.delta_softplus, z is not None, self.rotate,
             1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *memory(u), *memory(delta),
-            *memory(u if z is None else z), *memory(y), flat(A), *self.packed, self.channels(D),
+            *memory(u if z is None else z), *memory(y), flat(A.contiguous()), *self.packed, self.channels(D),
             self.channels(bias), *self.workspace(vectors),
         )  # fmt: skip
 
@@ -97,7 +103,7 @@ class Layout:
         """So many vectors for each thread, aligned, and room for what it looks ahead to."""
         threads, size = torch.get_num_threads(), int(self.sizes[6])
         room = torch.empty(threads * vectors * self.width, dtype=self.real)
-        return room.numpy(), np.zeros(threads * 16 * size, np.int64)
+        return flat(room), np.zeros(threads * 16 * size, np.int64)
 
     def channels(self, t: Tensor | None) -> np.ndarray:
         """(d,) in the type of the state; zeros for None."""
@@ -115,12 +121,12 @@ class Layout:
         if self.rotate:
             B = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
         if B.dim() - (1 if self.rotate else 0) == 2:
-            return B.detach().to(self.real).reshape(-1).numpy()
+            return flat(B.to(self.real).contiguous())
         packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
         if self.padded > self.rows:
             packed[..., self.rows :] = 0
         packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
-        return packed.view(-1).numpy()
+        return flat(packed)
 
     def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Room for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""

@@ -9,14 +9,20 @@ A backend gives three functions over the canonical arguments (see `projecta.scan
 and gets a callable with the signature of `reference.selective_scan` that autograd,
 `torch.compile(fullgraph=True)` and `torch.library.opcheck` accept. Nothing is saved when no gradient can be
 asked for. `every` is how many steps apart a backend that can choose saves states; 0 saves nothing.
+
+These operators have first derivatives in reverse mode. Forward mode and second derivatives raise: PyTorch
+would take both for zero.
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from projecta._checks import fail
 
 
 class Inputs(NamedTuple):
@@ -56,10 +62,60 @@ def _register(name: str, function: Callable, shapes: Callable) -> Callable:
     return getattr(torch.ops.projecta, name.split("::")[1]).default
 
 
+def refuse_derivative(function: str, derivative: str, backend: str = "") -> NoReturn:
+    """Raise for a derivative that only backend "reference" has."""
+    got = f"{backend!r}" if backend else "another"
+    fail(function, "backend", f"be 'reference' for {derivative}", got, 'Pass backend="reference".', RuntimeError)
+
+
+def refuse_tangents(function: str, tensors: Iterable[Tensor | None], backend: str = "") -> None:
+    """Raise if a tensor carries a tangent of forward-mode differentiation, which a kernel would drop."""
+    if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in tensors):
+        refuse_derivative(function, "forward-mode derivatives (jvp)", backend)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # a trace cannot tell
+    try:
+        return forward_ad.unpack_dual(t).tangent is not None
+    except RuntimeError:  # a batch of torch.func.vmap, whose tangents lie below
+        return True
+
+
+class _NotAgain(torch.autograd.Function):
+    """The first `count` tensors, which depend on the others too; their derivative raises."""
+
+    @staticmethod
+    def forward(ctx, function, backend, count, *tensors):
+        ctx.refused = function, backend
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        refuse_derivative(ctx.refused[0], "second derivatives", ctx.refused[1])
+
+
+def only_once(
+    function: str, backend: str, grads: Iterable[Tensor | None], sources: Iterable[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of an autograd.Function, which were computed from `sources`: their own derivative raises.
+
+    (`once_differentiable` raises only if the derivative is by an incoming gradient, and else gives None.)
+    """
+    grads = list(grads)
+    if not torch.is_grad_enabled():
+        return grads
+    present = [g for g in grads if g is not None]
+    marked = iter(_NotAgain.apply(function, backend, len(present), *present, *(t for t in sources if t is not None)))
+    return [None if g is None else next(marked) for g in grads]
+
+
 def unwatched() -> bool:
-    """Whether nothing looks on that must see an operator: no trace, mode or transform."""
+    """Whether nothing looks on that must see an operator: no trace, mode, transform or dual number."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
@@ -76,6 +132,7 @@ def _plain(tensors: Inputs) -> bool:
 
 def define(name: str, forward: Callable, backward: Callable, saved_shape: Callable) -> Callable:
     """Register `projecta::{name}` and its backward operator; return the function to call."""
+    backend = name.removeprefix("scan_")
 
     def allocate(inputs: Inputs, every: int) -> tuple[Tensor, Tensor, Tensor]:
         u, A = inputs.u, inputs.A
@@ -104,10 +161,11 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         delta_softplus: bool,
     ) -> list[Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-        grads: list[Any] = [None if t is None else torch.empty_like(t) for t in inputs[:DIFFERENTIABLE]]
+        grads = backward_shapes(grad_y, grad_last, saved, *inputs)
+        present: list[Any] = [None if t is None else g for g, t in zip(grads, inputs, strict=False)]
         with _as_it_is(u):
-            backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*grads))
-        return [u.new_empty(0) if g is None else g for g in grads]
+            backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*present))
+        return grads
 
     def backward_shapes(grad_y, grad_last, saved, *rest):
         return [rest[0].new_empty(0) if t is None else torch.empty_like(t) for t in rest[:DIFFERENTIABLE]]
@@ -126,18 +184,24 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         if not ctx.every:
             raise RuntimeError(f"projecta::{name}: every must be above 0 for a backward pass; got 0.")
         u, A = tensors[0], tensors[2]
+        refuse_tangents("selective_scan", (grad_y, grad_last, *tensors), backend)
         grad_y = torch.zeros_like(u) if grad_y is None else grad_y
         grad_last = A.new_zeros(ctx.last_state_shape) if grad_last is None else grad_last
         grads = backward_op(grad_y, grad_last, saved, *tensors, ctx.delta_softplus)
         present = zip(grads, tensors, strict=False)
         return *(None if t is None else g for g, t in present), None, None, None
 
+    def differentiate_again(ctx, *grads):
+        refuse_derivative("selective_scan", "second derivatives", backend)
+
     torch.library.register_autograd(f"projecta::{name}", differentiate, setup_context=setup_context)
+    torch.library.register_autograd(f"projecta::{name}_backward", differentiate_again)
 
     def selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=8
     ):  # fmt: skip
         tensors = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+        refuse_tangents("selective_scan", tensors, backend)  # here: torch.func hides tangents from kernels
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if not torch.compiler.is_compiling() and not save and _plain(tensors):
             return scan(*tensors, delta_softplus, 0)[:2]  # a third of a small call is the dispatcher's

@@ -668,7 +668,7 @@ def _forward_run(
     vectors = _forward_room.py_func(layout.padded)
     run(
         _forward, layout.sequences * layout.blocks, layout.work, *layout.arguments(y, vectors), periods,
-        exact, flat(spans), flat(saved[:0] if start is None else start), flat(last), flat(saved),
+        exact, flat(spans), flat(saved[:0] if start is None else start.contiguous()), flat(last), flat(saved),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from projecta._checks import fail
 from projecta.scan import _kernels, _repeat, reference
 from projecta.scan._kernels import SLAB
-from projecta.scan._operator import Inputs, define
+from projecta.scan._operator import Inputs, define, refuse_tangents
 
 
 class Plan(NamedTuple):
@@ -68,6 +68,9 @@ REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
 WARPS = 4  # of a program that reads B and C by way of shared memory
 
 
+# What kernels take with its strides; everything else that they get the address of is contiguous.
+_STRIDED = {"u", "delta", "z", "y", "x", "dt", "B", "C", "grad_y", "du", "ddelta", "dz", "dB", "dC"}
+
 _known: dict[tuple, Any] = {}
 
 
@@ -94,6 +97,9 @@ def _start(
     """
     known = launches.get(name or kernel)
     if known is None:
+        for argument, t in zip(kernel.arg_names, tensors, strict=False):
+            if t is not None and argument not in _STRIDED and not t.is_contiguous():
+                raise AssertionError(f"{argument} must be contiguous; got strides {t.stride()} of {t.shape}")
         grid, sizes, options = describe()
         built = kernel[grid](*tensors, *sizes, **options)
         if built is not None:  # the interpreter builds nothing
@@ -538,14 +544,15 @@ def _check_real(function: str, A: Tensor) -> None:
 def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     """As `reference.selective_state_update`, in float32 with real A. Not differentiable."""
     _check_real("selective_state_update", A)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (state, x, dt, A, B, C, D, z, dt_bias)
-    ):
-        return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    given = state, x, dt, A, B, C, D, z, dt_bias
+    refuse_tangents("selective_state_update", given, "triton")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return reference.selective_state_update(*given, dt_softplus)
+    x, dt, A, B, C, D, z, dt_bias = (None if t is None else t.resolve_neg() for t in given[1:])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b, d = x.shape
     n = A.shape[1]
-    own = state.contiguous()
+    own = state.resolve_neg().contiguous()
     tensors = own, x, dt, A.contiguous(), B, C, _wide(D), z, _wide(dt_bias), y
 
     def describe():
