@@ -191,6 +191,8 @@ def _convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
     As a convolution of an image one pixel high whose channels are last, it leaves x where it lies.
     """
     l, width = x.shape[1], layer.conv1d.kernel_size[0]
+    if not l:  # torch's convolutions refuse an empty image
+        return x
     if before is not None:
         x = _joined(before[..., before.shape[-1] - (width - 1) :], x)
     padding = (0, width - 1 if before is None else 0)
@@ -309,7 +311,8 @@ def accelerate(
 
     Args:
         model: any model with Mamba-1 layers of transformers (mamba, falcon_mamba, jamba). Only this instance
-            changes. A second call changes nothing more.
+            changes. A second call changes nothing more. A deep copy of an accelerated model (or one that was
+            saved and loaded) is accelerated too: a call with the copy takes it over, with its own arguments.
         mrss: read several tokens by `projecta.mrss_scan`, with the periods that a `Calibration` gives; a
             number is its theta, at the steps that the biases alone give. A layer's channels are sorted by
             step size, in its weights, until `remove()`. Single tokens are still decoded by the full update.
@@ -334,6 +337,9 @@ def accelerate(
     _check_backend(check, backend, mrss is not None)
     for mixer in mixers:
         current = vars(mixer).get("forward")
+        if isinstance(current, _Forward) and not current.has_handle:
+            _restore(mixer)
+            current = None
         if isinstance(current, _Forward):
             check.that(
                 current.backend == backend, "backend",
@@ -416,6 +422,7 @@ class Acceleration:
         for mixer in mixers:
             if not isinstance(vars(mixer).get("forward"), _Forward):
                 mixer.forward = _Forward(mixer, backend)
+                mixer.register_forward_pre_hook(_name_layer, with_kwargs=True)
 
     @property
     def layers(self) -> int:
@@ -424,11 +431,8 @@ class Acceleration:
     def remove(self) -> None:
         """Give the layers their own forward back. A second call does nothing."""
         for mixer in self._mixers:
-            forward = vars(mixer).get("forward")
-            if isinstance(forward, _Forward):
-                if forward.order is not None:
-                    _permute(mixer, forward.order.argsort())
-                del mixer.forward
+            if isinstance(vars(mixer).get("forward"), _Forward):
+                _restore(mixer)
 
     def __enter__(self) -> "Acceleration":
         return self
@@ -438,35 +442,66 @@ class Acceleration:
             self.remove()
 
 
+def _name_layer(layer: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
+    """Before a layer's `_Forward`: which layer was called, for a replica (nn.DataParallel) shares it."""
+    return args, options | {"layer": layer}
+
+
+def _restore(mixer: Any) -> None:
+    """Give a layer its own forward back, and the order of its channels."""
+    if mixer.forward.order is not None:
+        _permute(mixer, mixer.forward.order.argsort())
+    for key in [key for key, hook in mixer._forward_pre_hooks.items() if hook is _name_layer]:
+        del mixer._forward_pre_hooks[key], mixer._forward_pre_hooks_with_kwargs[key]
+    del mixer.forward
+
+
 class _Forward:
     """Takes the place of one layer's `forward`; copied and saved together with the layer."""
 
     def __init__(self, mixer: Any, backend: str):
         self.mixer, self.backend = mixer, backend
+        self.has_handle = True  # that somebody can call `remove` of
         self.order: Tensor | None = None  # of the channels, and
         self.periods: Tensor | None = None  # those of their states, with MRSS
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which nobody was given a handle of."""
+        self.__dict__.update(state, has_handle=False)
 
     def __call__(
         self,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
-        **options: Any,
+        *,
+        cache_params: Any = None,
+        layer: Any = None,
+        **unknown: Any,
     ) -> Tensor:
-        """The layer's arguments; cache_params is a transformers `Cache`, attention_mask (b, l) or longer."""
-        mixer, l = self.mixer, hidden_states.shape[1]
-        for name in ("seq_idx", "cu_seqlens"):
-            Checker("accelerate").that(
-                options.get(name) is None, name, "be None: layers of transformers take one sequence per row",
-                type(options.get(name)).__name__,
-            )  # fmt: skip
+        """The layer's arguments; attention_mask is (b, l) or longer.
+
+        `cache`, a transformers `Cache`, was named `cache_params` before transformers 5.24.
+        """
+        mixer, l = self.mixer if layer is None else layer, hidden_states.shape[1]
+        check = Checker("accelerate")
+        for name, value in unknown.items():
+            rule = "be None: layers of transformers take one sequence per row"
+            if name not in ("seq_idx", "cu_seqlens"):
+                rule = f"be None: projecta does not know this argument of transformers {_version()}"
+            check.that(value is None, name, rule, type(value).__name__)
+        check.that(
+            cache is None or cache_params is None or cache is cache_params, "cache_params",
+            "be None where cache is given", type(cache_params).__name__,
+        )  # fmt: skip
+        cache = cache_params if cache is None else cache
         mask = None if attention_mask is None else attention_mask[:, -l:, None]
         x, z = mixer.in_proj(_masked(hidden_states, mask)).chunk(2, -1)
         conv: Any = None
         ssm: Any = None
-        if cache_params is not None:
-            kept = cache_params.layers[mixer.layer_idx]
-            if cache_params.has_previous_state(mixer.layer_idx):
+        if cache is not None:
+            kept = cache.layers[mixer.layer_idx]
+            if cache.has_previous_state(mixer.layer_idx):
                 conv, ssm = kept.conv_states[0], kept.recurrent_states[0]
         single = l == 1 and mask is None and not x.requires_grad
         if ssm is not None and single and not kept.record_past:
@@ -477,11 +512,16 @@ class _Forward:
             ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
         convolved = _convolve(mixer, x, conv)
         y, last = _scan(mixer, _masked(convolved, mask), z, ssm, self.backend, self.periods)
-        if cache_params is not None:
+        if cache is not None:
             width = mixer.conv_kernel_size
-            cache_params.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
-            cache_params.update_recurrent_state(last, mixer.layer_idx)
+            cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
+            cache.update_recurrent_state(last, mixer.layer_idx)
         return mixer.out_proj(y)
+
+
+def _version() -> str:
+    """Of transformers."""
+    return str(getattr(sys.modules.get("transformers"), "__version__", "of an unknown version"))
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

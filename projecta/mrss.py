@@ -425,7 +425,7 @@ def _scan_piece(u, delta, A, B, C, D, z, delta_bias, softplus, state, periods, d
                 decay,
             )  # fmt: skip
         ys.append(y)
-    return (torch.cat(ys, -1) if ys else torch.empty_like(u)), state
+    return (torch.cat(ys, -1) if ys else u), state
 
 
 def _piece_by_reference(u, delta, A, B, C, D, z, delta_bias, softplus, state, table, decay):

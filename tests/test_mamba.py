@@ -58,14 +58,17 @@ def left_padded():
     return {"input_ids": tokens(), "attention_mask": mask}
 
 
-def cache_name(model):
-    return "past_key_values" if "Jamba" in type(model).__name__ else "cache_params"
+def cache_of(output):
+    """The cache that a model returns, and the name under which it takes it back."""
+    names = ("cache", "cache_params", "past_key_values")  # from transformers 5.24 on; before it; jamba, before it
+    return next((name, output[name]) for name in names if output.get(name) is not None)
 
 
 def run_in_two_parts(model, ids, at):
     with torch.no_grad():
         first = model(ids[:, :at], use_cache=True)
-        rest = model(ids[:, at:], use_cache=True, **{cache_name(model): first[cache_name(model)]})
+        name, cache = cache_of(first)
+        rest = model(ids[:, at:], use_cache=True, **{name: cache})
     return torch.cat([first.logits, rest.logits], 1)
 
 
@@ -98,12 +101,39 @@ def test_logits_and_gradients_are_those_of_the_stock_model(model):
             close(fast[name], expected, 1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generate_gives_the_same_tokens(model, options):
-    options = options | left_padded() | {"max_new_tokens": 12, "do_sample": False}
+COMPILED = {
+    "cache_implementation": "static",
+    "compile_config": transformers.CompileConfig(backend="eager", fullgraph=False, dynamic=False),
+}
+GENERATE = {
+    "greedy": {}, "beams": {"num_beams": 3}, "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"}, "compiled": COMPILED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", GENERATE)
+def test_generate_gives_the_same_tokens(model, way):
+    options = GENERATE[way] | left_padded() | {"max_new_tokens": 12, "do_sample": False}
     stock = model.generate(**options)
     with accelerate(model, backend="cpu"):
         assert torch.equal(model.generate(**options), stock)
+
+
+def test_every_step_and_hidden_state_is_that_of_the_stock_model(model):
+    ids = tokens()
+
+    def run():
+        with torch.no_grad():
+            first = model(ids[:, :4], use_cache=True)
+            (name, cache), outputs = cache_of(first), [first.logits]
+            for t in range(4, 9):
+                outputs.append(model(ids[:, t : t + 1], use_cache=True, **{name: cache}).logits)
+            return [torch.cat(outputs, 1), *model(ids, output_hidden_states=True).hidden_states]
+
+    stock = run()
+    with accelerate(model, backend="cpu"):
+        for one, other in zip(run(), stock, strict=True):
+            close(one, other)
 
 
 def test_a_cached_call_goes_on_from_the_cache(model):
@@ -124,9 +154,9 @@ def test_a_masked_step_is_that_of_the_stock_model(mamba):
 
     def run():
         with torch.no_grad():
-            cache = mamba(ids[:, :5], use_cache=True).cache_params
-            mamba(ids[:, 5:6], use_cache=True, cache_params=cache, attention_mask=ended)
-            return mamba(ids[:, 6:7], use_cache=True, cache_params=cache).logits
+            name, cache = cache_of(mamba(ids[:, :5], use_cache=True))
+            mamba(ids[:, 5:6], use_cache=True, **{name: cache}, attention_mask=ended)
+            return mamba(ids[:, 6:7], use_cache=True, **{name: cache}).logits
 
     stock = run()
     with accelerate(mamba, backend="cpu"):
@@ -137,7 +167,8 @@ def test_decoding_with_gradients_is_differentiable(mamba):
     ids = tokens()
     with accelerate(mamba, backend="cpu"):
         first = mamba(ids[:, :4], use_cache=True)
-        one = mamba(ids[:, 4:5], use_cache=True, cache_params=first.cache_params).logits
+        name, cache = cache_of(first)
+        one = mamba(ids[:, 4:5], use_cache=True, **{name: cache}).logits
         one.sum().backward()
         close(one, mamba(ids[:, :5]).logits[:, 4:])
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mamba.parameters())
@@ -180,6 +211,65 @@ def test_a_copy_is_accelerated_and_independent(mamba):
         assert not torch.equal(twin(tokens()).logits, expected), "its layers use its own weights"
         assert torch.equal(mamba(tokens()).logits, expected)
         assert accelerate(twin, backend="cpu").layers == 2
+
+
+def test_a_copy_has_a_working_handle(mamba):
+    stock = mamba(tokens()).logits
+    accelerate(mamba, mrss=0.5)
+    kept = io.BytesIO()
+    torch.save(mamba, kept)
+    kept.seek(0)
+    for twin in (copy.deepcopy(mamba), torch.load(kept, weights_only=False)):
+        with accelerate(twin, backend="reference") as handle:
+            assert handle.layers == 2
+            assert {m.forward.backend for m in (layer.mixer for layer in twin.backbone.layers)} == {"reference"}
+            close(twin(tokens()).logits, stock)
+        assert handle.layers == 0
+        assert torch.equal(twin(tokens()).logits, stock), "its channels are in their own order again"
+        assert all(not module._forward_pre_hooks for module in twin.modules())
+
+
+def test_a_replica_computes_with_its_own_weights(mamba):
+    """nn.DataParallel copies a module's attributes, its `forward` among them, and gives the copy its own weights."""
+    mixer = mamba.backbone.layers[0].mixer
+    accelerate(mamba, backend="cpu")
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = mixer(x)
+        replica = mixer._replicate_for_data_parallel()
+        for name, part in mixer.named_children():
+            replica._modules[name] = copy.deepcopy(part)
+        for name, parameter in mixer.named_parameters(recurse=False):
+            setattr(replica, name, parameter.detach().clone())
+        replica.D.zero_()
+        assert not torch.equal(replica(x), expected)
+        assert torch.equal(mixer(x), expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "cache_params"])
+def test_the_cache_has_two_names(mamba, name):
+    """A layer is called by the one that its transformers knows; a copy of older code may use the other."""
+    with accelerate(mamba, backend="cpu"), torch.no_grad():
+        x, mixer = torch.randn(1, 6, 32), mamba.backbone.layers[0].mixer
+        _, cache = cache_of(mamba(tokens(1, 1), use_cache=True))
+        cache.reset()
+        whole = mixer(x)
+        parts = [mixer(part, **{name: cache}) for part in (x[:, :3], x[:, 3:4], x[:, 4:])]
+        close(torch.cat(parts, 1), whole)
+        with pytest.raises(ValueError, match="cache_params must be None where cache is given"):
+            mixer(x, cache=cache, cache_params=copy.copy(cache))
+
+
+def test_an_argument_that_is_not_known_is_refused_by_name(mamba):
+    """Hosts rename arguments: what is swallowed would change results."""
+    mixer, x = mamba.backbone.layers[0].mixer, torch.randn(1, 3, 32)
+    with accelerate(mamba, backend="cpu"):
+        mixer(x, kv_cache=None)
+        message = f"kv_cache must be None: projecta does not know this argument of transformers {transformers.__version__}; got dict."
+        with pytest.raises(ValueError, match=f"^accelerate: {re.escape(message)}$"):
+            mixer(x, kv_cache={})
+        with pytest.raises(ValueError, match="seq_idx must be None: layers of transformers take one sequence"):
+            mixer(x, seq_idx=torch.zeros(1, 3))
 
 
 def test_it_compiles_without_a_break(mamba):
@@ -308,6 +398,22 @@ def test_prefill_and_steps_equal_the_whole(d_conv):
         close(torch.stack([block.step(x[:, t], fresh) for t in range(19)], 1), whole)
     for kept, once in zip(state, fresh, strict=True):
         close(kept, once)
+
+
+@pytest.mark.parametrize("options", [{}, {"d_conv": 1}, {"mrss": 0.5}])
+def test_a_block_of_no_tokens(options):
+    block = MambaBlock(32, **options)
+    _, state = block(torch.randn(2, 5, 32), return_state=True)
+    nothing = torch.randn(2, 0, 32, requires_grad=True)
+    y, after = block(nothing, state, return_state=True)
+    assert y.shape == (2, 0, 32)
+    y.sum().backward()
+    assert nothing.grad.shape == (2, 0, 32)
+    before, now = ((s.conv, *(s.ssm if "mrss" in options else [s.ssm])) for s in (state, after))
+    for one, other in zip(before, now, strict=True):
+        assert torch.equal(one, other)
+    assert block(nothing).shape == (2, 0, 32)
+    close(block(nothing, return_state=True)[1].conv, block.initial_state(2).conv)
 
 
 def test_gradients_flow_through_the_state():
