@@ -23,40 +23,59 @@ from torch import Tensor
 from projecta._checks import Checker, fail
 
 
-def _score_norm(patches: Tensor, seed: int) -> Tensor:
+class View(NamedTuple):
+    """What a score may know of patches (b, p) beside their values.
+
+    seed: of the random score. visible: (b, p), False where a mask hides a patch; None: all are seen.
+    grid: rows and columns of the image. places: (b, p), where in the grid each patch stands, counted row by
+    row; None: patch i at i.
+    """
+
+    seed: int = 0
+    visible: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    places: Tensor | None = None
+
+
+def _score_norm(patches: Tensor, view: View) -> Tensor:
     return torch.linalg.vector_norm(patches, dim=-1, dtype=_wide(patches.dtype))
 
 
-def _score_distance(patches: Tensor, seed: int) -> Tensor:
+def _score_distance(patches: Tensor, view: View) -> Tensor:
     wide = patches.to(_wide(patches.dtype))
-    return torch.linalg.vector_norm(wide - wide.mean(1, keepdim=True), dim=-1)
+    if view.visible is None:
+        mean = wide.mean(1, keepdim=True)
+    else:
+        share = view.visible.to(wide.dtype)
+        mean = (share / share.sum(1, keepdim=True).clamp_min(1))[:, None] @ wide
+    return torch.linalg.vector_norm(wide - mean, dim=-1)
 
 
-def _score_random(patches: Tensor, seed: int) -> Tensor:
+def _score_random(patches: Tensor, view: View) -> Tensor:
     """A hash of the index: the same on every device, and nothing is copied to it."""
-    x = torch.arange(1, patches.shape[1] + 1, device=patches.device) * 0x9E3779B1 + seed * 0x85EBCA77
+    x = torch.arange(1, patches.shape[1] + 1, device=patches.device) * 0x9E3779B1 + view.seed * 0x85EBCA77
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return (x ^ (x >> 16)).expand(patches.shape[:2])
 
 
-def _score_grid(patches: Tensor, seed: int) -> Tensor:
-    """The highest k are spread evenly over a square image, for every k: Bayer's ordered dither.
-
-    If the patches are no square, they are taken for one row.
-    """
+def _score_grid(patches: Tensor, view: View) -> Tensor:
+    """The highest k are spread evenly over the image, for every k: Bayer's ordered dither."""
     count = patches.shape[1]
     side = math.isqrt(count)
-    columns = side if side * side == count else count
-    at = torch.arange(count, device=patches.device)
+    rows, columns = view.grid or (side, side)
+    if view.places is None and rows * columns != count:
+        rule = "be given for score 'grid' of patches that are no square"
+        fail("Plan.apply", "grid", rule, f"{view.grid} for {count} patches")
+    at = torch.arange(count, device=patches.device) if view.places is None else view.places
     y, x = at // columns, at % columns
     rank = torch.zeros_like(at)
-    for bit in range(columns.bit_length()):  # the lowest bits of the position decide most
+    for bit in range(max(rows, columns).bit_length()):  # the lowest bits of the position decide most
         rank = rank * 4 + 2 * ((x ^ y) >> bit & 1) + (y >> bit & 1)
     return (-rank).expand(patches.shape[:2])
 
 
-SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
+SCORES: dict[str, Callable[[Tensor, View], Tensor]] = {
     "norm": _score_norm, "distance": _score_distance, "random": _score_random, "grid": _score_grid
 }  # fmt: skip
 MODEL_SCORES = ("cls", "value", "received", "probe")  # by `attention_scores`, from whoever has the model
@@ -255,7 +274,8 @@ class Plan:
 
     def apply(
         self, tokens: Tensor, prefix: int = 1, *, count: int | None = None, scores: Tensor | None = None,
-        mass: Tensor | None = None,
+        mass: Tensor | None = None, visible: Tensor | None = None, grid: tuple[int, int] | None = None,
+        places: Tensor | None = None,
     ) -> Pruned:  # fmt: skip
         """Prune (b, t, c) tokens once.
 
@@ -263,6 +283,10 @@ class Plan:
             count: how many remain, prefix included; `tokens_kept` if not given.
             scores: (b, t - prefix), if the plan's score needs a model or is worked out already.
             mass: (b, t), from a stage before; ones if not given.
+            visible: (b, t), False for masked tokens. They have no score and no mass: they go first, and
+                nothing of them is taken in.
+            grid: rows and columns of the image, for score "grid"; a square if not given.
+            places: (b, t - prefix), where in the grid the patches stand, if some have gone before.
 
         If nothing is pruned, the tokens returned are the tensor given.
 
@@ -278,25 +302,32 @@ class Plan:
         if mass is None:
             mass = torch.ones(b, t, dtype=_wide(tokens.dtype), device=tokens.device)
         check.that(mass.shape == (b, t), "mass", f"have shape {(b, t)}", tuple(mass.shape))
+        if visible is not None:
+            check.that(visible.shape == (b, t), "visible", f"have shape {(b, t)}", tuple(visible.shape))
+            mass = torch.where(visible, mass, 0)
         if kept == t:
             everyone = torch.arange(t, device=tokens.device).expand(b, t)
             return Pruned(tokens, everyone, mass, everyone)
         if self.fuse == "bipartite":
-            return _merge_pairs(tokens, mass, kept, prefix)
+            return _merge_pairs(tokens, mass, kept, prefix, visible is not None)
+        seen = None if visible is None else visible[:, prefix:]
         if scores is None:
-            scores = self._score(tokens[:, prefix:].detach())
+            scores = self._score(tokens[:, prefix:].detach(), View(self.seed, seen, grid, places))
         check.that(
             scores.shape == (b, t - prefix), "scores", f"have shape {(b, t - prefix)}", tuple(scores.shape)
         )
+        if seen is not None:
+            limits = torch.finfo if scores.is_floating_point() else torch.iinfo
+            scores = scores.masked_fill(~seen, limits(scores.dtype).min)
         return _select(tokens, mass, scores, kept, prefix, self._open(kept - prefix))
 
-    def _score(self, patches: Tensor) -> Tensor:
+    def _score(self, patches: Tensor, view: View) -> Tensor:
         if callable(self.score):
             return self.score(patches)
         if self.score in MODEL_SCORES:
             rule = f"be given for score {self.score!r}"
             fail("Plan.apply", "scores", rule, "None", "It needs a model's block.")
-        return SCORES[self.score](patches, self.seed)
+        return SCORES[self.score](patches, view)
 
     def _open(self, kept: int) -> int:
         """How many of the kept patches take others in: those that score least."""
@@ -305,7 +336,7 @@ class Plan:
 
 def attention_scores(
     query: Tensor, keys: Tensor, scale: float, *, prefix: int = 1, values: Tensor | None = None,
-    mass: Tensor | None = None,
+    mass: Tensor | None = None, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What a few queries pay each patch, softmax(scale Q K^T + log mass), averaged over queries and heads.
 
@@ -314,6 +345,7 @@ def attention_scores(
         keys: (b, h, t, e), prefix included: the softmax runs over all of them.
         values: (b, h, t, e): weigh each head's share by ||v||.
         mass: (b, t).
+        visible: (b, t), False for masked tokens, which are paid nothing and do not pay.
 
     Returns:
         (b, t - prefix), in float32 or wider.
@@ -322,7 +354,14 @@ def attention_scores(
     logits = query.to(wide) @ keys.to(wide).mT * scale
     if mass is not None:
         logits = logits + mass.to(wide).log()[:, None, None]
-    shares = logits.softmax(-1).mean(2)  # (b, h, t)
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, None, None], -math.inf)
+    shares = logits.softmax(-1)
+    if visible is not None and query.shape[2] == keys.shape[2]:
+        who = visible.to(wide)
+        shares = ((who / who.sum(1, keepdim=True).clamp_min(1))[:, None, None] @ shares)[:, :, 0]
+    else:
+        shares = shares.mean(2)  # (b, h, t)
     if values is not None:
         shares = shares * torch.linalg.vector_norm(values, dim=-1, dtype=wide)
     return shares.mean(1)[:, prefix:]
@@ -368,14 +407,19 @@ def _fuse(kept: Tensor, mass: Tensor, pruned: Tensor, mass_pruned: Tensor, into:
     here = torch.arange(kept.shape[1], device=kept.device)
     A = torch.where(into[:, None] == here[None, :, None], mass_pruned[:, None], 0.0).to(wide)
     total = mass + A.sum(-1)
-    fused = (kept.to(wide) * mass[..., None] + A @ pruned.to(wide)) / total[..., None]
+    least = torch.finfo(wide).tiny  # of a masked token, whose mass is 0
+    fused = (kept.to(wide) * mass[..., None] + A @ pruned.to(wide)) / total[..., None].clamp_min(least)
     alone = (total == mass)[..., None]  # its bits stay
     return torch.where(alone, kept, fused.to(kept.dtype)), total
 
 
-def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int) -> Pruned:
+def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bool) -> Pruned:
     """Merge every other patch into the most similar of its neighbours in between, the most similar pairs
-    first; again, until so many are left."""
+    first; again, until so many are left. Masked patches, whose mass is 0, go first and take in last."""
+
+    def pick(index: Tensor) -> Tensor:  # one order for all rows, or one for each
+        return tokens[:, index] if index.dim() == 1 else _take(tokens, index)
+
     b, t, _ = tokens.shape
     index = torch.arange(t, device=tokens.device).expand(b, t)
     owner = index
@@ -383,14 +427,26 @@ def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int) -> Pruned
         now = tokens.shape[1]
         even = torch.arange(prefix, now, 2, device=tokens.device)
         odd = torch.arange(prefix + 1, now, 2, device=tokens.device)
-        similar, partner = (_unit(tokens[:, even]) @ _unit(tokens[:, odd]).mT).max(-1)
-        count = min(now - kept, len(even))
+        if masked:
+            hidden = mass == 0
+            turn = torch.where(hidden[:, prefix:], -1, torch.arange(now - prefix, device=tokens.device) % 2)
+            order = (
+                turn.argsort(dim=-1, stable=True) + prefix
+            )  # the masked, every other one, those in between
+            even, odd = order[:, : len(even)], order[:, len(even) :]
+        likeness = _unit(pick(even)) @ _unit(pick(odd)).mT  # in -1...1
+        if masked:
+            likeness = likeness.masked_fill(hidden.gather(1, odd)[:, None], -2)
+            likeness = likeness.masked_fill(hidden.gather(1, even)[..., None], 2)
+        similar, partner = likeness.max(-1)
+        even, odd = even.expand(b, -1), odd.expand(b, -1)
+        count = min(now - kept, even.shape[1])
         chosen = similar.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        rest = even[chosen]
+        rest = even.gather(1, chosen)
         gone = torch.zeros(b, now, dtype=torch.bool, device=tokens.device).scatter(1, rest, True)
         stay = gone.to(torch.uint8).argsort(dim=-1, stable=True)[:, : now - count]
         place = (~gone).cumsum(-1) - 1
-        into = place.gather(1, odd[partner.gather(1, chosen)])
+        into = place.gather(1, odd.gather(1, partner.gather(1, chosen)))
         tokens, mass = _fuse(
             _take(tokens, stay), mass.gather(1, stay), _take(tokens, rest), mass.gather(1, rest), into
         )

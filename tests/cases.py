@@ -69,10 +69,14 @@ def strided(t, draw, expand=True):
     order = draw.sample(range(t.dim()), t.dim())  # of the axes in memory
     steps = [draw.choice((1, 1, 2, 3)) for _ in order]
     sizes = [t.shape[axis] * step + 4 for axis, step in zip(order, steps, strict=True)]
-    whole = torch.full(sizes, float("nan") if t.is_floating_point() or t.is_complex() else 2**30, dtype=t.dtype)
+    whole = torch.full(
+        sizes, float("nan") if t.is_floating_point() or t.is_complex() else 2**30, dtype=t.dtype
+    )
     for i, (axis, step) in enumerate(zip(order, steps, strict=True)):
         start = draw.randrange(4)
-        whole = whole.narrow(i, start, t.shape[axis] * step).unflatten(i, (t.shape[axis], step)).select(i + 1, 0)
+        whole = (
+            whole.narrow(i, start, t.shape[axis] * step).unflatten(i, (t.shape[axis], step)).select(i + 1, 0)
+        )
     place = whole.permute([order.index(axis) for axis in range(t.dim())])
     place.copy_(t)
     return place

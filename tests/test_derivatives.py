@@ -7,7 +7,9 @@ from torch.autograd import forward_ad
 from projecta import mrss_scan, selective_scan, selective_state_update
 from tests.cases import make_scan
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at a dual number
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # torch's own, at a dual number
 FIXED = {n: t.double() for n, t in make_scan(b=1, d=16, l=8, n=4, without=("z", "initial_state")).items()}
 U = FIXED.pop("u")
 SCANS = {
@@ -60,7 +62,9 @@ SECOND = {"grad of grad": by_second_reverse, "of a sum": by_two_reverse_passes, 
 @pytest.mark.parametrize("scan", SCANS)
 def test_forward_mode_raises(scan, way):
     function, name = scan.split(", ")
-    with pytest.raises(RuntimeError, match=f"^{function}: backend must be 'reference' for forward-mode .* {name!r}") as caught:
+    with pytest.raises(
+        RuntimeError, match=f"^{function}: backend must be 'reference' for forward-mode .* {name!r}"
+    ) as caught:
         FORWARD[way](SCANS[scan])
     assert not isinstance(caught.value, NotImplementedError)
     if way != "jvp of vmap":
@@ -71,13 +75,17 @@ def test_forward_mode_raises(scan, way):
 @pytest.mark.parametrize("scan", SCANS)
 def test_second_derivatives_raise(scan, way):
     function, name = scan.split(", ")
-    with pytest.raises(RuntimeError, match=f"^{function}: backend must be 'reference' for second .* {name!r}"):
+    with pytest.raises(
+        RuntimeError, match=f"^{function}: backend must be 'reference' for second .* {name!r}"
+    ):
         SECOND[way](SCANS[scan])
     assert SECOND[way](REFERENCES[function]) is not None
 
 
 def test_compiled_forward_mode_raises():
-    jvp = torch.compile(lambda u: torch.func.jvp(SCANS["selective_scan, cpu"], (u,), (u,))[1], backend="eager")
+    jvp = torch.compile(
+        lambda u: torch.func.jvp(SCANS["selective_scan, cpu"], (u,), (u,))[1], backend="eager"
+    )
     with pytest.raises(Exception, match="backend must be 'reference' for forward-mode derivatives"):
         jvp(U)
     torch._dynamo.reset()

@@ -60,7 +60,11 @@ def left_padded():
 
 def cache_of(output):
     """The cache that a model returns, and the name under which it takes it back."""
-    names = ("cache", "cache_params", "past_key_values")  # from transformers 5.24 on; before it; jamba, before it
+    names = (
+        "cache",
+        "cache_params",
+        "past_key_values",
+    )  # from transformers 5.24 on; before it; jamba, before it
     return next((name, output[name]) for name in names if output.get(name) is not None)
 
 
@@ -222,7 +226,9 @@ def test_a_copy_has_a_working_handle(mamba):
     for twin in (copy.deepcopy(mamba), torch.load(kept, weights_only=False)):
         with accelerate(twin, backend="reference") as handle:
             assert handle.layers == 2
-            assert {m.forward.backend for m in (layer.mixer for layer in twin.backbone.layers)} == {"reference"}
+            assert {m.forward.backend for m in (layer.mixer for layer in twin.backbone.layers)} == {
+                "reference"
+            }
             close(twin(tokens()).logits, stock)
         assert handle.layers == 0
         assert torch.equal(twin(tokens()).logits, stock), "its channels are in their own order again"
@@ -268,7 +274,9 @@ def test_an_argument_that_is_not_known_is_refused_by_name(mamba):
         message = f"kv_cache must be None: projecta does not know this argument of transformers {transformers.__version__}; got dict."
         with pytest.raises(ValueError, match=f"^accelerate: {re.escape(message)}$"):
             mixer(x, kv_cache={})
-        with pytest.raises(ValueError, match="seq_idx must be None: layers of transformers take one sequence"):
+        with pytest.raises(
+            ValueError, match="seq_idx must be None: layers of transformers take one sequence"
+        ):
             mixer(x, seq_idx=torch.zeros(1, 3))
 
 

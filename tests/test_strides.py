@@ -19,7 +19,11 @@ WAYS = [
 
 def random_scan(draw: random.Random):
     """A small scan whose tensors lie in margins of NaN, with strides drawn at random."""
-    way = {"b": draw.choice((1, 2)), "l": draw.choice((1, 5, 8)), "n": draw.choice((1, 3, 4, 8))} | draw.choice(WAYS)
+    way = {
+        "b": draw.choice((1, 2)),
+        "l": draw.choice((1, 5, 8)),
+        "n": draw.choice((1, 3, 4, 8)),
+    } | draw.choice(WAYS)
     if "packed" in way:
         way["l"] = way["packed"][-1]
     arguments = make_scan(d=draw.choice((2, 4, 16, 18)), **way)
@@ -31,7 +35,9 @@ def test_scans_of_random_strides_agree_with_the_reference(name, calls):
     draw = random.Random(1)
     for seed in range(calls):
         arguments = random_scan(draw)
-        truth = run_strided(selective_scan, {n: widen(t) for n, t in arguments.items()}, seed, backend="reference")
+        truth = run_strided(
+            selective_scan, {n: widen(t) for n, t in arguments.items()}, seed, backend="reference"
+        )
         got = run_strided(selective_scan, arguments, seed, backend=name)
         assert_close(got, truth, TOLERANCE[arguments["u"].dtype])
 

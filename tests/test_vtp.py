@@ -30,7 +30,7 @@ def test_rounding_up_to_a_multiple():
 def test_prefix_stays_and_order_is_kept(score):
     tokens = torch.randn(3, 21, 8)
     tokens[:, 0] = 0
-    kept, index, _, _ = Plan(keep=0.5, score=score).apply(tokens)
+    kept, index, _, _ = Plan(keep=0.5, score=score).apply(tokens, grid=(4, 5))
     assert kept.shape == (3, 11, 8)
     assert index[:, 0].eq(0).all()
     assert (index.diff(dim=1) > 0).all()
@@ -65,7 +65,8 @@ def test_a_row_alone_is_the_row_in_its_batch(score, fuse):
     tokens = torch.randn(4, 33, 8, dtype=torch.float64)
     plan = Plan(keep=0.3, score=score, fuse=fuse)
     for i in range(4):
-        for one, all in zip(plan.apply(tokens[i : i + 1]), plan.apply(tokens), strict=True):
+        alone, together = (plan.apply(t, grid=(4, 8)) for t in (tokens[i : i + 1], tokens))
+        for one, all in zip(alone, together, strict=True):
             torch.testing.assert_close(one, all[i : i + 1], rtol=1e-12, atol=1e-12)
 
 

@@ -37,7 +37,9 @@ def flat(t: Tensor) -> np.ndarray:
     if t.is_complex():
         t = torch.view_as_real(t)
     if not t.is_contiguous():
-        raise AssertionError(f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}")
+        raise AssertionError(
+            f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
+        )
     array: np.ndarray = t.view(_STORED.get(t.dtype, t.dtype)).view(-1).numpy()
     return array
 

@@ -65,7 +65,14 @@ def _register(name: str, function: Callable, shapes: Callable) -> Callable:
 def refuse_derivative(function: str, derivative: str, backend: str = "") -> NoReturn:
     """Raise for a derivative that only backend "reference" has."""
     got = f"{backend!r}" if backend else "another"
-    fail(function, "backend", f"be 'reference' for {derivative}", got, 'Pass backend="reference".', RuntimeError)
+    fail(
+        function,
+        "backend",
+        f"be 'reference' for {derivative}",
+        got,
+        'Pass backend="reference".',
+        RuntimeError,
+    )
 
 
 def refuse_tangents(function: str, tensors: Iterable[Tensor | None], backend: str = "") -> None:
@@ -107,7 +114,9 @@ def only_once(
     if not torch.is_grad_enabled():
         return grads
     present = [g for g in grads if g is not None]
-    marked = iter(_NotAgain.apply(function, backend, len(present), *present, *(t for t in sources if t is not None)))
+    marked = iter(
+        _NotAgain.apply(function, backend, len(present), *present, *(t for t in sources if t is not None))
+    )
     return [None if g is None else next(marked) for g in grads]
 
 
