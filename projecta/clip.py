@@ -7,6 +7,7 @@ renamed, and a second model in the process never notices.
 
 import dataclasses
 import gc
+import inspect
 import itertools
 import sys
 import threading
@@ -109,6 +110,11 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         not plan.mass or attention in _MASKABLE, "plan.mass",
         f"be False with attention {attention!r}, which takes no mask", plan.mass,
     )  # fmt: skip
+    check.that(
+        not plan.mass or "attention_mask" in inspect.signature(type(blocks[0]).forward).parameters,
+        "plan.mass", f"be False: {type(blocks[0]).__name__} of transformers {_version()} takes no mask",
+        plan.mass, "Take a newer transformers.",
+    )  # fmt: skip
     return Pruning(family, tower, plan)
 
 
@@ -130,8 +136,14 @@ def _check_score(check: Checker, family: _Family, tower: Any, block: Any, score:
     elif isinstance(score, str) and score in MODEL_SCORES:
         attention = getattr(block, family.attention)
         whole = all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj"))
-        rule = "be another: this attention has no q_proj, k_proj and v_proj"
+        kind = f"{type(attention).__name__} of transformers {_version()}"
+        rule = f"be another: {kind} has no q_proj, k_proj and v_proj"
         check.that(whole, "plan.score", rule, repr(score))
+
+
+def _version() -> str:
+    """Of transformers."""
+    return str(getattr(sys.modules.get("transformers"), "__version__", "of an unknown version"))
 
 
 class _Found(NamedTuple):
@@ -146,8 +158,8 @@ class _Call:
     """One forward pass of a tower: the module that was called (nn.DataParallel calls replicas), the rows and
     columns of its patches, and what each stage found."""
 
-    def __init__(self, tower: Any, grid: tuple[int, int] | None):
-        self.tower, self.grid = tower, grid
+    def __init__(self, tower: Any, grid: tuple[int, int] | None, whole: bool):
+        self.tower, self.grid, self.whole = tower, grid, whole  # not whole: blocks called without their tower
         self.found: dict[int, _Found] = {}  # by stage
 
 
@@ -253,18 +265,18 @@ class Pruning:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
 
-    def begin(self, tower: Any, pixels: Any) -> _Call:
+    def begin(self, tower: Any, pixels: Any, whole: bool = True) -> _Call:
         """A forward pass of the tower, in this thread."""
         grid = None
         if isinstance(pixels, Tensor) and pixels.dim() == 4:
             grid = pixels.shape[2] // self._patch[0], pixels.shape[3] // self._patch[1]
-        call = _Call(tower, grid)
+        call = _Call(tower, grid, whole)
         self.current = call
         return call
 
     @property
     def current(self) -> _Call | None:
-        """The pass that this thread is in. (torch traces one thread at a time, and knows no thread-locals.)"""
+        """The pass that this thread is in. (torch traces one thread at a time; it knows no thread-locals.)"""
         if torch.compiler.is_compiling():
             return self._traced
         return getattr(self._thread, "call", None)
@@ -284,8 +296,9 @@ class Pruning:
         behind = [s for s, at in enumerate(stages) if at <= i]
         if not behind:
             return tokens, mask
-        if call is None and stages[0] == i:  # blocks that are called without their tower
-            call = self.begin(self._tower, None)
+        call = self.current if call is None else call
+        if stages[0] == i and (call is None or not call.whole):
+            call = self.begin(self._tower, None, whole=False)
         if call is None:
             fail("prune", f"block {i}", f"run after block {stages[0]} of the same pass", "a call of it alone")
         stage = behind[-1]
@@ -340,7 +353,7 @@ class Pruning:
             fail("prune", "plan.mass", f"be False with attention {attention!r}, which takes no mask", True)
         if mask is None:
             return found.mass.log()[:, None, None].to(tokens.dtype) if self.plan.mass else None
-        # A patch that no query sees has mass 0, unless it took in others. Mass says so; the rest says no more.
+        # A patch that no query sees has mass 0, unless it took in others: the mass decides, not the mask.
         hidden = ~_visible(mask)[:, None, None]
         mask = mask | hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, 0)
         mask = _rows_and_columns(mask.expand(len(tokens), -1, -1, -1), found.kept)
@@ -406,14 +419,11 @@ class _Hook:
         _ = block.pruning_version  # compiled code depends on it: see `_outdate_compiled`
         kwargs = dict(kwargs)
         call = kwargs.pop(_CALL, None)
-        if call is None and self.i > self.pruning.plan.stages[0]:
-            call = self.pruning.current
         given = dict(zip(("hidden_states", "attention_mask"), args, strict=False))
         named = given | kwargs
         for name, value in [*kwargs.items(), *((f"argument {i}", args[i]) for i in range(2, len(args)))]:
             if name not in ("hidden_states", "attention_mask") and isinstance(value, Tensor):
-                version = getattr(sys.modules.get("transformers"), "__version__", "")
-                rule = f"be None: projecta does not know this argument of transformers {version}"
+                rule = f"be None: projecta does not know this argument of transformers {_version()}"
                 fail("prune", name, rule, f"a tensor {tuple(value.shape)}", error=TypeError)
         tokens, mask = self.pruning.enter_block(
             call, self.i, block, named["hidden_states"], named.get("attention_mask")

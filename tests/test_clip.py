@@ -165,6 +165,17 @@ def other(kind, attention="sdpa"):
     return kind._from_config(config, attn_implementation=attention).eval()
 
 
+def skip_what_is_too_old(kind, *plans):
+    """DINOv2 of transformers 5.17 takes no mask, and its attention has no q_proj: refused, by name."""
+    model = other(kind)
+    for plan in plans:
+        try:
+            prune(model, plan).remove()
+        except ValueError as error:
+            assert kind in (Dinov2Model, Dinov2ForImageClassification)
+            pytest.skip(str(error))
+
+
 def states(model):
     with torch.inference_mode():
         return model(pixel_values=PIXELS).last_hidden_state
@@ -172,6 +183,7 @@ def states(model):
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_every_family_is_pruned_and_restored(kind):
+    skip_what_is_too_old(kind, Plan(at=1, fuse="mean", mass=True))
     model = other(kind)
     before, prefix = states(model), 0 if kind is SiglipVisionModel else 1
     plans = [
@@ -201,6 +213,7 @@ def test_every_family_is_pruned_and_restored(kind):
 @pytest.mark.parametrize("kind", TOWERS[:3])
 def test_attention_is_worked_out_ahead(kind, score):
     """What the block then computes with all tokens, read off its attention map."""
+    skip_what_is_too_old(kind, Plan(at=1, score=score))
     model = other(kind, "eager")
     with torch.inference_mode():
         maps = model(pixel_values=PIXELS, output_attentions=True).attentions[1].mean(1)
@@ -231,6 +244,7 @@ def test_the_probe_is_the_pooling_heads_attention():
 @pytest.mark.parametrize("kind", TOWERS)
 def test_mass_stands_for_copies(kind):
     """Tokens doubled and merged again, with mass, are the tokens: attention counts each twice."""
+    skip_what_is_too_old(kind, Plan(fuse="mean", mass=True))
     model = other(kind)
     blocks = model.layers if kind is ViTModel else next(iter(model.encoder.children()))
     prefix, x = 0 if kind is SiglipVisionModel else 1, torch.randn(1, 9, 32)
@@ -259,6 +273,7 @@ def test_mass_stands_for_copies(kind):
 @pytest.mark.parametrize("kind", [*HEADED, SiglipVisionModel])
 def test_heads_count_tokens_by_their_mass(kind):
     """A patch copied nine times, and merged again, changes nothing that a head makes of the tower."""
+    skip_what_is_too_old(kind, Plan(fuse="mean", mass=True))
     model = other(kind)
     tower = next(m for m in model.modules() if isinstance(m, TOWERS))
     prefix = 0 if isinstance(tower, SiglipVisionModel) else 1
