@@ -8,13 +8,15 @@ from typing import Any, NoReturn
 def fail(
     function: str, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError
 ) -> NoReturn:
-    """Raise `error` with the one-line message.
+    """Raise `error` with the one-line message; its `told` tells commands that no traceback is needed.
 
     >>> fail("prune", "keep", "lie in (0, 1]", 1.5)
     Traceback (most recent call last):
     ValueError: prune: keep must lie in (0, 1]; got 1.5.
     """
-    raise error(f"{function}: {argument} must {rule}; got {value}." + (f" {advice}" if advice else ""))
+    told = error(f"{function}: {argument} must {rule}; got {value}." + (f" {advice}" if advice else ""))
+    told.told = True
+    raise told
 
 
 class Checker:

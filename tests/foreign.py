@@ -100,7 +100,7 @@ ENDINGS = {
     "segfaults": ("crashed", "ended by SIGSEGV"), "memory_is_short": ("out of memory", "MemoryError (suite.py:20)"),
     "is_killed": ("out of memory", "ended by SIGKILL, as the kernel does when memory runs out"),
     "hangs_while_printing": ("timed out", "took longer than its timeout of 1 s"),
-    "inf": ("bad result", "gave 'inf', not a finite number"), "nan": ("bad result", "gave 'nan', not a finite number"),
+    "inf": ("bad result", "gave 'inf', not a finite number"), "nan": ("skipped", "gave nan"),
     "none": ("bad result", "gave 'None', not a finite number"),
     "text": ("bad result", "gave 'much', not a finite number"), "garbage": ("ok", ""),
     "exits": ("failed", "exit status 3"), "it": ("skipped", "no such device"), "cached": ("ok", ""),

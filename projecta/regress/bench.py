@@ -15,7 +15,7 @@ from projecta.regress import machine, runner
 from projecta.regress.builds import Build, BuildFailed, builds_of, cases
 from projecta.regress.journal import BENCH, Journal, Run, export
 from projecta.regress.processes import BROKEN, FAILED, OK, SKIPPED, Case, Outcome
-from projecta.regress.store import Project
+from projecta.regress.store import Combination, Project
 
 _QUICK = {"number": 1, "repeat": 1, "warmup_time": 0, "rounds": 1}
 _BUILDING = Case("(build)", 0, (), "build", "", "", 0.0)  # the row of a commit that does not build
@@ -57,7 +57,7 @@ def _measure_build(
         journal.absorb(host, build.commit, build.environment, found)
         facts = journal.provenance(machine.state() | {"packages": build.packages()})
     known = {} if quick else journal.known(host, build.commit, build.environment.name, found)
-    todo, broken = list(_plan(wanted, found, known)), 0
+    todo, broken = list(_plan(wanted, found, known, quick)), 0
     try:
         for case, outcome in _run(build, todo, quick, console):
             if not quick:
@@ -70,13 +70,14 @@ def _measure_build(
 
 
 def _plan(
-    wanted: Sequence[Case], found: dict[str, dict[str, Any]], known: dict[tuple[str, int], list[Run]]
-) -> Iterator[tuple[int, Case]]:
+    wanted: Sequence[Case], found: dict[str, dict[str, Any]],
+    known: dict[tuple[str, Combination], list[Run]], quick: bool,
+) -> Iterator[tuple[int, Case]]:  # fmt: skip
     """(round, case) of what is missing, round by round."""
     missing = {}
     for case in wanted:
-        endings = [run.outcome.status for run in known.get((case.name, case.index), [])]
-        rounds = int(found[case.name].get("rounds") or 1) if case.timed else 1
+        endings = [run.outcome.status for run in known.get((case.name, case.params), [])]
+        rounds = int(found[case.name].get("rounds") or 1) if case.timed and not quick else 1
         missing[case] = 0 if SKIPPED in endings else max(0, rounds - endings.count(OK))
     for turn in range(max(missing.values(), default=0)):
         yield from ((turn, case) for case in wanted if missing[case] > turn)

@@ -27,7 +27,7 @@ from typing import Any
 from projecta._checks import fail
 from projecta.regress.doctor import QUARANTINE
 from projecta.regress.runner import git
-from projecta.regress.store import Project
+from projecta.regress.store import Project, merge_results
 
 BRANCH, REMOTE = "results", "origin"
 TOKEN = "PROJECTA_TOKEN"  # variable with what proves to a remote who pushes; git has it by no argument
@@ -106,7 +106,7 @@ def keep(
         ValueError: the remote refuses, or always another was first; or, when all else is pushed, files
             that are no JSON.
     """
-    age = int(git(project.folder, "log", "-1", "--format=%ct", "HEAD"))
+    age = int(git(project.repository, "log", "-1", "--format=%ct", "HEAD"))
     refused = ""
     for attempt in range(ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as room:
@@ -157,7 +157,7 @@ def fetch(project: Project, machine: str, remote: Remote) -> list[Path]:
 def base_of(project: Project, machine: str) -> str:
     """What a gate of HEAD compares with: the newest commit before it, along first parents, that the machine
     has measured; if it has none, the commit before HEAD, or HEAD if that is the first."""
-    line = git(project.folder, "rev-list", "--first-parent", "HEAD").splitlines()
+    line = git(project.repository, "rev-list", "--first-parent", "HEAD").splitlines()
     measured = project.commits(machine)
     return next((commit for commit in line[1:] if commit[:8] in measured), line[min(1, len(line) - 1)])
 
@@ -176,11 +176,11 @@ def _files(folder: Path, machine: str | None) -> Iterator[Path]:
 
 
 def _ours(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """A file of asv's: our rows, and those that only they have."""
-    same = all(theirs.get(key) == ours.get(key) for key in ("commit_hash", "env_name", "result_columns"))
+    """A file of asv's: our values, and those that only they have."""
+    same = all(theirs.get(key) == ours.get(key) for key in ("commit_hash", "env_name"))
     if not same or not isinstance(theirs.get("results"), dict) or not isinstance(ours.get("results"), dict):
         return ours
-    return ours | {"results": theirs["results"] | ours["results"]}
+    return merge_results(theirs, ours)
 
 
 def _theirs(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

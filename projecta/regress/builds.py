@@ -1,9 +1,12 @@
 """Has asv build a commit, and says which benchmarks there are and how their processes start."""
 
+import ast
 import contextlib
 import io
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,11 +15,11 @@ from copy import copy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from projecta._checks import fail
-from projecta.regress import runner
 from projecta.regress.processes import Case, Fork, Spawn
-from projecta.regress.store import Project
+from projecta.regress.store import Project, higher_is_better
 
 
 class BuildFailed(RuntimeError):
@@ -63,19 +66,24 @@ class Build:
             self._check_that_it_is_the_commit()
 
     def _check_that_it_is_the_commit(self) -> None:
-        """An installed copy must not stand in for the commit's files: it would compare with itself."""
-        name = self.config.project.replace("-", "_")
-        code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s and s.origin or '')"
+        """An installed copy must not stand in for the commit's files: it would compare with itself.
+
+        The interpreter is asked where each module that the suites import comes from. One that the commit's
+        files have too, or that the project's distribution installed, must come from the files.
+        """
         tree = _worktree(self.project, self.commit).resolve()
-        done = subprocess.run(
-            [self.python, "-c", code], capture_output=True, text=True, env=self.variables, cwd=tree.parent
-        )
-        origin = done.stdout.strip()
-        if origin and not Path(origin).resolve().is_relative_to(tree):
-            raise BuildFailed(
-                f"{self.commit[:8]}: {name} is imported from {origin}, not from the commit's files. Take "
-                "environment_type virtualenv in asv.conf.json."
-            )
+        names = sorted({*_imported(self.folder), self.config.project.replace("-", "_")} - {self.folder.name})
+        words = [self.python, "-c", _ORIGINS, normalised(self.config.project), *names]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.variables, cwd=tree.parent)
+        for name, (origin, installed) in json.loads(done.stdout or "{}").items():
+            here = Path(origin).resolve()
+            if here.is_relative_to(tree) or here.is_relative_to(self.folder):
+                continue
+            if installed or any(_holds(root, name) for root in _roots(tree)):
+                raise BuildFailed(
+                    f"{self.commit[:8]}: {name} is imported from {origin}, not from the commit's files. Take "
+                    "environment_type virtualenv in asv.conf.json."
+                )
 
     def _variables(self) -> dict[str, str]:
         own = os.environ | self.environment.env_vars | {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
@@ -83,7 +91,10 @@ class Build:
             own.pop(name, None)
         if self.existing:
             tree = _worktree(self.project, self.commit)
-            places = os.pathsep.join(str(place) for place in (tree / "src", tree) if place.is_dir())
+            inside = tree / self.project.inside  # the project's folder, if it lies in the repository
+            package = tree / (getattr(self.config, "repo_subdir", "") or "")
+            roots = dict.fromkeys(root / src for root in (inside, package, tree) for src in ("src", ""))
+            places = os.pathsep.join(str(place) for place in roots if place.is_dir())
             own |= {"PYTHONPATH": places, "ASV_PYTHONPATH": places}
         else:
             own["PATH"] = os.pathsep.join([str(Path(self.python).parent), own.get("PATH", "")])
@@ -128,43 +139,190 @@ class Build:
             os.environ.clear()
             os.environ.update(before)
         usual = self.config.default_benchmark_timeout
+        directions = self._directions()
+        for entry in (self.found._all_benchmarks, self.found):  # as asv keeps them, and as it gives them
+            for name in directions.keys() & entry.keys():
+                entry[name]["higher_is_better"] = directions[name]
         return {
             name: entry | {"timeout": entry.get("timeout") or usual} for name, entry in self.found.items()
         }
 
-    def packages(self) -> dict[str, str]:
-        """Versions of what is installed beside the project."""
-        code = (
-            "from importlib.metadata import distributions\n"
-            "for d in distributions(): print(d.metadata['Name'].lower(), d.version, sep='==')"
+    def _directions(self) -> dict[str, bool]:
+        """The benchmarks' `higher_is_better`, which asv does not report: an attribute, as `unit` is."""
+        if not any(
+            "higher_is_better" in path.read_text("utf-8", "replace") for path in self.folder.rglob("*.py")
+        ):
+            return {}
+        words = [self.python, "-c", _DIRECTIONS, str(self.folder)]
+        done = subprocess.run(
+            words, capture_output=True, text=True, env=self.variables, cwd=self.folder.parent
         )
-        done = subprocess.run([self.python, "-c", code], capture_output=True, text=True, env=self.variables)
-        pairs = (line.partition("==") for line in done.stdout.splitlines())
-        return {name: version for name, _, version in pairs if name != self.config.project.lower()}
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            raise BuildFailed(f"{self.commit[:8]}: higher_is_better cannot be read: {lines[-1]}")
+        found: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def packages(self) -> dict[str, str]:
+        """Versions of what is installed beside the project.
+
+        The project is what was installed from asv's folder, whatever its distribution is called, or bears the
+        project's name.
+        """
+        done = subprocess.run(
+            [self.python, "-c", _PACKAGES], capture_output=True, text=True, env=self.variables
+        )
+        built = (self.project.folder / self.config.env_dir).resolve()
+        found = {}
+        for name, version, source in json.loads(done.stdout or "[]"):
+            local = Path(unquote(urlsplit(source).path)) if source.startswith("file:") else None
+            ours = local is not None and local.resolve().is_relative_to(built)
+            if not ours and normalised(name) != normalised(self.config.project):
+                found[normalised(name)] = version
+        return found
+
+
+# Run in the environment's interpreter.
+_ORIGINS = """
+import importlib.metadata as metadata, importlib.util, json, re, sys
+project, *names = sys.argv[1:]
+owners, found = metadata.packages_distributions(), {}
+for name in names:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        continue
+    places = [spec.origin] if spec and spec.origin else list(spec and spec.submodule_search_locations or ())
+    if places and places[0] not in ("built-in", "frozen") and name not in sys.stdlib_module_names:
+        ours = any(re.sub("[-_.]+", "-", owner).lower() == project for owner in owners.get(name, ()))
+        found[name] = places[0], ours
+print(json.dumps(found))
+"""
+_DIRECTIONS = """
+import json, sys
+from asv_runner._aux import update_sys_path
+from asv_runner.discovery import disc_benchmarks
+update_sys_path(sys.argv[1])
+found = {}
+for benchmark in disc_benchmarks(sys.argv[1], ignore_import_errors=True):
+    said = [s.higher_is_better for s in benchmark._attr_sources if hasattr(s, "higher_is_better")]
+    if said:
+        found[benchmark.name] = bool(said[0])
+print(json.dumps(found))
+"""
+_PACKAGES = """
+import json
+from importlib.metadata import distributions
+print(json.dumps([
+    (d.metadata["Name"], d.version, json.loads(d.read_text("direct_url.json") or "{}").get("url", ""))
+    for d in distributions() if d.metadata["Name"]
+]))
+"""
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as package indexes compare it.
+
+    >>> normalised("My_Lib.core")
+    'my-lib-core'
+    """
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _imported(folder: Path) -> set[str]:
+    """The top-level modules that the suites import, wherever in their code."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        try:
+            nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        except (SyntaxError, ValueError):  # asv says why it cannot be imported
+            continue
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+# Folders whose modules bear the names of packages, and are not they.
+_NO_ROOTS = {
+    "tests", "test", "docs", "doc", "examples", "benchmarks", "third_party", "vendor", "extern", "external"
+}  # fmt: skip
+
+
+def _roots(tree: Path) -> Iterator[Path]:
+    """Where packages may lie in a repository: its top, and folders of it that are no package's."""
+    yield tree
+    for folder in sorted(path for path in tree.iterdir() if path.is_dir()):
+        if (
+            folder.name not in _NO_ROOTS
+            and not folder.name.startswith(".")
+            and not (folder / "__init__.py").exists()
+        ):
+            yield folder
+            yield from (
+                path for path in sorted(folder.iterdir()) if path.is_dir() and path.name in ("src", "lib")
+            )
+
+
+def _holds(root: Path, name: str) -> bool:
+    return (root / f"{name}.py").is_file() or (root / name / "__init__.py").is_file()
 
 
 def builds_of(project: Project, commit: str) -> list[Build]:
     """A commit in every environment of the project's matrix."""
-    count = len(_environments(project, project.config))
-    return [Build(project, commit, which=i) for i in range(count)]
+    return [Build(project, commit, which=i) for i in range(len(environment_labels(project)))]
+
+
+def environment_labels(project: Project) -> list[str]:
+    """A label for each environment of the project's matrix: what it differs in from the others.
+
+    One environment has the label "".
+    """
+    facts = [
+        {"python": env.python} | dict(env.requirements) | dict(env.env_vars)
+        for env in _environments(project, project.config)
+    ]  # fmt: skip
+    names = sorted({name for fact in facts for name in fact if len({str(f.get(name)) for f in facts}) > 1})
+    return [", ".join(f"{name}={fact.get(name)}" for name in names) for fact in facts]
 
 
 def _environments(project: Project, config: Any) -> list[Any]:
     from asv import environment
+    from asv.console import log
+    from asv.environment import EnvironmentUnavailable
 
+    reasons: list[str] = []
     with _asv_in(project.folder):
-        found = list(environment.get_environments(config, None, verbose=False))
+        warning, log.warning = log.warning, lambda message, *rest, **options: reasons.append(str(message))
+        try:
+            found = list(environment.get_environments(config, None, verbose=True))
+        except EnvironmentUnavailable as error:
+            reasons.append(str(error))
+            found = []
+        finally:
+            log.warning = warning
     if not found:
-        fail("projecta", "asv.conf.json", "describe an environment that this machine can make", "none")
+        got = " ".join(" ".join(reasons).split()).rstrip(".") or "none"
+        fail("projecta", "asv.conf.json", "describe an environment that this machine can make", got)
     return found
 
 
 def cases(benchmarks: dict[str, dict[str, Any]]) -> list[Case]:
     """Every combination of parameters of every benchmark."""
+    limits: dict[
+        str, float
+    ] = {}  # of each setup_cache: its own, or the longest of who wants it, as asv has it
+    for entry in benchmarks.values():
+        key, limit = entry.get("setup_cache_key"), entry.get("setup_cache_timeout") or entry["timeout"]
+        if key is not None:
+            limits[key] = max(float(limit), limits.get(key, 0.0))
     return [
         Case(
             name, i, params, entry["type"], entry["unit"], str(entry["version"]),
             float(entry["timeout"]), entry.get("setup_cache_key"),
+            limits.get(entry.get("setup_cache_key") or "", 0.0), higher_is_better(entry),
         )
         for name, entry in sorted(benchmarks.items())
         for i, params in enumerate(itertools.product(*entry["params"]))
@@ -179,15 +337,12 @@ def _worktree(project: Project, commit: str) -> Path:
         with contextlib.suppress(OSError):
             (tree.parent / ".gitignore").write_text("*\n")
         fresh = tree.with_suffix(f".{os.getpid()}")
-        top, inside = runner.git(
-            project.folder, "rev-parse", "--show-toplevel", "--show-prefix"
-        ).partition("\n")[::2]  # fmt: skip
-        words = ["git", "-C", top, "archive", f"{commit}:{inside.rstrip('/')}"]  # of a subfolder, that alone
+        words = ["git", "-C", str(project.repository), "archive", f"{commit}:"]
         done = subprocess.run(words, capture_output=True)
         if done.returncode:
             raise BuildFailed(f"{commit[:8]} cannot be checked out: {done.stderr.decode().strip()}")
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(fresh, filter="data")
+            archive.extractall(fresh, filter="tar")  # links as git makes them, wherever they lead
         with contextlib.suppress(OSError):  # another process was first
             fresh.rename(tree)
     return tree

@@ -12,7 +12,6 @@ from projecta.regress.store import Measurement
 LEAST = 0.03  # of the level before: smaller steps are not told
 WINDOW = 200  # commits that are looked at
 SIZE = 2  # results that a level has at least: of a single one it is the gate that can tell
-HIGHER_IS_BETTER = ("/s", "hz")  # how units end where a step up is good
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Series:
     unit: str
     points: tuple[Point, ...]
     asv_label: str = ""  # as gates name it
+    higher_is_better: bool = False
 
     @property
     def label(self) -> str:
@@ -62,7 +62,7 @@ class Step:
 
     @property
     def worse(self) -> bool:
-        return (self.change > 0) != self.series.unit.lower().endswith(HIGHER_IS_BETTER)
+        return (self.change > 0) != self.series.higher_is_better
 
 
 def collect(measurements: Iterable[Measurement], history: Sequence[str] = ()) -> list[Series]:
@@ -76,7 +76,7 @@ def collect(measurements: Iterable[Measurement], history: Sequence[str] = ()) ->
     for (benchmark, params), own in sorted(found.items()):
         own.sort(key=lambda m: (place.get(m.commit, 0), m.date))
         points = tuple(Point(m.commit, m.date, m.value, m.state) for m in own if m.value is not None)
-        made.append(Series(benchmark, params, own[0].unit, points, own[0].label))
+        made.append(Series(benchmark, params, own[0].unit, points, own[0].label, own[0].higher_is_better))
     return made
 
 

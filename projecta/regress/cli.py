@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from projecta._checks import fail
 from projecta.regress.command import (
     BROKEN,
     CRASHED,
@@ -48,10 +49,12 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     root = runner.find_root(Path.cwd())
     project = project_at(root)
     name = runner.machine_name(machine)
-    commits = runner.find_commits(root, range, project.commits(name))
+    commits = runner.find_commits(project.repository, range, project.commits(name))
     if regex is not None:
         runner.pattern(regex)
-    changed = runner.uncommitted(root)
+    changed = (
+        runner.uncommitted(root) if project.inside or project.repository == project.folder.resolve() else []
+    )
     if changed:
         shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         console.print(
@@ -66,7 +69,7 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     try:
         with Journal(project) as journal, runner.stopped_by_sigterm():
             broken = measure(project, journal, name, commits, wanted, quick, console)
-        if not quick and project.machines():
+        if not quick and _has_values(project):
             _report(root, name, Path(RESULTS))
             console.print(_publish(project), highlight=False)
     except KeyboardInterrupt:
@@ -76,9 +79,14 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
             "what was measured so far is stored; `projecta bench` goes on from there"
         ) from None
     if broken:
-        others = "" if quick else " The others are stored."
+        others = " The others are stored." if not quick and _has_values(project) else ""
         click.echo(f"{broken} failed; why stands above.{others}", err=True)
         sys.exit(BROKEN)
+
+
+def _has_values(project: Any) -> bool:
+    """Whether anything was measured on any machine: tables and pages can be made of it."""
+    return any(m.measured for machine in project.machines() for m in project.measurements(machine))
 
 
 _bench = click.option("-b", "--bench", "regex", metavar="REGEX", help="Only benchmarks whose name matches.")
@@ -159,7 +167,7 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
 
     design = statistics.Design(tolerance=tolerance)
     result, noise = _contest(machine, "HEAD", "HEAD", regex, design, budget, pairs)
-    measured = [row for row in result.rows if row.case.timed and row.case.label in noise]
+    measured = [row for row in result.rows if row.case.timed and row.label in noise]
     if not measured:
         click.echo("projecta calibrate: no timing was measured often enough (3 pairs).", err=True)
         sys.exit(NOT_MEASURED)
@@ -245,26 +253,38 @@ def _contest(
     pairs: int | None = None,
 ) -> tuple[Any, dict[str, tuple[str, float, int]]]:  # fmt: skip
     """What base and head gave against each other, and the noise that is known of this machine."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from projecta.regress import runner, show
-    from projecta.regress.builds import Build, BuildFailed
-    from projecta.regress.contest import contest
+    from projecta.regress.builds import Build, BuildFailed, environment_labels
+    from projecta.regress.contest import contest, joined
     from projecta.regress.journal import Journal
 
     console = Console(stderr=True)
     root = runner.find_root(Path.cwd())
     project = project_at(root)
     name = runner.machine_name(machine)
-    before, after = (runner.find_commit(root, word) for word in (base, head))
+    before, after = (runner.find_commit(project.repository, word) for word in (base, head))
     pattern = runner.gate_pattern(root) if regex is None else runner.pattern(regex)
     with Journal(project) as journal, runner.stopped_by_sigterm():
+        labels, results = environment_labels(project), []
         try:
-            result = contest(
-                {"base": Build(project, before, "base"), "head": Build(project, after)}, pattern, design,
-                60 * budget, journal, name, lambda line: console.print(line, markup=False, highlight=False),
-                pairs,
-            )  # fmt: skip
+            for i, label in enumerate(labels):  # they share the time and the rate of error
+                if label:
+                    console.print(
+                        f"environment {i + 1} of {len(labels)}: {label}", markup=False, highlight=False
+                    )
+                builds = {
+                    "base": Build(project, before, "base", which=i), "head": Build(project, after, which=i)
+                }  # fmt: skip
+                results.append(contest(
+                    builds, pattern, replace(design, error=design.error / len(labels)),
+                    60 * budget / len(labels), journal, name,
+                    lambda line: console.print(line, markup=False, highlight=False), pairs, label,
+                ))  # fmt: skip
+            result = joined(results)
         except BuildFailed as error:
             click.echo(f"BROKEN: {error}", err=True)
             sys.exit(BROKEN)
@@ -289,11 +309,10 @@ def _report(root: Path, machine: str | None, out: Path) -> None:
     project = project_at(root)
     machines = project.machines()
     if machine is not None and machine not in machines:
-        raise ValueError(
-            f"projecta report: --machine must be one of {', '.join(machines) or 'none yet'}; got {machine!r}."
-        )
+        rule = f"be one of {', '.join(machines) or 'none yet'}"
+        fail("projecta report", "--machine", rule, repr(machine))
     found = list(project.measurements(machine or machines[0])) if machines else []
-    newest = tables.newest_commit(found, runner.history(root))
+    newest = tables.newest_commit(found, runner.history(project.repository))
     if not newest:
         click.echo("projecta report: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)

@@ -24,9 +24,15 @@ MOST_PAIRS = 40  # that calibration may ask for
 class Row:
     """A benchmark at one combination of parameters: what both sides gave, and what follows."""
 
-    case: Case
+    case: Case  # of head; of base, if head has none
+    cases: dict[str, Case] = field(default_factory=dict)  # of each side that has it
+    environment: str = ""  # what it is told from others by, if there are several
     outcomes: dict[str, list[Outcome]] = field(default_factory=lambda: {side: [] for side in SIDES})
     judgement: Judgement = field(default_factory=Judgement)
+
+    @property
+    def label(self) -> str:
+        return f"{self.case.label} [{self.environment}]" if self.environment else self.case.label
 
     @property
     def verdict(self) -> str:
@@ -60,13 +66,25 @@ class Row:
             where = "" if len(skipped) == 2 else f"{skipped[0]} "
             self.settle(gate.NOT_MEASURED, f"{where}skipped: {last[skipped[0]].reason}")
             return
+        base, head = (self.values[side] for side in SIDES)
+        better = self.case.higher_is_better
+        if self.case.timed and min(base + head) <= 0:
+            zero = "base" if min(base) <= 0 else "head"
+            self.settle(
+                gate.NOT_MEASURED, f"{zero} took 0 s, less than its clock can tell: set a larger `number`"
+            )
+            return
         if not self.case.timed:
-            base, head = (self.values[side] for side in SIDES)
-            self.judgement = gate.judge_exact(base, head, design, FLOORS.get(self.case.unit, 0.0))
+            floor = FLOORS.get(self.case.unit, 0.0)
+            self.judgement = gate.judge_exact(base, head, design, floor, better)
             if self.judgement.verdict or not self.judgement.reason or min(base + head) <= 0:
                 return
         tolerance = design.tolerance if self.case.timed else design.memory_tolerance
-        self.judgement = gate.judge_pairs(self.ratios, design, tolerance)
+        if better:
+            found = gate.judge_pairs([1 / ratio for ratio in self.ratios], design, tolerance)
+            self.judgement = gate.upside_down(found)
+        else:
+            self.judgement = gate.judge_pairs(self.ratios, design, tolerance)
 
 
 @dataclass
@@ -89,9 +107,12 @@ class Result:
 
 def contest(
     builds: dict[str, Build], pattern: str | None, design: Design, budget: float, journal: Journal, host: str,
-    tell: Callable[[str], None] = lambda line: None, pairs: int | None = None,
+    tell: Callable[[str], None] = lambda line: None, pairs: int | None = None, environment: str = "",
 ) -> Result:  # fmt: skip
     """Measure base and head in turn for `budget` seconds at most, the building not counted.
+
+    What is compared has the same benchmark, version and parameters on both sides. `environment` names the
+    one of several that the builds are of.
 
     With `pairs` so many are run of everything, whatever they show: to calibrate.
 
@@ -117,16 +138,12 @@ def contest(
     before = journal.calibrated(host)
     warned = [] if before is None else machine.warnings(before[1], now)
     facts = journal.provenance(now)
-    rows = [Row(case) for case in runner.select(found["head"], pattern)]
-    known = {case.label for case in found["head"]}
-    gone = [Row(case) for case in runner.select(found["base"], pattern) if case.label not in known]
-    for row in gone:
-        row.settle(gate.NOT_MEASURED, "absent in head")
+    rows, gone = _matched(found, pattern, environment)
     noise = journal.noise(host)
     design = replace(design, benchmarks=len(rows))
     wanted = [
-        gate.pairs_for_power(noise[row.case.label][1], design, 2 * design.tolerance)
-        for row in rows if row.case.timed and noise.get(row.case.label, ("",))[0] == row.case.version
+        gate.pairs_for_power(noise[row.label][1], design, 2 * design.tolerance)
+        for row in rows if row.case.timed and noise.get(row.label, ("",))[0] == row.case.version
     ]  # fmt: skip
     design = replace(design, pairs=min(MOST_PAIRS, max(wanted, default=0)))
     for line in warned:
@@ -145,7 +162,7 @@ def contest(
             for name in order:
                 sides[name].start()
             for row in open_rows:
-                for name, outcome in duel({name: sides[name] for name in order}, row.case).items():
+                for name, outcome in duel({name: sides[name] for name in order}, row.cases).items():
                     row.outcomes[name].append(outcome)
                     where = builds[name].environment.name
                     words = f"{session} {name}"
@@ -165,6 +182,39 @@ def contest(
     )  # fmt: skip
 
 
+def _matched(
+    found: dict[str, list[Case]], pattern: str | None, environment: str
+) -> tuple[list[Row], list[Row]]:
+    """Rows of what both sides have, and settled ones of what only one has."""
+    known = {side: {case.key: case for case in found[side]} for side in SIDES}
+    labels = {side: {case.label: case for case in found[side]} for side in SIDES}
+    both, one = [], []
+    for case in runner.select(found["head"], pattern):
+        if case.key in known["base"]:
+            both.append(Row(case, {side: known[side][case.key] for side in SIDES}, environment))
+            continue
+        other = labels["base"].get(case.label)
+        why = "absent in base" if other is None else "base has another version of it"
+        one.append((Row(case, {"head": case}, environment), why))
+    for case in runner.select(found["base"], pattern):
+        if case.label not in labels["head"]:
+            one.append((Row(case, {"base": case}, environment), "absent in head"))
+    for row, why in one:
+        row.settle(gate.NOT_MEASURED, why)
+    return both, [row for row, _ in one]
+
+
+def joined(results: Sequence[Result]) -> Result:
+    """The results of several environments as one."""
+    first = results[0]
+    return replace(
+        first, rows=[row for result in results for row in result.rows],
+        seconds=sum(result.seconds for result in results),
+        warnings=list(dict.fromkeys(line for result in results for line in result.warnings)),
+        design=replace(first.design, error=len(results) * first.design.error),
+    )  # fmt: skip
+
+
 def _goes_on(row: Row, pairs: int | None) -> bool:
     """Whether a decided benchmark is measured all the same."""
     return pairs is not None and row.case.timed and row.judgement.verdict in (gate.PASS, gate.REGRESSED)
@@ -175,5 +225,5 @@ def _keep_noise(journal: Journal, host: str, rows: Sequence[Row], facts: int) ->
         logs = [math.log(r) for r in row.ratios if r > 0 and math.isfinite(r)]
         if row.case.timed and len(logs) >= 3:
             spread = statistics.stdev(logs)
-            journal.keep_noise(host, row.case.label, row.case.version, spread, len(logs), facts)
+            journal.keep_noise(host, row.label, row.case.version, spread, len(logs), facts)
     journal.write_noise(host)

@@ -103,8 +103,19 @@ def _results(project: Project, path: Path, data: Any, fix: bool) -> Iterator[Fin
             _set_aside(project, path)
         return
     commit = str(data.get("commit_hash"))
-    words = ["git", "-C", str(project.folder), "cat-file", "-e", commit + "^{commit}"]
+    try:
+        repository = project.repository
+    except ValueError as error:
+        yield Finding(
+            path, f"commit {commit[:8]} cannot be looked up: {error}", "make `repo` reachable", False
+        )
+        return
+    words = ["git", "-C", str(repository), "cat-file", "-e", commit + "^{commit}"]
     if subprocess.run(words, capture_output=True).returncode:
+        if _is_shallow(repository):  # absence proves nothing there
+            advice = "fetch all of it (`git fetch --unshallow`) to check this result"
+            yield Finding(path, f"commit {commit[:8]} is not in this clone, which is shallow", advice, False)
+            return
         yield Finding(
             path, f"commit {commit[:8]} is not in the repository (its history was rewritten?)", "set aside"
         )
@@ -127,6 +138,12 @@ def _results(project: Project, path: Path, data: Any, fix: bool) -> Iterator[Fin
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, path)
+
+
+def _is_shallow(repository: Path) -> bool:
+    """Whether a clone has the newest commits only."""
+    words = ["git", "-C", str(repository), "rev-parse", "--is-shallow-repository"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "true"
 
 
 def _infinities(row: list[Any]) -> int:

@@ -118,16 +118,16 @@ class Side:
         return found
 
 
-def duel(sides: Mapping[str, Side], case: Case) -> dict[str, Outcome]:
-    """What each side gave; the first of them begins."""
+def duel(sides: Mapping[str, Side], cases: Mapping[str, Case]) -> dict[str, Outcome]:
+    """What each side gave; the first of them begins. Each side has its own case: its index may differ."""
     found: dict[str, Outcome] = {}
-    if not case.timed:
+    if not all(case.timed for case in cases.values()):
         for name, side in sides.items():
-            found[name] = side.begin(case) or side.outcome()
+            found[name] = side.begin(cases[name]) or side.outcome()
         return found
     ready = []
     for name, side in sides.items():  # in turn: two that spin for the same cores take far longer
-        ended = side.begin(case) or side.ready()
+        ended = side.begin(cases[name]) or side.ready()
         if ended is None:
             ready.append(name)
         else:

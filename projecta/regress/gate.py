@@ -19,7 +19,7 @@ compared as they are.
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PASS, REGRESSED, BROKEN, NOT_MEASURED, INCONCLUSIVE = (
     "PASS", "REGRESSED", "BROKEN", "NOT MEASURED", "INCONCLUSIVE"
@@ -162,7 +162,20 @@ def _pairs_needed(spread: float, distance: float, design: Design, slower: bool) 
     return min(10_000, max(least, math.ceil(wanted)))
 
 
-def judge_exact(base: Sequence[float], head: Sequence[float], design: Design, floor: float) -> Judgement:
+def upside_down(found: Judgement) -> Judgement:
+    """A judgement of base / head as one of head / base: of a metric that is better the higher it is.
+
+    >>> upside_down(Judgement("REGRESSED", 1.25, 1.0, 2.0)).low
+    0.5
+    """
+    ratio, low, high = ((1 / x if x else math.inf) if x is not None else None
+                        for x in (found.ratio, found.high, found.low))  # fmt: skip
+    return replace(found, ratio=ratio, low=low, high=high)
+
+
+def judge_exact(
+    base: Sequence[float], head: Sequence[float], design: Design, floor: float, higher_is_better: bool = False
+) -> Judgement:
     """The verdict over a metric that does not vary: two values a side; `floor` is a difference that is none.
 
     If a side's own values differ by more than half of what is tolerated, there is no verdict: it varies.
@@ -174,11 +187,12 @@ def judge_exact(base: Sequence[float], head: Sequence[float], design: Design, fl
     allowed = max(design.memory_tolerance * abs(low), floor)
     found.ratio = high / low if low else (1.0 if high == low else math.inf)
     spread = max(max(base) - min(base), max(head) - min(head))
-    if spread > allowed / 2 and not min(head) > max(base) + 2 * allowed:
+    worse = min(base) - max(head) if higher_is_better else min(head) - max(base)
+    if spread > allowed / 2 and not worse > 2 * allowed:
         found.reason = f"varies by {spread:.3g} from process to process"
         return found
     found.low = found.high = found.ratio
-    found.verdict = REGRESSED if high - low > allowed else PASS
+    found.verdict = REGRESSED if (low - high if higher_is_better else high - low) > allowed else PASS
     return found
 
 

@@ -1,7 +1,8 @@
 """What was measured, on disk before the next process starts: an SQLite file beside asv's results.
 
 A row for each process of a benchmark at one combination of parameters, with its outcome, samples, reason and
-provenance. asv's own JSON is written from it, a file at a time and whole (`export`). Write-ahead logging:
+provenance; known by benchmark, version and parameters. asv's own JSON is written from it, a file at a time,
+whole, and merged with what it held (`export`). Write-ahead logging:
 whatever ends the writer, and whenever, the rows written so far are there.
 """
 
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from projecta._checks import fail
-from projecta.regress.builds import cases
 from projecta.regress.machine import LASTING
 from projecta.regress.processes import BROKEN, OK, Case, Outcome
-from projecta.regress.store import NOISE, STATE, Project
+from projecta.regress.store import NOISE, STATE, Combination, Project, merge_results
 
 NAME, LOCK = "journal.sqlite", "journal.lock"
+MOVES = -1  # the place of a combination, which a change of `params` moves: not kept any more
 BENCH = "bench"  # the purpose of runs that become asv's results; those of gates name the gate and the side
 _TABLES = """
 create table if not exists provenance (id integer primary key, facts text unique not null);
@@ -47,7 +48,7 @@ class Run:
 
     benchmark: str
     version: str
-    place: int
+    params: Combination
     outcome: Outcome
     at: str
 
@@ -82,7 +83,13 @@ class Journal:
             self.base.executescript(_TABLES)
         except sqlite3.DatabaseError as error:
             self._lock.close()
-            fail("projecta", str(self.path), "be a journal", str(error), "`projecta doctor` puts it aside.")
+            name = getattr(error, "sqlite_errorname", "")
+            if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+                fail(
+                    "projecta", str(self.path), "be a journal", str(error), "`projecta doctor` puts it aside."
+                )
+            _tell_of_the_disk(self.path, error)
+            raise
 
     def __enter__(self) -> "Journal":
         return self
@@ -104,7 +111,7 @@ class Journal:
         """Keep what one process gave. ValueError if the disk is full; what was there stays."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         row = (
-            machine, commit, environment, case.name, case.version, case.index, json.dumps(case.params), at,
+            machine, commit, environment, case.name, case.version, MOVES, json.dumps(case.params), at,
             outcome.status, json.dumps(outcome.samples), outcome.number, outcome.reason, outcome.seconds,
             purpose, provenance,
         )  # fmt: skip
@@ -116,30 +123,39 @@ class Journal:
                 row,
             )
         except sqlite3.OperationalError as error:
-            advice = "What was measured before is kept; run it again."
-            fail("projecta", "the disk", "have room", str(error), advice)
+            _tell_of_the_disk(self.path, error)
+            raise
 
     def runs(self, machine: str, commit: str, environment: str, purpose: str = BENCH) -> list[Run]:
         """What is known of a commit, oldest first."""
         found = self.base.execute(
-            "select benchmark, version, place, status, samples, number, reason, seconds, at from runs"
+            "select benchmark, version, params, status, samples, number, reason, seconds, at from runs"
             " where machine = ? and commit_hash = ? and environment = ? and purpose = ? order by id",
             [machine, commit, environment, purpose],
         )
         return [
-            Run(name, version, place, Outcome(status, tuple(json.loads(samples)), *rest), at)
-            for name, version, place, status, samples, *rest, at in found
+            Run(name, version, _tuple(params), Outcome(status, _tuple(samples), *rest), at)
+            for name, version, params, status, samples, *rest, at in found
         ]
 
     def known(
         self, machine: str, commit: str, environment: str, benchmarks: dict[str, dict[str, Any]]
-    ) -> dict[tuple[str, int], list[Run]]:
-        """The runs of today's versions of the benchmarks, by name and place."""
-        found: dict[tuple[str, int], list[Run]] = {}
+    ) -> dict[tuple[str, Combination], list[Run]]:
+        """The runs of today's versions of the benchmarks, by name and parameters."""
+        found: dict[tuple[str, Combination], list[Run]] = {}
         for run in self.runs(machine, commit, environment):
             if run.benchmark in benchmarks and str(benchmarks[run.benchmark]["version"]) == run.version:
-                found.setdefault((run.benchmark, run.place), []).append(run)
+                found.setdefault((run.benchmark, run.params), []).append(run)
         return found
+
+    def places(self, machine: str, commit: str, environment: str) -> set[tuple[str, str, int, Combination]]:
+        """(benchmark, version, place, parameters) of rows by which older versions wrote asv's file."""
+        found = self.base.execute(
+            "select distinct benchmark, version, place, params from runs where machine = ?"
+            " and commit_hash = ? and environment = ? and purpose = ? and place >= 0",
+            [machine, commit, environment, BENCH],
+        )
+        return {(name, version, place, _tuple(params)) for name, version, place, params in found}
 
     def absorb(
         self, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
@@ -156,23 +172,25 @@ class Journal:
         except (UserError, ValueError, KeyError) as error:  # a UnicodeDecodeError is a ValueError
             reason = " ".join(str(error).split())
             fail("projecta", str(path), "be asv's JSON", reason, "`projecta doctor` puts it aside.")
-        known = {name for name, _ in self.known(machine, commit, environment.name, benchmarks)}
+        known = {(run.benchmark, run.version) for run in self.runs(machine, commit, environment.name)}
         facts = self.provenance({"taken from": "asv's results"})
         for name in results.get_all_result_keys():
-            entry, version = benchmarks.get(name), str(results.benchmark_version.get(name))
-            if entry is None or version != str(entry["version"]) or name in known:
+            version, params = str(results.benchmark_version.get(name)), results.get_result_params(name)
+            if (name, version) in known:
                 continue
-            values = results.get_result_value(name, entry["params"])
-            stats, samples = (
-                f(name, entry["params"]) for f in (results.get_result_stats, results.get_result_samples)
-            )
-            for case in cases({name: entry}):
-                value, stat, own = values[case.index], stats[case.index], samples[case.index]
+            entry = benchmarks.get(name, {})
+            rounds = int(entry.get("rounds") or 1) if str(entry.get("version")) == version else 1
+            columns = (results.get_result_value, results.get_result_stats, results.get_result_samples)
+            rows = zip(itertools.product(*params), *(column(name, params) for column in columns), strict=True)
+            for combination, value, stat, own in rows:
                 if value is None or not math.isfinite(value):
                     continue  # why is not known: measure it
+                timed = bool(entry.get("type", "").startswith("time")) if entry else stat is not None
+                kind = "time" if timed else "track"
+                case = Case(name, MOVES, combination, kind, entry.get("unit", ""), version, 0.0)
                 number = stat and stat.get("number")
-                outcome = Outcome(OK, tuple(own or [value]), (number or 1) if case.timed else None)
-                for _ in range(int(entry.get("rounds") or 1) if case.timed and not own else 1):
+                outcome = Outcome(OK, tuple(own or [value]), (number or 1) if timed else None)
+                for _ in range(rounds if timed and not own else 1):
                     self.add(machine, commit, environment.name, case, outcome, BENCH, facts)
 
     def state(self, machine: str, commit: str) -> dict[str, Any]:
@@ -219,10 +237,30 @@ class Journal:
         return None if row is None else (row[0], json.loads(row[1]))
 
 
+def _tuple(text: str) -> tuple[Any, ...]:
+    """A list in JSON."""
+    return tuple(json.loads(text))
+
+
+def _tell_of_the_disk(path: Path, error: sqlite3.Error) -> None:
+    """Say in one line what a user can put right; anything else is left to be raised."""
+    name = getattr(error, "sqlite_errorname", "")
+    kept = "What was measured before is kept; run it again."
+    if name == "SQLITE_FULL":
+        fail("projecta", "the disk", "have room", str(error), kept)
+    if name in ("SQLITE_BUSY", "SQLITE_LOCKED"):
+        fail("projecta", str(path), "be free", str(error), f"End the program that has it open. {kept}")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+        fail("projecta", str(path), "be writable", str(error), kept)
+
+
 def export(
     journal: Journal, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
 ) -> Path:
-    """Write asv's file of one commit from the journal; a reader finds the old file or the new one, whole."""
+    """Write asv's file of one commit from the journal; a reader finds the old file or the new one, whole.
+
+    What the file holds and the journal does not is kept: benchmarks and parameters that have left the suite.
+    """
     from asv.machine import Machine
     from asv.results import Results
     from asv.runner import BenchmarkResult
@@ -237,13 +275,12 @@ def export(
     )  # fmt: skip
     known = journal.known(machine, commit, environment.name, benchmarks)
     for name, entry in benchmarks.items():
-        count = len(list(itertools.product(*entry["params"])))
-        places = [known.get((name, i), []) for i in range(count)]
-        if not any(places):
+        each = [known.get((name, combination), []) for combination in itertools.product(*entry["params"])]
+        if not any(each):
             continue
-        found = [_merged(runs) for runs in places]
+        found = [_merged(runs) for runs in each]
         printed = "\n".join(o.reason for o in found if o.status in BROKEN)
-        started = min(run.at for runs in places for run in runs)
+        started = min(run.at for runs in each for run in runs)
         results.add_result(
             entry,
             BenchmarkResult(
@@ -252,7 +289,7 @@ def export(
                 number=[o.number for o in found], errcode=int(bool(printed)), stderr=printed, profile=None,
             ),
             started_at=datetime.datetime.fromisoformat(started),
-            duration=sum(run.outcome.seconds for runs in places for run in runs),
+            duration=sum(run.outcome.seconds for runs in each for run in runs),
             record_samples=True,
         )  # fmt: skip
     target = folder / results._filename
@@ -260,11 +297,37 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as room:
         results.save(room)
         written = Path(room, results._filename)
+        if target.is_file():  # whole: `absorb` has read it
+            _keep_what_only_the_old_file_has(journal, target, written, results)
         with written.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(written, target)
     target.with_suffix(STATE).write_text(json.dumps(journal.state(machine, commit), indent=1) + "\n")
     return target
+
+
+def _keep_what_only_the_old_file_has(journal: Journal, target: Path, written: Path, results: Any) -> None:
+    from asv.util import write_json
+
+    old, new = (json.loads(path.read_bytes()) for path in (target, written))
+    if not isinstance(old.get("results"), dict):
+        return
+    moved = journal.places(results.params["machine"], results.commit_hash, results._env_name)
+    order = {
+        name: [(row["version"], combination) for combination in itertools.product(*(row["params"] or []))]
+        for name, columns in old["results"].items()
+        for row in [dict(zip(old["result_columns"], columns, strict=False))]
+        if row.get("version") is not None
+    }
+
+    def believed(name: str, combination: Combination) -> bool:
+        """Not where an older version may have written the value of other parameters at this place."""
+        for i, (version, here) in enumerate(order.get(name, [])):
+            if here == combination:
+                return not any(row[:3] == (name, str(version), i) and row[3] != combination for row in moved)
+        return True
+
+    write_json(str(written), merge_results(old, new, believed), results.api_version, compact=True)
 
 
 def _merged(runs: Sequence[Run]) -> Outcome:
@@ -289,4 +352,4 @@ def _value(outcome: Outcome) -> float | bool | None:
 def _date(project: Project, commit: str) -> int:
     from projecta.regress.runner import git
 
-    return 1000 * int(git(project.folder, "show", "--no-patch", "--format=%ct", commit).splitlines()[-1])
+    return 1000 * int(git(project.repository, "show", "--no-patch", "--format=%ct", commit).splitlines()[-1])

@@ -52,11 +52,18 @@ class Case:
     version: str
     timeout: float
     cache: str | None = None  # asv's key of the setup_cache that the benchmark wants
+    cache_timeout: float = 0.0  # of that; 0: the benchmark's
+    higher_is_better: bool = False
 
     @property
     def label(self) -> str:
         """As asv writes it, and as --bench matches it."""
         return f"{self.name}({', '.join(self.params)})" if self.params else self.name
+
+    @property
+    def key(self) -> tuple[str, str, tuple[str, ...]]:
+        """What a result is known by. (A change of `params` moves the index.)"""
+        return self.name, self.version, self.params
 
     @property
     def timed(self) -> bool:
@@ -98,6 +105,7 @@ class Spawn:
         self.settings = json.dumps(dict(settings))
         self.guard = Guard()
         self._caches: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._failed: dict[str, Outcome] = {}  # what became of a setup_cache: it is not tried again
 
     def run(self, case: Case) -> Outcome:
         start = time.monotonic()
@@ -128,15 +136,20 @@ class Spawn:
         """Run the setup_cache that a benchmark wants, once; why it could not be."""
         if case.cache is None or case.cache in self._caches:
             return None
+        if case.cache in self._failed:
+            return self._failed[case.cache]
         place = tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True)
         words = ["setup_cache", str(self.folder), asv_name(case), "{}"]
-        code, printed = self._finish(words, place.name, case.timeout)
+        limit = case.cache_timeout or case.timeout
+        code, printed = self._finish(words, place.name, limit)
         if code == 0:
             self._caches[case.cache] = place
             return None
         place.cleanup()
-        reason = too_long(case) if code is None else _last_words(printed)
-        return Outcome(TIMED_OUT if code is None else FAILED, reason=f"setup_cache: {reason}")
+        reason = too_long(limit) if code is None else _last_words(printed)
+        found = Outcome(TIMED_OUT if code is None else FAILED, reason=f"setup_cache: {reason}")
+        self._failed[case.cache] = found
+        return found
 
     def place(self, case: Case, room: str) -> str:
         return room if case.cache is None else self._caches[case.cache].name
@@ -175,7 +188,7 @@ class Fork(Spawn):
                 )  # fmt: skip
         except TimeoutError:
             self._end()
-            return Outcome(TIMED_OUT, reason=too_long(case), seconds=time.monotonic() - start)
+            return Outcome(TIMED_OUT, reason=too_long(case.timeout), seconds=time.monotonic() - start)
         except (OSError, EOFError) as error:
             reason = _last_words(tail_of(self.room / "printed")) or str(error)
             self._end()
@@ -319,8 +332,8 @@ def tail_of(path: Path, start: int = 0) -> str:
         return ""
 
 
-def too_long(case: Case) -> str:
-    return f"took longer than its timeout of {case.timeout:g} s"
+def too_long(limit: float) -> str:
+    return f"took longer than its timeout of {limit:g} s"
 
 
 def outcome_of(case: Case, code: int | None, printed: str, result: Path, seconds: float) -> Outcome:
@@ -330,7 +343,7 @@ def outcome_of(case: Case, code: int | None, printed: str, result: Path, seconds
         return Outcome(status, reason=reason, seconds=seconds)
 
     if code is None:
-        return ended(TIMED_OUT, too_long(case))
+        return ended(TIMED_OUT, too_long(case.timeout))
     if code:
         words = _last_words(printed)
         if _OUT_OF_MEMORY.search(printed):
@@ -348,9 +361,9 @@ def outcome_of(case: Case, code: int | None, printed: str, result: Path, seconds
         samples, number = found["samples"], int(found["number"])
     else:
         skipped = _SKIPPED.search(printed)
-        if isinstance(found, float) and math.isnan(found) and (skipped or case.type != "track"):
-            return ended(SKIPPED, skipped[1].strip("'\"") if skipped else "no reason given")
-        samples, number = [found], None
+        if isinstance(found, float) and math.isnan(found):  # asv takes it for a skip, whoever returned it
+            return ended(SKIPPED, skipped[1].strip("'\"") if skipped else "gave nan")
+        samples, number = [float(found) if isinstance(found, bool) else found], None
     for value in samples or [None]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return ended(BAD, f"gave {str(value)[:80]!r}, not a finite number")

@@ -21,9 +21,7 @@ LAST = "last.gate"  # beside a machine's results: the newest verdict, in JSON; a
 
 def sorted_rows(result: Result) -> list[Row]:
     """The worst first, then the slowest."""
-    return sorted(
-        result.rows, key=lambda row: (_ORDER[row.verdict], -(row.judgement.ratio or 0), row.case.label)
-    )
+    return sorted(result.rows, key=lambda row: (_ORDER[row.verdict], -(row.judgement.ratio or 0), row.label))
 
 
 def table(result: Result) -> Any:
@@ -39,7 +37,7 @@ def table(result: Result) -> Any:
     made.add_column("benchmark", overflow="fold")
     for row in sorted_rows(result):
         *cells, why = _cells(row)
-        label = _escape(row.case.label) + (f"\n[dim]{_escape(why)}[/]" if why else "")
+        label = _escape(row.label) + (f"\n[dim]{_escape(why)}[/]" if why else "")
         made.add_row(f"[{COLOURS[row.verdict]}]{row.verdict}[/]", *cells, label)
     return made
 
@@ -52,9 +50,9 @@ def noise_table(rows: Sequence[Row], noise: dict[str, tuple[str, float, int]], d
     made.add_column("noise", justify="right")
     made.add_column(f"pairs for +{2 * design.tolerance:.0%}", justify="right")
     made.add_column("benchmark", overflow="fold")
-    for row in sorted(rows, key=lambda row: -noise[row.case.label][1]):
-        _, spread, _ = noise[row.case.label]
-        needed, label = gate.pairs_for_power(spread, design, 2 * design.tolerance), _escape(row.case.label)
+    for row in sorted(rows, key=lambda row: -noise[row.label][1]):
+        _, spread, _ = noise[row.label]
+        needed, label = gate.pairs_for_power(spread, design, 2 * design.tolerance), _escape(row.label)
         if needed > MOST_PAIRS:
             label += (
                 "\n[yellow]too noisy to gate: let it run longer (repeat, sample_time), give it a core of "
@@ -126,7 +124,8 @@ def as_json(result: Result) -> dict[str, Any]:
         },
         "benchmarks": [
             {
-                "name": row.case.name, "params": list(row.case.params), "unit": row.case.unit,
+                "name": row.case.name, "params": list(row.case.params), "environment": row.environment,
+                "unit": row.case.unit, "higher_is_better": row.case.higher_is_better,
                 "verdict": row.verdict, "ratio": row.judgement.ratio, "low": _finite(row.judgement.low),
                 "high": _finite(row.judgement.high), "pairs": row.judgement.pairs, "more": row.judgement.more,
                 "reason": row.judgement.reason,
@@ -167,7 +166,7 @@ def _markdown_table(rows: list[Row]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row.verdict, *_cells(row)[:4], f"`{row.case.label}`", _cells(row)[4]]
+        cells = [row.verdict, *_cells(row)[:4], f"`{row.label}`", _cells(row)[4]]
         lines.append("| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |")
     return [*lines, ""]
 
@@ -201,7 +200,7 @@ def draw(result: Result, path: Path) -> None:
             axis.plot(ends, (i, i), color=colour, alpha=0.3, linewidth=5, solid_capstyle="butt")
     axis.axvline(0, color="grey", linewidth=0.8)
     axis.axvline(100 * result.design.tolerance, color="C3", linewidth=0.8, linestyle="--")
-    axis.set_yticks(range(len(rows)), [f"{row.case.label}  {row.verdict}" for row in rows], fontsize=7)
+    axis.set_yticks(range(len(rows)), [f"{row.label}  {row.verdict}" for row in rows], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel(
         "head against base, % (dots: pairs of processes; bars: bounds; dashed: tolerance)", fontsize=8

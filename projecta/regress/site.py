@@ -45,7 +45,7 @@ def publish(project: Project, extra: Path | None = None) -> Path:
         fail("projecta publish", "asv publish", "succeed", lines[-1])
     (folder / "index.html").replace(folder / HISTORY)
     make_self_contained(folder)
-    write_front(project, folder, runner.history(root), extra, runner.gate_pattern(root))
+    write_front(project, folder, runner.history(project.repository), extra, runner.gate_pattern(root))
     return folder
 
 

@@ -1,15 +1,19 @@
-"""Reads what asv has stored; no other room opens asv's files."""
+"""Reads what asv has stored, and merges asv's files of a commit: a value is known by benchmark, version and
+parameters, never by its place."""
 
 import contextlib
+import functools
+import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from projecta._checks import Checker
+from projecta._checks import Checker, fail
 
 # Beside asv's files, which are named .json: of a commit, driver, kernel, governor...; of a machine, noise.
 STATE, NOISE = ".state", "last.noise"
@@ -32,6 +36,7 @@ class Measurement:
     unit: str
     label: str = ""  # the benchmark and its parameters as asv writes them, and as gates name them
     state: Mapping[str, str] = field(default_factory=dict)  # what it was measured in: machine, versions
+    higher_is_better: bool = False
 
     @property
     def measured(self) -> bool:
@@ -61,9 +66,51 @@ class Project:
         )
         try:
             self.config = Config.load(str(path))
-        except UserError as error:
+        except (UserError, ValueError) as error:
             check.that(False, "asv.conf.json", "be readable", " ".join(str(error).split()))
         self.results = folder / self.config.results_dir
+        self._load_plugins()
+
+    def _load_plugins(self) -> None:
+        """asv's plugins of the configuration: environments, repositories."""
+        from asv.plugin_manager import plugin_manager
+
+        for name in self.config.plugins:
+            try:
+                with contextlib.chdir(self.folder):
+                    plugin_manager.import_plugin(name)
+            except Exception as error:
+                reason = f"{name!r}: {type(error).__name__}: {error}"
+                fail("projecta", "plugins of asv.conf.json", "be importable", reason)
+
+    @functools.cached_property
+    def repository(self) -> Path:
+        """The git repository whose commits are measured: asv.conf.json's `repo`, or asv's mirror of it."""
+        from asv.repo import get_repo
+        from asv.util import ProcessError, UserError
+
+        try:
+            with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
+                return Path(get_repo(self.config)._path).resolve()
+        except (UserError, ProcessError, OSError) as error:
+            lines = str(getattr(error, "stderr", "") or error).strip().splitlines() or ["no reason given"]
+            fail(
+                "projecta",
+                "repo of asv.conf.json",
+                "be a git repository",
+                f"{self.config.repo!r}: {lines[-1]}",
+            )
+
+    @functools.cached_property
+    def inside(self) -> str:
+        """Where in the repository the project's folder lies; "" if it is its top, or elsewhere."""
+        top = subprocess.run(
+            ["git", "-C", str(self.repository), "rev-parse", "--show-toplevel"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        folder = self.folder.resolve()
+        return str(folder.relative_to(top)) if top and folder.is_relative_to(top) else ""
 
     def machines(self) -> list[str]:
         """Names of the machines that have results, the one used last first."""
@@ -113,7 +160,7 @@ class Project:
                     label = f"{name}({', '.join(combination)})" if combination else name
                     yield Measurement(
                         machine, result.env_name, result.commit_hash, result.date, name, params, value,
-                        benchmarks[name]["unit"], label, state,
+                        benchmarks[name]["unit"], label, state, higher_is_better(benchmarks[name]),
                     )  # fmt: skip
 
     def _state(self, result: Any) -> dict[str, str]:
@@ -123,6 +170,94 @@ class Project:
         with contextlib.suppress(OSError, ValueError):
             facts |= json.loads(path.read_text())
         return {str(key): str(value) for key, value in facts.items()}
+
+
+RATES = ("/s", "hz")  # how units end of which more is better
+
+
+def higher_is_better(entry: Mapping[str, Any]) -> bool:
+    """The direction of a benchmark: as its `higher_is_better` says, or by its unit.
+
+    >>> higher_is_better({"unit": "images/s"}), higher_is_better({"unit": "unit", "higher_is_better": True})
+    (True, True)
+    """
+    said = entry.get("higher_is_better")
+    return str(entry["unit"]).lower().endswith(RATES) if said is None else bool(said)
+
+
+Combination = tuple[str, ...]  # of parameters, each as asv writes it
+
+
+def merge_results(
+    old: Mapping[str, Any], new: Mapping[str, Any],
+    believed: Callable[[str, Combination], bool] = lambda name, combination: True,
+) -> dict[str, Any]:  # fmt: skip
+    """asv's file of a commit with the values of two: all of the new one, and what only the old one has.
+
+    Of a benchmark whose version differs the new row stands. `believed` may refuse values of the old one.
+    """
+    rows, before, after = dict(new["results"]), old["result_columns"], new["result_columns"]
+    for name, row in old["results"].items():
+        known = dict(zip(before, row, strict=False))
+        mine = None if name not in rows else dict(zip(after, rows[name], strict=False))
+        if mine is None:
+            merged: dict[str, Any] | None = known
+        elif str(known.get("version")) != str(mine.get("version")):
+            continue
+        else:
+            merged = _merge_row(name, known, mine, believed)
+        if merged is not None:
+            rows[name] = [merged.get(column) for column in after]
+            while rows[name] and rows[name][-1] is None:  # as asv writes it
+                rows[name].pop()
+    durations = {**old.get("durations", {}), **new.get("durations", {})}
+    return {**new, "results": rows, "durations": durations}
+
+
+def _merge_row(
+    name: str, old: dict[str, Any], new: dict[str, Any], believed: Callable[[str, Combination], bool]
+) -> dict[str, Any] | None:
+    """A benchmark's columns with all combinations of both; None if the old one adds nothing."""
+    axes, added = (list(row.get("params") or []) for row in (new, old))
+    if len(axes) != len(added):
+        return None
+    mine, theirs = _by_combination(new), _by_combination(old)
+    extra = {
+        combination: values for combination, values in theirs.items()
+        if _is_missing(mine.get(combination, {}).get("result")) and not _is_missing(values.get("result"))
+        and believed(name, combination)
+    }  # fmt: skip
+    if not extra:
+        return None
+    both = [
+        [*axis, *(value for value in more if value not in axis and any(c[i] == value for c in extra))]
+        for i, (axis, more) in enumerate(zip(axes, added, strict=True))
+    ]
+    combinations = list(itertools.product(*both))
+    found = mine | extra
+    merged = new | {"params": both}
+    for column in {key for values in found.values() for key in values}:
+        each = [found.get(combination, {}).get(column) for combination in combinations]
+        merged[column] = None if all(value is None for value in each) else each
+    return merged
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether it is none: asv writes null for what failed, nan for what was skipped or not selected."""
+    return value is None or value != value
+
+
+def _by_combination(row: Mapping[str, Any]) -> dict[Combination, dict[str, Any]]:
+    """The columns that have a value for each combination, by combination."""
+    combinations = list(itertools.product(*(row.get("params") or [])))
+    columns = {
+        column: values for column, values in row.items()
+        if (column in ("result", "samples") or column.startswith("stats_")) and isinstance(values, list)
+    }  # fmt: skip
+    return {
+        combination: {column: values[i] for column, values in columns.items() if i < len(values)}
+        for i, combination in enumerate(combinations)
+    }
 
 
 def _plain(parameter: str) -> str:
