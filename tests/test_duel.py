@@ -148,7 +148,10 @@ def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(sides):
     """
     both, found = sides(suite, launch_method="forkserver")
     for _ in range(5):
-        died, lived = duel(both, dict.fromkeys(both, found["time_it"])), duel(both, found["track_it"])
+        died, lived = (
+            duel(both, dict.fromkeys(both, found["time_it"])),
+            duel(both, dict.fromkeys(both, found["track_it"])),
+        )
         assert {(o.status, o.reason) for o in died.values()} == {("failed", "exit status 7")}
         assert {(o.status, o.samples) for o in lived.values()} == {(OK, (1.0,))}
 

@@ -88,7 +88,7 @@ def test_steps_up_and_down_name_their_commit():
     up, down = (changes.steps(Series("x", (), "seconds", own)) for own in points)
     assert [(s.commit, s.change, s.worse) for s in up] == [("c20", 0.5, True)]
     assert [(s.commit, s.change, s.worse) for s in down] == [("c30", -0.5, False)]
-    fast = changes.steps(Series("x", (), "GB/s", points[0]))
+    fast = changes.steps(Series("x", (), "GB/s", points[0], higher_is_better=True))
     assert not fast[0].worse  # more of that is better
 
 

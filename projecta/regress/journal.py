@@ -246,7 +246,7 @@ def _tell_of_the_disk(path: Path, error: sqlite3.Error) -> None:
     """Say in one line what a user can put right; anything else is left to be raised."""
     name = getattr(error, "sqlite_errorname", "")
     kept = "What was measured before is kept; run it again."
-    if name == "SQLITE_FULL":
+    if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
         fail("projecta", "the disk", "have room", str(error), kept)
     if name in ("SQLITE_BUSY", "SQLITE_LOCKED"):
         fail("projecta", str(path), "be free", str(error), f"End the program that has it open. {kept}")

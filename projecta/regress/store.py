@@ -210,8 +210,9 @@ def merge_results(
             rows[name] = [merged.get(column) for column in after]
             while rows[name] and rows[name][-1] is None:  # as asv writes it
                 rows[name].pop()
-    durations = {**old.get("durations", {}), **new.get("durations", {})}
-    return {**new, "results": rows, "durations": durations}
+    spent = [part["durations"] for part in (old, new) if "durations" in part]
+    durations = {"durations": {k: v for part in spent for k, v in part.items()}} if spent else {}
+    return {**new, "results": rows, **durations}
 
 
 def _merge_row(

@@ -1,0 +1,455 @@
+"""asv projects of all shapes: names, repositories, environments, plugins; and what the command says of faults."""
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+
+from projecta.regress import builds, command, contest, gate, journal, runner
+from projecta.regress.builds import Build
+from projecta.regress.journal import Journal
+from projecta.regress.processes import Case, Outcome
+from projecta.regress.store import Project, higher_is_better
+from tests import foreign
+from tests.foreign import run
+
+ONE = "def track_one():\n    return 1\n"
+OF_TINY = "import tiny\n\ndef track_cost():\n    return tiny.COST\n"
+
+
+def judged(path="gate.json"):
+    return {row["name"]: row for row in json.loads(Path(path).read_text())["benchmarks"]}
+
+
+# --- repositories
+
+
+def test_a_suite_in_a_repository_of_its_own(workplace):
+    """asv's `repo` is another one: its commits are named, measured, published and looked up by the doctor."""
+    library, own = workplace / "lib", workplace / "suite"
+    for folder in (library, own):
+        folder.mkdir()
+    foreign.git(library, "init", "--quiet", "--initial-branch", "main")
+    first = foreign.commit(library, "one", tiny="COST = 1\n")
+    foreign.git(library, "tag", "v1")
+    foreign.commit(library, "two", tiny="COST = 3\n")
+    foreign.git(library, "tag", "v2")
+    foreign.make(own, OF_TINY, repo="../lib", branches=["main"])
+    foreign.commit(own, "suite")
+    with contextlib.chdir(own):
+        assert run("gate", "v1", "v2", "--json", "gate.json")[0] == 1
+        assert judged()["suite.track_cost"]["ratio"] == 3.0
+        assert run("gate", "v2", "v2")[0] == 0
+        code, text = run("bench", "v1..v2", "--machine", "desk")
+        assert code == 0
+        assert "uncommitted" not in text
+        assert run("bench", "v1", "--machine", "desk")[0] == 0
+        assert {m.commit[:8]: m.value for m in Project(own).measurements("desk")}[first[:8]] == 1
+        assert run("doctor") == (0, "No problems.\n")
+        code, text = run("gate", "v1", "v3")
+        assert code == 2
+        assert "a revision must name a commit of this repository; got 'v3'" in text
+
+
+def test_a_repository_that_is_not_there(workplace):
+    foreign.make(workplace, ONE, repo="../nowhere")
+    foreign.commit(workplace, "one")
+    code, text = run("gate", "HEAD", "HEAD")
+    assert code == 2
+    assert "projecta: repo of asv.conf.json must be a git repository; got '../nowhere'" in text
+
+
+@pytest.mark.parametrize("package", ["", "src/"])
+def test_a_configuration_in_a_subfolder_and_the_package_at_the_top(workplace, package):
+    folder = workplace / "perf"
+    folder.mkdir()
+    foreign.make(folder, OF_TINY, repo="..")
+    subprocess.run(["rm", "-rf", folder / ".git"], check=True)
+    foreign.git(workplace, "init", "--quiet", "--initial-branch", "main")
+    (workplace / package / "tiny").mkdir(parents=True)
+    commits = []
+    for cost in (1, 2):
+        (workplace / package / "tiny/__init__.py").write_text(f"COST = {cost}\n")
+        commits.append(foreign.commit(workplace, str(cost)))
+    with contextlib.chdir(folder):
+        assert run("gate", *commits, "--json", "gate.json")[0] == 1
+        assert judged()["suite.track_cost"]["ratio"] == 2.0
+
+
+def test_links_that_lead_out_of_the_archive(workplace):
+    foreign.make(workplace, OF_TINY)
+    (workplace / "absolute").symlink_to("/etc")
+    (workplace / "outside").symlink_to("../../elsewhere")
+    first = foreign.commit(workplace, "one", tiny="COST = 1")
+    assert run("gate", first, first)[0] == 0
+
+
+# --- packages
+
+
+def test_a_copy_that_is_installed_is_not_the_commit(workplace):
+    """In lib/, under another name than the project's: neither commit's files are imported."""
+    environment = workplace / "venv"
+    venv.create(environment, symlinks=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "here.pth").write_text("\n".join(path for path in sys.path if path))
+    (packages / "tiny.py").write_text("COST = 1\n")
+    folder = workplace / "project"
+    folder.mkdir()
+    suite = "def track_cost():\n    import tiny\n    return tiny.COST\n"  # when it runs, not before
+    foreign.make(folder, suite, project="fast-yaml", benchmark_dir="benchmarks")
+    (folder / "lib").mkdir()
+    commits = []
+    for cost in (1, 10):
+        (folder / "lib/tiny.py").write_text(f"COST = {cost}\n")
+        commits.append(foreign.commit(folder, str(cost)))
+    words = [environment / "bin/python", "-m", "projecta", "gate", *commits, "--machine", "desk"]
+    project = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": project}
+    )
+    assert done.returncode == 3, done.stderr
+    assert "tiny is imported from" in done.stderr
+    assert "not from the commit's files. Take environment_type virtualenv" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "project", "source", "kept"),
+    [
+        ("my-lib", "my_lib", "", False), ("My.Lib", "my_lib", "", False), ("other", "my_lib", "", True),
+        ("dist-of-it", "my_lib", "file://{folder}/.asv/env/abc/wheels/dist.whl", False),
+        ("dist-of-it", "my_lib", "file:///elsewhere/dist.whl", True),
+    ],
+)  # fmt: skip
+def test_the_project_s_own_distribution_is_no_package_beside_it(
+    workplace, monkeypatch, name, project, source, kept
+):
+    foreign.make(workplace, ONE, project=project)
+    build = Build(Project(workplace), foreign.commit(workplace, "one"))
+    found = json.dumps([[name, "1.0", source.format(folder=workplace)], ["numpy", "2.0", ""]])
+
+    class Done:
+        stdout = found
+
+    monkeypatch.setattr(builds.subprocess, "run", lambda *words, **options: Done)
+    assert build.packages() == {"numpy": "2.0"} | ({builds.normalised(name): "1.0"} if kept else {})
+
+
+# --- environments and plugins
+
+
+class FakeEnvironment:
+    def __init__(self, requirements, variables):
+        self.python, self.requirements, self.env_vars = "3.11", requirements, variables
+
+
+def test_environments_are_told_apart_by_what_differs(monkeypatch):
+    made = [
+        FakeEnvironment({"numpy": n, "six": "1"}, {"MODE": m}) for n in ("1", "2") for m in ("fast", "slow")
+    ]
+    monkeypatch.setattr(builds, "_environments", lambda project, config: made)
+    assert builds.environment_labels(Mock) == [
+        "MODE=fast, numpy=1", "MODE=slow, numpy=1", "MODE=fast, numpy=2", "MODE=slow, numpy=2",
+    ]  # fmt: skip
+    monkeypatch.setattr(builds, "_environments", lambda project, config: made[:1])
+    assert builds.environment_labels(Mock) == [""]
+
+
+class Mock:
+    config = None
+
+
+PLUGIN = """
+    from asv.environment import ExistingEnvironment
+
+    class Mine(ExistingEnvironment):
+        tool_name = "mine"
+
+        def __init__(self, conf, python, requirements, variables):
+            self.mode = "-".join(variables.values())
+            super().__init__(conf, "same", {}, variables)
+
+        @classmethod
+        def matches(cls, python):
+            return True
+
+        @property
+        def name(self):
+            return f"mine-{self.mode}"
+"""
+
+
+def test_a_plugin_s_environments_are_all_gated(workplace):
+    """Head is ten times as dear in the second only; each has its rows, and they share the rate of error."""
+    suite = "import os\nimport tiny\n\ndef track_cost():\n    return tiny.COST[os.environ['MODE']]\n"
+    matrix = {"env": {"MODE": ["fast", "slow"]}}
+    foreign.make(workplace, suite, plugins=[".my_plugin"], environment_type="mine", matrix=matrix)
+    first = foreign.commit(
+        workplace, "one", tiny="COST = {'fast': 1, 'slow': 1}\n", my_plugin=textwrap.dedent(PLUGIN)
+    )
+    second = foreign.commit(workplace, "two", tiny="COST = {'fast': 1, 'slow': 10}\n")
+    code, text = run("gate", first, second, "--json", "gate.json")
+    assert code == 1
+    assert "environment 2 of 2: MODE=slow" in text
+    rows = {row["environment"]: row for row in json.loads(Path("gate.json").read_text())["benchmarks"]}
+    assert {label: row["verdict"] for label, row in rows.items()} == {
+        "MODE=fast": "PASS",
+        "MODE=slow": "REGRESSED",
+    }
+    assert "[MODE=slow]" in text
+    assert "chance of a false REGRESSED at most 1% a gate" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"environment_type": "strange"}, "strange"),
+        ({"plugins": [".no_such_plugin"]}, "plugins of asv.conf.json must be importable; got '.no_such_plugin': ModuleNotFoundError"),
+        ({"environment_type": "virtualenv", "pythons": ["2.0"]}, "2.0"),
+    ],
+)  # fmt: skip
+def test_asv_s_own_reason_is_told(workplace, settings, words):
+    foreign.make(workplace, ONE, **settings)
+    foreign.commit(workplace, "one")
+    code, text = run("gate", "HEAD", "HEAD")
+    assert code == 2
+    assert words in text
+    assert len(text.strip().splitlines()) == 1
+
+
+# --- what benchmarks give
+
+
+def test_what_asv_takes_of_a_benchmark(workplace):
+    """nan is a skip, True is 1; a setup_cache has its own timeout and fails once; --quick runs once."""
+    foreign.make(workplace, f"""
+        import time
+
+        def track_nan():
+            return float("nan")
+
+        def track_true():
+            return True
+
+        class Slow:
+            timeout = 1
+            def setup_cache(self):
+                time.sleep(1.5)
+                return 5
+            setup_cache.timeout = 60
+            def track_cached(self, five):
+                return five
+
+        class Fails:
+            params = list(range(4))
+            def setup_cache(self):
+                open({str(workplace / "calls")!r}, "a").write("x")
+                raise RuntimeError("no network")
+            def track_y(self, data, p):
+                return data
+
+        def time_rounds():
+            open({str(workplace / "rounds")!r}, "a").write("x")
+        time_rounds.rounds, time_rounds.number, time_rounds.repeat, time_rounds.warmup_time = 4, 1, 1, 0
+    """)  # fmt: skip
+    foreign.commit(workplace, "one")
+    code, text = run("bench", "HEAD", "--machine", "desk", "--quick")
+    assert code == 3
+    assert len((workplace / "calls").read_text()) == 1
+    assert text.count("setup_cache: RuntimeError: no network") == 4
+    assert len(text.split("suite.time_rounds")) == 2, "once"
+    assert "suite.track_nan skipped" in text
+    assert "suite.track_true 1 unit" in text
+    assert "suite.Slow.track_cached 5 unit" in text
+
+
+def test_a_setup_cache_without_a_timeout_has_the_longest_of_those_who_want_it():
+    entry = {"type": "track", "unit": "unit", "version": "1", "params": [], "setup_cache_key": "suite:7"}
+    found = builds.cases(
+        {"a": entry | {"timeout": 5}, "b": entry | {"timeout": 50, "setup_cache_timeout": None}}
+    )
+    assert [case.cache_timeout for case in found] == [50.0, 50.0]
+    found = builds.cases({"a": entry | {"timeout": 5, "setup_cache_timeout": 7}})
+    assert [case.cache_timeout for case in found] == [7.0]
+
+
+@pytest.mark.parametrize("zero", ["base", "head"])
+def test_a_timing_of_zero_is_not_measured(zero):
+    case = Case("a.b", 0, (), "time", "seconds", "1", 1.0)
+    row = contest.Row(case, dict.fromkeys(contest.SIDES, case))
+    for side in contest.SIDES:
+        row.outcomes[side].append(Outcome("ok", (0.0 if side == zero else 1e-3,), 1))
+    row.judge(gate.Design())
+    assert row.verdict == gate.NOT_MEASURED
+    assert row.judgement.reason == f"{zero} took 0 s, less than its clock can tell: set a larger `number`"
+
+
+def test_metrics_have_a_direction(workplace):
+    """A fall of what is better the higher it is has regressed, a rise has not; asv's pages learn it too."""
+    foreign.make(workplace, """
+        import tiny
+
+        def track_cosine():
+            return tiny.COSINE
+        track_cosine.higher_is_better = True
+
+        class Rates:
+            higher_is_better = True
+            def track_accuracy(self):
+                return tiny.COSINE
+            def track_error(self):
+                return 1 - tiny.COSINE
+            track_error.higher_is_better = False
+
+        def track_images():
+            return 100 * tiny.COSINE
+        track_images.unit = "images/s"
+    """)  # fmt: skip
+    commits = [foreign.commit(workplace, str(c), tiny=f"COSINE = {c}\n") for c in (0.99, 0.5)]
+    assert run("gate", *commits, "--json", "gate.json")[0] == 1
+    assert {name: row["verdict"] for name, row in judged().items()} == dict.fromkeys(judged(), "REGRESSED")
+    assert judged()["suite.track_cosine"]["ratio"] == pytest.approx(0.5 / 0.99)
+    assert run("gate", *reversed(commits), "--json", "gate.json")[0] == 0
+    run("bench", "HEAD", "--machine", "desk")
+    known = {m.benchmark: m.higher_is_better for m in Project(workplace).measurements("desk")}
+    assert known == {
+        "suite.track_cosine": True, "suite.Rates.track_accuracy": True, "suite.Rates.track_error": False,
+        "suite.track_images": True,
+    }  # fmt: skip
+    assert not higher_is_better({"unit": "images/s", "higher_is_better": False})
+
+
+def test_a_metric_that_varies_is_judged_in_its_direction():
+    case = Case("a.b", 0, (), "track", "unit", "1", 1.0, higher_is_better=True)
+    for factor, verdict in ((0.8, gate.REGRESSED), (1.25, gate.PASS)):
+        row = contest.Row(case, dict.fromkeys(contest.SIDES, case))
+        for i in range(14):
+            value = 1 + 0.03 * (i % 5)
+            for side, by in (("base", 1.0), ("head", factor)):
+                row.outcomes[side].append(Outcome("ok", (value * by * (1 + 0.001 * i),)))
+            row.judge(gate.Design())
+            if row.judgement.verdict:
+                break
+        assert row.verdict == verdict
+        assert row.judgement.low <= row.judgement.ratio <= row.judgement.high
+        assert row.judgement.ratio == pytest.approx(factor)
+
+
+# --- what a user is told
+
+
+def test_where_all_is_broken_the_exit_code_says_so(workplace):
+    foreign.make(workplace, "def track_n():\n    raise RuntimeError('broken')\n")
+    foreign.commit(workplace, "one")
+    code, text = run("bench", "HEAD", "--machine", "desk")
+    assert code == 3
+    assert text.splitlines()[-1] == "1 failed; why stands above."
+
+
+@pytest.mark.parametrize("text", ['{"version":}', "\xff", "[]", '{"version": 1}'])
+def test_a_configuration_that_cannot_be_read_is_named(workplace, text):
+    foreign.make(workplace, ONE)
+    foreign.commit(workplace, "one")
+    (workplace / "asv.conf.json").write_bytes(text.encode("latin-1"))
+    code, said = run("gate", "HEAD", "HEAD")
+    assert code == 2
+    assert "asv.conf.json" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_damaged_machine_file_is_named(workplace):
+    foreign.make(workplace, ONE)
+    foreign.commit(workplace, "one")
+    Path(os.environ["HOME"]).mkdir(exist_ok=True)
+    Path(os.environ["HOME"], ".asv-machine.json").write_text("{broken")
+    code, said = run("bench", "HEAD", "--machine", "desk")
+    assert code == 2
+    assert ".asv-machine.json" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("math domain error"), TypeError("no len()"), sqlite3.OperationalError("no such column")],
+)
+def test_what_is_not_the_user_s_is_a_crash_with_its_traceback(error):
+    @command.one_line
+    def broken():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        broken()
+    assert caught.value is error
+
+
+def test_a_crash_has_an_exit_code_of_its_own(workplace):
+    script = "import projecta.regress.runner as r, sys; r.find_root = lambda f: 1 / 0; from projecta.regress.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "doctor"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == command.CRASHED == 70
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_exit_codes_are_those_of_the_docs():
+    text = (Path(__file__).parents[1] / "docs/gate.md").read_text()
+    codes = gate.EXIT_CODES | {
+        "usage": command.USAGE,
+        "crash": command.CRASHED,
+        "interrupted": command.INTERRUPTED,
+    }
+    for name, code in codes.items():
+        assert f"| {name} | {code} |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SQLITE_FULL", "projecta: the disk must have room; got it. What was measured before is kept"),
+        ("SQLITE_BUSY", "journal.sqlite must be free; got it. End the program that has it open."),
+        ("SQLITE_READONLY", "journal.sqlite must be writable; got it."),
+        ("SQLITE_ERROR", None),
+    ],
+)  # fmt: skip
+def test_what_sqlite_says_is_told_apart(name, words):
+    error = sqlite3.OperationalError("it")
+    error.sqlite_errorname = name
+    if words is None:
+        journal._tell_of_the_disk(Path("journal.sqlite"), error)
+        return
+    with pytest.raises(ValueError, match=r"^projecta: ") as caught:
+        journal._tell_of_the_disk(Path("journal.sqlite"), error)
+    assert words in str(caught.value)
+
+
+def test_a_locked_journal_is_said_to_be_so(workplace):
+    foreign.make(workplace, ONE)
+    foreign.commit(workplace, "one")
+    with Journal(Project(workplace)) as book:
+        book.base.execute("pragma busy_timeout = 10")
+        facts = book.provenance({})
+        other = sqlite3.connect(book.path, isolation_level=None)
+        other.execute("begin immediate")
+        with pytest.raises(ValueError, match=r"journal\.sqlite must be free; got database is locked"):
+            book.add(
+                "desk",
+                "c",
+                "e",
+                Case("a.b", 0, (), "track", "MiB", "1", 1.0),
+                Outcome("ok", (1.0,)),
+                "bench",
+                facts,
+            )
+        other.execute("rollback")
+        other.close()
+    assert runner.select([], None) == []
