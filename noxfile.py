@@ -1,5 +1,7 @@
-"""Sessions: bench (the main job), tests, browser, quick, fidelity, accuracy, rates, lint. Workflows also call
-preflight, fetch, gate, keep and publish; rehearse runs those workflows here. They need Python and nox.
+"""Sessions: bench (the main job), tests, compat, browser, quick, fidelity, accuracy, rates, lint.
+
+Workflows also call preflight, fetch, gate, keep and publish; rehearse runs those workflows here. They need
+Python and nox.
 """
 
 import os
@@ -12,8 +14,9 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "virtualenv"
 
-PROJECT = nox.project.load_toml("pyproject.toml")["project"]
-EXTRAS = PROJECT["optional-dependencies"]
+SETTINGS = nox.project.load_toml("pyproject.toml")
+EXTRAS = SETTINGS["project"]["optional-dependencies"]
+TESTED = SETTINGS["tool"]["projecta"]["tested"]  # package: lowest and highest version
 # The versions that asv measures with, so that tests and benchmarks see the same libraries.
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
 REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
@@ -94,6 +97,51 @@ def tests(session: nox.Session) -> None:
     session.install(*PINNED, TRITON, *EXTRAS["bench"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", *session.posargs)
+
+
+# The library's tests: what depends on the versions of others. `oldest` has torch 2.9, of which some indexes
+# hold only a build for CUDA (3 GB); the newest torch is the newest of which there is a build for the CPU.
+LIBRARY = sorted(
+    str(path)
+    for room in (
+        "scan",
+        "strides",
+        "derivatives",
+        "triton",
+        "mamba",
+        "mrss",
+        "s4d",
+        "clip*",
+        "vtp",
+        "low_rank",
+    )
+    for path in Path("tests").glob(f"test_{room}.py")
+)
+VERSIONS = {
+    "oldest": {name: f"=={low}.*" for name, (low, _) in TESTED.items()},
+    "newest": {name: "==2.13.0" if name == "torch" else f">={low}" for name, (low, _) in TESTED.items()},
+    "oldest hosts": {
+        name: "==2.13.0" if name == "torch" else f"=={low}.*" for name, (low, _) in TESTED.items()
+    },
+}
+
+
+@nox.session(reuse_venv=True)
+@nox.parametrize("versions", [nox.param(versions, id=name) for name, versions in VERSIONS.items()])
+def compat(session: nox.Session, versions: dict[str, str]) -> None:
+    """The library's tests on the oldest and on the newest torch, transformers, triton and numba."""
+    wanted = [name + rule for name, rule in versions.items() if name != "triton"]
+    session.install("--upgrade", *wanted, "scikit-image==0.26.0", *EXTRAS["bench"], *EXTRAS["dev"])
+    session.install("--upgrade", "--no-deps", "triton" + versions["triton"])  # a build for CUDA wants its own
+    install_project(session)
+    names = ", ".join(map(repr, versions))
+    code = (
+        f"from importlib.metadata import version as v; print(*(n + ' ' + v(n) for n in ({names})), sep=', ')"
+    )
+    found = str(session.run("python", "-c", code, silent=True)).strip()
+    session.log(f"versions: {found}")
+    session.run("pytest", "--quiet", *(session.posargs or LIBRARY))
+    session.log(f"passed on {found}")
 
 
 @nox.session(reuse_venv=True)

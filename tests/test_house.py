@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,22 @@ def test_asv_measures_with_what_the_tests_use():
     assert f'"asv_runner=={pins["asv_runner"]}"' in project
     assert any(f"asv_runner=={pins['asv_runner']}" in command for command in config["install_command"])
     assert all("--no-deps" in command for command in config["install_command"])
+
+
+def test_the_tested_range_is_stated_and_holds_the_pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    readme, noxfile = ((ROOT / name).read_text() for name in ("README.md", "noxfile.py"))
+    extras = project["project"]["optional-dependencies"]
+    declared = " ".join([*project["project"]["dependencies"], *extras["gpu"], *extras["models"]])
+
+    def order(version):
+        return [int(part) for part in version.split(".")]
+
+    for name, (low, high) in project["tool"]["projecta"]["tested"].items():
+        assert f"{name} {low} to {high}" in readme
+        assert f"{name}>={low}" in declared
+        (pin,) = set(re.findall(rf'"{name}==(\d+\.\d+)', noxfile))
+        assert order(low) <= order(pin) <= order(high)
 
 
 def test_readme_names_what_there_is():
