@@ -110,6 +110,11 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         not plan.mass or attention in _MASKABLE, "plan.mass",
         f"be False with attention {attention!r}, which takes no mask", plan.mass,
     )  # fmt: skip
+    masks = "attention_mask" in inspect.signature(type(tower).forward).parameters
+    check.that(
+        not masks or attention != "flex_attention", "model",
+        "have an attention whose masks are tensors: take 'sdpa' or 'eager'", f"attention {attention!r}",
+    )  # fmt: skip
     check.that(
         not plan.mass or "attention_mask" in inspect.signature(type(blocks[0]).forward).parameters,
         "plan.mass", f"be False: {type(blocks[0]).__name__} of transformers {_version()} takes no mask",

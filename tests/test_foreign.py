@@ -1,6 +1,7 @@
 """asv projects of all shapes: names, repositories, environments, plugins; and what the command says of faults."""
 
 import contextlib
+import errno
 import json
 import os
 import sqlite3
@@ -387,6 +388,36 @@ def test_what_is_not_the_user_s_is_a_crash_with_its_traceback(error):
     with pytest.raises(type(error)) as caught:
         broken()
     assert caught.value is error
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EADDRINUSE])
+def test_what_the_system_refuses_is_told_in_one_line(number, capsys):
+    @command.one_line
+    def refused():
+        raise OSError(number, "no", "results")
+
+    with pytest.raises(SystemExit) as caught:
+        refused()
+    assert caught.value.code == command.USAGE
+    assert capsys.readouterr().err == "projecta: results must be free and writable; got no.\n"
+
+
+def test_calibration_of_what_is_broken_says_so(workplace):
+    foreign.make(workplace, "def time_n():\n    raise RuntimeError('broken')\n")
+    foreign.commit(workplace, "one")
+    code, text = run("calibrate", "--pairs", "3")
+    assert code == 3
+    assert "BROKEN: suite.time_n: head failed: RuntimeError: broken" in text
+
+
+def test_parameters_from_a_set_have_one_order_in_all_processes(workplace):
+    words = [f"w{i}" for i in range(12)]
+    text = f"class Work:\n    params = list({set(words)!r})\n    def track_n(self, word):\n        return int(word[1:])\n"
+    foreign.make(workplace, text)
+    foreign.commit(workplace, "one")
+    assert run("bench", "HEAD", "--machine", "desk")[0] == 0
+    found = {m.label: m.value for m in Project(workplace).measurements("desk")}
+    assert found == {f"suite.Work.track_n('{word}')": int(word[1:]) for word in words}
 
 
 def test_a_crash_has_an_exit_code_of_its_own(workplace):

@@ -245,11 +245,25 @@ def test_a_shallow_clone_and_another_repository_prove_no_absence(workplace):
         assert run("bench", "HEAD", "--machine", "desk")[0] == 0
     foreign.commit(workplace / "lib", "results of one")
     foreign.git(workplace, "clone", "--quiet", "--depth=1", f"file://{workplace}/lib", "shallow")
+    foreign.git(workplace / "lib", "checkout", "--quiet", "--orphan", "other")
+    foreign.commit(workplace / "lib", "unrelated")
+    foreign.git(
+        workplace,
+        "clone",
+        "--quiet",
+        "--single-branch",
+        "--branch=other",
+        f"file://{workplace}/lib",
+        "single",
+    )
     (workplace / "suite").mkdir()
     foreign.make(workplace / "suite", "def track_one():\n    return 1\n", results_dir="perf", repo="../lib")
     foreign.commit(workplace / "suite", "suite")
     subprocess.run(["cp", "-r", "lib/perf", "suite/"], check=True, cwd=workplace)
-    for folder, words in (("shallow", "is not in this clone, which is shallow"), ("suite", "No problems.")):
+    for folder, words in (
+        ("shallow", "is not in this clone, which is shallow"), ("suite", "No problems."),
+        ("single", "is not in this clone, which has one branch only"),
+    ):  # fmt: skip
         with contextlib.chdir(workplace / folder):
             code, text = run("doctor", "--fix")
             assert code == 0

@@ -87,6 +87,7 @@ class Build:
 
     def _variables(self) -> dict[str, str]:
         own = os.environ | self.environment.env_vars | {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
+        own.setdefault("PYTHONHASHSEED", "0")  # parameters from a set: in one order in all processes
         for name in ("PYTHONPATH", "ASV_PYTHONPATH"):
             own.pop(name, None)
         if self.existing:
@@ -126,7 +127,9 @@ class Build:
         alone = copy(self.config)
         alone.branches = []  # where they cannot be imported, asv would install the tip of a branch instead
         before = dict(os.environ)
-        os.environ.update({k: v for k, v in self.variables.items() if k.endswith("PYTHONPATH")})
+        os.environ.update(
+            {k: v for k, v in self.variables.items() if k.endswith(("PYTHONPATH", "PYTHONHASHSEED"))}
+        )
         try:
             with _asv_in(self.project.folder):
                 self.found = Benchmarks.discover(

@@ -168,10 +168,16 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
     design = statistics.Design(tolerance=tolerance)
     result, noise = _contest(machine, "HEAD", "HEAD", regex, design, budget, pairs)
     measured = [row for row in result.rows if row.case.timed and row.label in noise]
-    if not measured:
+    broken = [row for row in result.rows if row.verdict == statistics.BROKEN]
+    for row in broken:
+        click.echo(f"BROKEN: {row.label}: {row.judgement.reason}", err=True)
+    if not measured and not broken:
         click.echo("projecta calibrate: no timing was measured often enough (3 pairs).", err=True)
         sys.exit(NOT_MEASURED)
-    Console().print(show.noise_table(measured, noise, result.design))
+    if measured:
+        Console().print(show.noise_table(measured, noise, result.design))
+    if broken:
+        sys.exit(BROKEN)
 
 
 @cli.command()

@@ -1,5 +1,6 @@
 """What every command shares: exit codes, the option for the machine, and how a user's mistake is told."""
 
+import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -23,9 +24,10 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except Exception as error:
-            if not getattr(error, "told", False) and not _is_asvs(error):
+            said = _one_line_of(error)
+            if said is None:
                 raise
-            click.echo(" ".join(str(error).split()), err=True)
+            click.echo(said, err=True)
             sys.exit(USAGE)
         except KeyboardInterrupt as error:
             click.echo(": ".join(("Interrupted", *map(str, error.args))) + ".", err=True)
@@ -34,10 +36,17 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _is_asvs(error: Exception) -> bool:
-    """Whether asv says of a file or an argument that it is wrong. (asv may not have been imported.)"""
-    asv = sys.modules.get("asv.util")
-    return asv is not None and isinstance(error, asv.UserError)
+_WORLD = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EADDRINUSE)
+
+
+def _one_line_of(error: Exception) -> str | None:
+    """What to tell of an error that a user can put right: ours, asv's, or the system's."""
+    asv = sys.modules.get("asv.util")  # it may not have been imported
+    if getattr(error, "told", False) or (asv is not None and isinstance(error, asv.UserError)):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _WORLD:
+        return f"projecta: {error.filename or 'the system'} must be free and writable; got {error.strerror}."
+    return None
 
 
 def project_at(root: Path) -> Any:

@@ -112,9 +112,10 @@ def _results(project: Project, path: Path, data: Any, fix: bool) -> Iterator[Fin
         return
     words = ["git", "-C", str(repository), "cat-file", "-e", commit + "^{commit}"]
     if subprocess.run(words, capture_output=True).returncode:
-        if _is_shallow(repository):  # absence proves nothing there
-            advice = "fetch all of it (`git fetch --unshallow`) to check this result"
-            yield Finding(path, f"commit {commit[:8]} is not in this clone, which is shallow", advice, False)
+        partial = _partial(repository)
+        if partial:  # absence proves nothing there
+            advice = "fetch all of the repository to check this result"
+            yield Finding(path, f"commit {commit[:8]} is not in this clone, which {partial}", advice, False)
             return
         yield Finding(
             path, f"commit {commit[:8]} is not in the repository (its history was rewritten?)", "set aside"
@@ -140,10 +141,16 @@ def _results(project: Project, path: Path, data: Any, fix: bool) -> Iterator[Fin
             os.replace(file.name, path)
 
 
-def _is_shallow(repository: Path) -> bool:
-    """Whether a clone has the newest commits only."""
-    words = ["git", "-C", str(repository), "rev-parse", "--is-shallow-repository"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "true"
+def _partial(repository: Path) -> str:
+    """Which part of the history a clone has, if it may not have all of it."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True).stdout
+
+    if ask("rev-parse", "--is-shallow-repository").strip() == "true":
+        return "is shallow"
+    fetched = ask("config", "--get-regexp", r"^remote\..*\.fetch$").splitlines()
+    return "" if all("*" in line for line in fetched) else "has one branch only"
 
 
 def _infinities(row: list[Any]) -> int:
