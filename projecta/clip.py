@@ -112,7 +112,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
     )  # fmt: skip
     masks = "attention_mask" in inspect.signature(type(tower).forward).parameters
     check.that(
-        not masks or attention != "flex_attention", "model",
+        plan.keep == 1 or not masks or attention != "flex_attention", "model",
         "have an attention whose masks are tensors: take 'sdpa' or 'eager'", f"attention {attention!r}",
     )  # fmt: skip
     check.that(
@@ -306,10 +306,10 @@ class Pruning:
             call = self.begin(self._tower, None, whole=False)
         if call is None:
             fail("prune", f"block {i}", f"run after block {stages[0]} of the same pass", "a call of it alone")
-        stage = behind[-1]
+        stage, prunes = behind[-1], self.tokens[-1] < self._patches + prefix
         if stages[stage] == i:
-            tokens = self._prune(call, stage, block, tokens, mask)
-        if self.tokens[-1] == self._patches + prefix:  # nothing is pruned
+            tokens = self._prune(call, stage, block, tokens, mask if prunes else None)
+        if not prunes:
             return tokens, mask
         return tokens, self._mask(call.found[stage], mask, tokens)
 
@@ -368,6 +368,7 @@ class Pruning:
         least = torch.finfo(tokens.dtype).min
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, least)
+        mask = mask.to(tokens.dtype).clamp_min(least)
         logits = found.mass.log() if self.plan.mass else torch.zeros_like(found.mass)
         bias = logits[:, None, None].to(tokens.dtype).masked_fill(~visible, least)
         return (mask + bias).clamp_min(least)

@@ -106,10 +106,20 @@ def test_masks_of_another_form_are_refused():
 
 def test_keep_1_leaves_a_mask_as_it_is():
     model = make(ViTModel)
-    truth = run(model, MASK)
+    truth, seen = run(model, MASK), []
     for fuse, mass in FUSED:
         with prune(model, Plan(keep=1.0, at=(0, 2), fuse=fuse, mass=mass)):
             assert torch.equal(run(model, MASK), truth)
+            block = (
+                torch.ones(2, 1, 17, 17, dtype=torch.bool),
+                object(),
+            )  # as other attentions take: handed on
+            model.layers[0].register_forward_pre_hook(
+                lambda _, args, kwargs: seen.append(args[1]), with_kwargs=True
+            )
+            with pytest.raises((TypeError, RuntimeError, AttributeError)):
+                model.layers[0](torch.zeros(2, 17, 32), block)
+            assert seen[-1] is block
 
 
 @pytest.mark.parametrize("kind", [ViTModel, Dinov2Model])
