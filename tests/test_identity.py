@@ -28,6 +28,7 @@ SUITE = """
         time_n.number, time_n.repeat, time_n.rounds, time_n.warmup_time = 1, 2, {rounds}, 0
 """
 PACKAGED = """
+    import time
     import codecs_of_mine as mine
 
     class Codecs:
@@ -38,9 +39,7 @@ PACKAGED = """
             return mine.COSTS[codec]
 
         def time_cost(self, codec):
-            total = 0
-            for i in range(int(20_000 * mine.COSTS[codec])):
-                total += i
+            time.sleep(0.01 * mine.COSTS[codec])
         time_cost.number, time_cost.warmup_time = 1, 0
 """
 
@@ -114,22 +113,9 @@ def test_a_gate_compares_what_has_the_same_parameters(workplace):
     }  # fmt: skip
     assert (rows["'deflate'"]["ratio"], rows["'zip'"]["ratio"]) == (2.0, 1.0)
     assert (rows["'brotli'"]["reason"], rows["'gone'"]["reason"]) == ("absent in base", "absent in head")
-    run(
-        "gate",
-        first,
-        second,
-        "--bench",
-        r"time_cost\('(deflate|zip)",
-        "--json",
-        "gate.json",
-        "--budget",
-        "0.05",
-    )
-    ratios = {
-        row["params"][0]: row["ratio"] for row in json.loads(Path("gate.json").read_text())["benchmarks"]
-    }
-    assert 1.5 < ratios["'deflate'"] < 2.7
-    assert 0.7 < ratios["'zip'"] < 1.4
+    run("gate", first, second, "--bench", "time_cost.*deflate", "--json", "gate.json", "--budget", "0")
+    (timed,) = json.loads(Path("gate.json").read_text())["benchmarks"]
+    assert 1.7 < timed["ratio"] < 2.3
 
 
 def test_another_version_of_a_benchmark_is_not_compared(workplace):
