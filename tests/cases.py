@@ -90,7 +90,9 @@ def _run(leaves, scan, lay, options):
     grad_last = lay(torch.randn(last.shape, generator=draw, dtype=torch.float64, device="cpu").to(last))
     wanted = {n: t for n, t in leaves.items() if t.requires_grad}
     grads = torch.autograd.grad((y, last), list(wanted.values()), (grad_y, grad_last), materialize_grads=True)
-    return {"y": y.detach(), "last": last.detach()} | {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
+    return {"y": y.detach(), "last": last.detach()} | {
+        f"d{n}": g.detach() for n, g in zip(wanted, grads, strict=True)
+    }
 
 
 def benchmarks(prefix):
