@@ -103,7 +103,7 @@ def tests(session: nox.Session) -> None:
 # hold only a build for CUDA (3 GB); the newest torch is the newest of which there is a build for the CPU.
 LIBRARY = sorted(
     str(path)
-    for room in (
+    for room in [
         "scan",
         "strides",
         "derivatives",
@@ -114,14 +114,15 @@ LIBRARY = sorted(
         "clip*",
         "vtp",
         "low_rank",
-    )
+    ]
     for path in Path("tests").glob(f"test_{room}.py")
 )
+NEWEST_TORCH = PINNED[0].removeprefix("torch")
 VERSIONS = {
     "oldest": {name: f"=={low}.*" for name, (low, _) in TESTED.items()},
-    "newest": {name: "==2.13.0" if name == "torch" else f">={low}" for name, (low, _) in TESTED.items()},
+    "newest": {name: NEWEST_TORCH if name == "torch" else f">={low}" for name, (low, _) in TESTED.items()},
     "oldest hosts": {
-        name: "==2.13.0" if name == "torch" else f"=={low}.*" for name, (low, _) in TESTED.items()
+        name: NEWEST_TORCH if name == "torch" else f"=={low}.*" for name, (low, _) in TESTED.items()
     },
 }
 

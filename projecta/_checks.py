@@ -55,5 +55,14 @@ class Checker:
             fail(self.function, argument, "be one of " + ", ".join(map(repr, allowed)), repr(value))
 
 
+def host(package: str) -> str:
+    """An imported package and its version, for messages about what it passes or lacks.
+
+    >>> host("transformers_of_nobody")
+    'transformers_of_nobody of an unknown version'
+    """
+    return f"{package} {getattr(sys.modules.get(package), '__version__', 'of an unknown version')}"
+
+
 def _short(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")

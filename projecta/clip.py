@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from projecta._checks import Checker, fail
+from projecta._checks import Checker, fail, host
 from projecta.vtp import MODEL_SCORES, Costs, Plan, attention_scores
 
 
@@ -117,7 +117,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
     )  # fmt: skip
     check.that(
         not plan.mass or "attention_mask" in inspect.signature(type(blocks[0]).forward).parameters,
-        "plan.mass", f"be False: {type(blocks[0]).__name__} of transformers {_version()} takes no mask",
+        "plan.mass", f"be False: {type(blocks[0]).__name__} of {host('transformers')} takes no mask",
         plan.mass, "Take a newer transformers.",
     )  # fmt: skip
     return Pruning(family, tower, plan)
@@ -141,14 +141,9 @@ def _check_score(check: Checker, family: _Family, tower: Any, block: Any, score:
     elif isinstance(score, str) and score in MODEL_SCORES:
         attention = getattr(block, family.attention)
         whole = all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj"))
-        kind = f"{type(attention).__name__} of transformers {_version()}"
+        kind = f"{type(attention).__name__} of {host('transformers')}"
         rule = f"be another: {kind} has no q_proj, k_proj and v_proj"
         check.that(whole, "plan.score", rule, repr(score))
-
-
-def _version() -> str:
-    """Of transformers."""
-    return str(getattr(sys.modules.get("transformers"), "__version__", "of an unknown version"))
 
 
 class _Found(NamedTuple):
@@ -429,7 +424,7 @@ class _Hook:
         named = given | kwargs
         for name, value in [*kwargs.items(), *((f"argument {i}", args[i]) for i in range(2, len(args)))]:
             if name not in ("hidden_states", "attention_mask") and isinstance(value, Tensor):
-                rule = f"be None: projecta does not know this argument of transformers {_version()}"
+                rule = f"be None: projecta does not know this argument of {host('transformers')}"
                 fail("prune", name, rule, f"a tensor {tuple(value.shape)}", error=TypeError)
         tokens, mask = self.pruning.enter_block(
             call, self.i, block, named["hidden_states"], named.get("attention_mask")

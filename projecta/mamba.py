@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta import mrss as multi
-from projecta._checks import Checker
+from projecta._checks import Checker, host
 from projecta.mrss import MrssState, choose_periods, mrss_scan, mrss_update
 from projecta.scan import BACKENDS, require_backend, selective_scan, selective_state_update
 
@@ -488,7 +488,7 @@ class _Forward:
         for name, value in unknown.items():
             rule = "be None: layers of transformers take one sequence per row"
             if name not in ("seq_idx", "cu_seqlens"):
-                rule = f"be None: projecta does not know this argument of transformers {_version()}"
+                rule = f"be None: projecta does not know this argument of {host('transformers')}"
             check.that(value is None, name, rule, type(value).__name__)
         check.that(
             cache is None or cache_params is None or cache is cache_params, "cache_params",
@@ -517,11 +517,6 @@ class _Forward:
             cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
             cache.update_recurrent_state(last, mixer.layer_idx)
         return mixer.out_proj(y)
-
-
-def _version() -> str:
-    """Of transformers."""
-    return str(getattr(sys.modules.get("transformers"), "__version__", "of an unknown version"))
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -314,9 +314,8 @@ def _environments(project: Project, config: Any) -> list[Any]:
 
 def cases(benchmarks: dict[str, dict[str, Any]]) -> list[Case]:
     """Every combination of parameters of every benchmark."""
-    limits: dict[
-        str, float
-    ] = {}  # of each setup_cache: its own, or the longest of who wants it, as asv has it
+    # The timeout of each setup_cache: its own, or the longest of the benchmarks that share it, as in asv.
+    limits: dict[str, float] = {}
     for entry in benchmarks.values():
         key, limit = entry.get("setup_cache_key"), entry.get("setup_cache_timeout") or entry["timeout"]
         if key is not None:
