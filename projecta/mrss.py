@@ -294,7 +294,7 @@ def _choose(check, backend, u, A, B, C, table) -> tuple[str, np.ndarray | None]:
 
 def _in_vectors(table: Tensor, g: int, width: int) -> np.ndarray | None:
     """The periods of each vector of channels and four states, flat, if these share them; else None."""
-    kernels, periods = _kernels(), table.numpy()
+    kernels, periods = _kernels("layout"), table.numpy()
     if not periods.size or periods.max() > kernels.CHUNK or (periods & (periods - 1)).any():
         return None
     d, n = periods.shape
@@ -305,9 +305,9 @@ def _in_vectors(table: Tensor, g: int, width: int) -> np.ndarray | None:
     return found.astype(np.int64).ravel() if np.array_equal(again, periods) else None
 
 
-def _kernels() -> Any:
+def _kernels(module: str) -> Any:
     """Of backend "cpu": numba is imported when it is needed."""
-    return import_module("projecta.scan.cpu")
+    return import_module(f"projecta.scan.cpu.{module}")
 
 
 class _OnCpu(torch.autograd.Function):
@@ -316,7 +316,7 @@ class _OnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, periods, exact, delta_softplus, *tensors):
         inputs = Inputs(*tensors)
-        y, last, saved = _kernels().lazy_forward(
+        y, last, saved = _kernels("launch").lazy_forward(
             inputs, delta_softplus, periods, exact, any(ctx.needs_input_grad)
         )
         ctx.save_for_backward(saved, *tensors)
@@ -340,7 +340,9 @@ class _OnCpu(torch.autograd.Function):
         grad_y = torch.zeros_like(inputs.u) if grad_y is None else grad_y
         grad_last = inputs.A.new_zeros(ctx.last_shape) if grad_last is None else grad_last
         grads = Inputs(*(None if t is None else torch.empty_like(t) for t in tensors[:9]))
-        _kernels().lazy_backward(grad_y, grad_last, saved, inputs, delta_softplus, grads, periods, exact)
+        _kernels("launch").lazy_backward(
+            grad_y, grad_last, saved, inputs, delta_softplus, grads, periods, exact
+        )
         return grads[:9]
 
 

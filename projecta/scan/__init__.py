@@ -8,9 +8,9 @@ D delta_bias (d,): skip weight, bias of the step size.  h (b, d, n): the state.
 Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3,
 algorithm 2.
 
-A backend is a module of this folder with `unavailable`, `selective_scan` and `selective_state_update`, which
-take the arguments checked and in canonical form: A in the dtype of the state (float32, float64 if u is, or
-their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
+A backend is a module or a folder here with `unavailable`, `selective_scan` and `selective_state_update`.
+These take the arguments checked and in canonical form: A in the dtype of the state (float32, float64 if u is,
+or their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
 """
 
 import os
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from projecta._checks import Checker
-from projecta.scan import _repeat
 from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
 from projecta.scan._operator import Inputs
 
@@ -107,10 +106,10 @@ def selective_scan(
     tensor([1.0000, 1.3679, 1.5032])
     """
     kind = None
-    if not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
+    if not torch.compiler.is_compiling() and _may_replay(backend, u, cu_seqlens):
         given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        kind = _repeat.kind_of(given, bool(delta_softplus), save_every)
-        launch = None if kind is None else _repeat.known(kind[0])
+        kind = _loaded["triton"].replay.kind_of(given, bool(delta_softplus), save_every)
+        launch = None if kind is None else _loaded["triton"].replay.known(kind[0])
         if kind is not None and launch is not None:
             found = launch(u, A, kind[1])
             return found if return_last_state else found[0]
@@ -123,9 +122,9 @@ def selective_scan(
     y, last_state = module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
     )
-    if kind is not None and hasattr(module, "repeat"):  # "auto" may have taken another backend
+    if kind is not None and hasattr(module, "prepare"):  # "auto" may have taken another backend
         canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-        _repeat.learn(kind[0], module.repeat(Inputs(*given), canonical, delta_softplus))
+        module.replay.learn(kind[0], module.prepare(Inputs(*given), canonical, delta_softplus))
     return (y, last_state) if return_last_state else y
 
 
@@ -255,10 +254,11 @@ def _check_indices(
         check.that(len(set(found)) == b, name, "differ from each other", found)
 
 
-def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the call may be one that backend "triton" can do in one launch."""
+def _may_replay(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the call may be one that backend "triton", once loaded, can do by launches that it prepared."""
     return (
-        cu_seqlens is None
+        "triton" in _loaded
+        and cu_seqlens is None
         and isinstance(u, Tensor)
         and u.device.type == _ONLY["triton"]
         and u.dtype != torch.float64

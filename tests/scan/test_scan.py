@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.common import peak_mib
 from projecta import available_backends, selective_scan, selective_state_update
-from projecta.scan import BackendUnavailable, _layout, cpu, vectorised  # they register their operators
+from projecta.scan import BackendUnavailable, vectorised
+from projecta.scan.cpu import launch, layout  # they register their operators
 from tests.cases import make_scan, run_with_gradients, widen
 
 TOLERANCE = {  # dtype of u: (rtol, atol) of y and every gradient, relative to the largest value
@@ -282,8 +283,8 @@ def _again(**options):
 
 @pytest.mark.parametrize("cores", [2, 100])
 def test_the_number_of_threads_changes_no_bit(cores, monkeypatch):
-    monkeypatch.setattr(_layout, "CORES", cores)  # 100: time is cut into pieces
-    monkeypatch.setattr(_layout, "PIECE", 40)
+    monkeypatch.setattr(layout, "CORES", cores)  # 100: time is cut into pieces
+    monkeypatch.setattr(layout, "PIECE", 40)
     one, two, again = _bits("cpu", 1), _bits("cpu", 2), _bits("cpu", 2)
     for name, t in one.items():
         assert torch.equal(t, two[name])
@@ -358,11 +359,11 @@ def test_rates_of_zero_sum_up(backend):
 )
 def test_pieces_of_time_give_the_same(options, monkeypatch):
     """As on a machine with more processors than the scan has blocks."""
-    monkeypatch.setattr(_layout, "CORES", 20)
-    monkeypatch.setattr(_layout, "PIECE", 40)
+    monkeypatch.setattr(layout, "CORES", 20)
+    monkeypatch.setattr(layout, "PIECE", 40)
     arguments = make_scan(l=333, n=3, **({"b": 1} | options))
     runs = []
-    monkeypatch.setattr(cpu, "run", lambda *args, run=cpu.run: (runs.append(args[1]), run(*args)))
+    monkeypatch.setattr(launch, "run", lambda *args, run=launch.run: (runs.append(args[1]), run(*args)))
     truth = run_with_gradients(
         selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from projecta.scan._operator import Inputs
-from projecta.scan._vectors import BYTES
+from projecta.scan.cpu.simd import BYTES
 
 CHUNK = 16  # steps between saved states
 UNROLL = 4  # rows of states that one loop over time advances
@@ -24,7 +24,7 @@ PIECE = 8192  # the least steps of a piece
 CORES = os.cpu_count() or 1
 
 
-_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `_vectors` knows them
+_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `simd` knows them
 
 
 def flat(t: Tensor) -> np.ndarray:

@@ -71,7 +71,7 @@ def softplus(x, BROAD: tl.constexpr):
 
 
 @triton.jit
-def also(inside, condition):
+def and_uniform(inside, condition):
     """The lanes that are inside, if a condition that all lanes share holds.
 
     The interpreter of Triton 3.9 would broadcast the condition as int32, which is no type of a mask.
@@ -91,7 +91,7 @@ def compensated(total, lost, value):
 
 
 @triton.jit
-def words(at, W: tl.constexpr, FREE: tl.constexpr):
+def load_words(at, W: tl.constexpr, FREE: tl.constexpr):
     """W adjacent 32-bit words of each lane from a pointer on: W tiles, by one load of up to 16 bytes.
 
     In assembly: the compiler's search for layouts takes seconds for as many loads as these kernels have, and
@@ -140,7 +140,7 @@ def pin(x, index):
 
 
 @triton.jit
-def put(at, tiles, inside, W: tl.constexpr):
+def store_words(at, tiles, inside, W: tl.constexpr):
     """Write W words of each lane that is inside, by one store."""
     if INTERPRETED:
         for i in tl.static_range(W):
@@ -165,7 +165,7 @@ def put(at, tiles, inside, W: tl.constexpr):
 
 
 @triton.jit
-def one(at, inside):
+def load_one(at, inside):
     """A number of each lane that is inside, else 0, in float32: for arrays that cannot be read in words."""
     element: tl.constexpr = at.dtype.element_ty
     if INTERPRETED:
@@ -183,13 +183,13 @@ def one(at, inside):
 
 
 @triton.jit
-def put_one(at, value, inside):
+def store_one(at, value, inside):
     """Write a number of each lane that is inside."""
     element: tl.constexpr = at.dtype.element_ty
     if INTERPRETED:
         tl.store(at, value.to(element), inside)
     elif element.primitive_bitwidth == 32:
-        put(at, (value.to(tl.int32, bitcast=True),), inside, 1)
+        store_words(at, (value.to(tl.int32, bitcast=True),), inside, 1)
     else:
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.global.b16 [$2], $3; mov.b32 $0, 0; }", "=r,r,l,h",
@@ -199,7 +199,7 @@ def put_one(at, value, inside):
 
 
 @triton.jit
-def numbers(word, element: tl.constexpr):
+def unpack_word(word, element: tl.constexpr):
     """The float32 that a word is, or the two 16-bit numbers that it holds."""
     if element.primitive_bitwidth == 32:
         return (word.to(tl.float32, bitcast=True),)
@@ -211,7 +211,7 @@ def numbers(word, element: tl.constexpr):
 
 
 @triton.jit
-def word(tiles, i: tl.constexpr, element: tl.constexpr):
+def pack_word(tiles, i: tl.constexpr, element: tl.constexpr):
     """The i-th word of a row of numbers."""
     if element.primitive_bitwidth == 32:
         return tiles[i].to(tl.int32, bitcast=True)
@@ -235,7 +235,7 @@ def prefetch(at):
 
 
 @triton.jit
-def shuffled(x, source):
+def shuffle(x, source):
     """x of the lane `source`, which is one of the same warp."""
     if INTERPRETED:
         return tl.gather(x, source + tl.zeros(x.shape, tl.int32), 0)
@@ -267,20 +267,22 @@ def barrier(index):
 
 
 @triton.jit
-def fetched(at, index, count, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, THREADS: tl.constexpr):
+def load_stretches(
+    at, index, count, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, THREADS: tl.constexpr
+):
     """U stretches of S numbers, STRIDE apart, 16 bytes a thread at a time; of `count`, the last again."""
     found = ()
     if not INTERPRETED:
         for i in tl.static_range((U * S // 4 + THREADS - 1) // THREADS):
             v = i * THREADS + index
             stretch = tl.minimum(v // (S // 4), count - 1)
-            found = found + words(at + (stretch * STRIDE + v % (S // 4) * 4), 4, True)
+            found = found + load_words(at + (stretch * STRIDE + v % (S // 4) * 4), 4, True)
     return found
 
 
 @triton.jit
-def settle(tiles, room, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Leave what `fetched` found in shared memory, SIZE numbers."""
+def store_shared(tiles, room, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Leave what `load_stretches` loaded in shared memory, SIZE numbers."""
     for i in tl.static_range(len(tiles) // 4):
         v = i * THREADS + index
         tl.inline_asm_elementwise(
@@ -294,7 +296,7 @@ def settle(tiles, room, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def settled(at):
+def load_shared(at):
     """16 bytes from shared memory. Half as dear where lanes 2 i and 2 i + 1 read the same."""
     return tl.inline_asm_elementwise(
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
@@ -303,8 +305,10 @@ def settled(at):
 
 
 @triton.jit
-def lay(tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
-    """Leave R tiles, row j of K, in one half of `room`; `collected` finds them."""
+def stage_sums(
+    tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr
+):
+    """Leave R tiles, row j of K, in one half of `room`; `reduce_warps` adds them."""
     if not INTERPRETED:
         HALF: tl.constexpr = WARPS * WARP * K * R * 4
         at = room + half * HALF + ((index // WARP * K + j) * WARP + index % WARP) * (R * 4)
@@ -317,7 +321,7 @@ def lay(tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.conste
 
 
 @triton.jit
-def collected(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
+def reduce_warps(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
     """The sum of K rows of R tiles over the program's warps: warp w keeps rows w, WARPS + w... of them.
 
     After a barrier: one is enough if the halves of `room` alternate. The interpreter sums the tiles.
@@ -354,16 +358,16 @@ def repeat(x, V: tl.constexpr):
 
 
 @triton.jit
-def spread(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr):
+def broadcast(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr):
     """Give every lane T steps, FIRST and on, of those that its group owns: V a lane, lanes UNIT apart."""
     tiles = ()
     for i in tl.static_range(FIRST, FIRST + T):
-        tiles = tiles + (shuffled(own[i % V], leader + i // V * UNIT),)
+        tiles = tiles + (shuffle(own[i % V], leader + i // V * UNIT),)
     return tiles
 
 
 @triton.jit
-def summed(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.constexpr):
+def reduce_scatter(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.constexpr):
     """Sum T tiles over groups of L lanes, UNIT lanes apart; the i-th of a group keeps sums i T / L and on."""
     if L == 1:
         return tiles
@@ -374,17 +378,17 @@ def summed(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.constexpr):
         for i in tl.static_range(T // 2):
             one, other = tiles[i // V * 2 * V + i % V], tiles[i // V * 2 * V + i % V + V]
             keep, send = tl.where(upper, other, one), tl.where(upper, one, other)
-            half = half + (keep + shuffled(send, index ^ UNIT),)
-        return summed(half, index, 2 * UNIT, L // 2, T // 2)
+            half = half + (keep + shuffle(send, index ^ UNIT),)
+        return reduce_scatter(half, index, 2 * UNIT, L // 2, T // 2)
 
 
 @triton.jit
-def total(x, index, UNIT: tl.constexpr, L: tl.constexpr):
+def all_reduce(x, index, UNIT: tl.constexpr, L: tl.constexpr):
     """The sum over each group of L lanes, UNIT lanes apart, in all of them."""
     if L == 1:
         return x
     else:
-        return total(x + shuffled(x, index ^ (UNIT * L // 2)), index, UNIT, L // 2)
+        return all_reduce(x + shuffle(x, index ^ (UNIT * L // 2)), index, UNIT, L // 2)
 
 
 @triton.constexpr_function
@@ -397,26 +401,26 @@ def _link(REACH, LAST):
 
 
 @triton.jit
-def scanned(decay, state, lane, REACH: tl.constexpr = 1):
+def warp_scan(decay, state, lane, REACH: tl.constexpr = 1):
     """Chain h -> decay h + state over a warp's lanes: what each lane has after its own link."""
     if REACH == WARP:
         return state
     elif INTERPRETED:
         before, chained = tl.maximum(lane - REACH, 0), lane >= REACH
-        joined = tl.where(chained, decay * shuffled(state, before) + state, state)
-        return scanned(tl.where(chained, decay * shuffled(decay, before), decay), joined, lane, 2 * REACH)
+        joined = tl.where(chained, decay * shuffle(state, before) + state, state)
+        return warp_scan(tl.where(chained, decay * shuffle(decay, before), decay), joined, lane, 2 * REACH)
     else:
         further, joined = tl.inline_asm_elementwise(
             _link(REACH, 2 * REACH == WARP), "=&f,=&f,f,f", [decay, state], (tl.float32, tl.float32), True, 1
         )
-        return scanned(further, joined, lane, 2 * REACH)
+        return warp_scan(further, joined, lane, 2 * REACH)
 
 
 @triton.jit
-def shifted(x, first, lane):
+def shift_up(x, first, lane):
     """x of the lane before; in lane 0, `first`."""
     if INTERPRETED:
-        return tl.where(lane == 0, first, shuffled(x, tl.maximum(lane - 1, 0)))
+        return tl.where(lane == 0, first, shuffle(x, tl.maximum(lane - 1, 0)))
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; shfl.sync.up.b32 $0|p, $1, 1, 0, 0xffffffff; @!p mov.f32 $0, $2; }", "=&f,f,f",

@@ -8,9 +8,8 @@ f is the exponential where `exact` is not None, else max(0, 1 + z / 8)^8: A come
 last block that is short reads v in its last token too. The formula, and its use: `projecta.mrss`.
 """
 
-from projecta.scan._layout import UNROLL
-from projecta.scan._threads import inner
-from projecta.scan._vectors import (
+from projecta.scan.cpu.layout import UNROLL
+from projecta.scan.cpu.simd import (
     BYTES,
     exp2_product_safe,
     fma,
@@ -22,6 +21,7 @@ from projecta.scan._vectors import (
     store,
     zero,
 )
+from projecta.scan.cpu.threads import inner
 
 
 @inner
@@ -109,7 +109,7 @@ def _end(span, a, h, v, tokens, exact):
 
 @inner
 def advance(S, X, Y, first, steps, A, B, C, w, n, H, ahead, periods, at, exact, steady_B, steady_C):
-    """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y; as `_advance`.
+    """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
     Four rows from 4 i on have the period periods[at + i]; `first` begins a block.
     """
@@ -207,7 +207,7 @@ def retrace(
     T, o, area, first, steps, A, a_at, B, C, w, n, q, H, own, hs, carry, dA, dB, pb, tb, dC, pc, tc, p, exact,
     steady_B, steady_C, ahead, look, next_states,
 ):  # fmt: skip
-    """One chunk and four rows of states: form the states again, then go back through them; as `_retrace`.
+    """One chunk and four rows of states: compute the states again, then go back through them.
 
     With G the gradient of h', and r = f(A S (p - 1) / (2 p)) G, each token but the last adds C_t dy_t to r
     and takes from it dB_t = r x_t and dx_t = r B_t; what they added, and f(A S) G, is the gradient of h.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from projecta import mrss_scan, selective_scan, selective_state_update
-from projecta.scan import _layout
+from projecta.scan.cpu import layout
 from tests.cases import make_scan, run_strided, strided, widen
-from tests.test_scan import TOLERANCE, assert_close
+from tests.scan.test_scan import TOLERANCE, assert_close
 
 WAYS = [
     {}, {"g": 2}, {"constant": "B"}, {"constant": "C"}, {"constant": "BC"}, {"complex_A": True},
@@ -78,8 +78,8 @@ def test_steps_of_random_strides_agree_with_contiguous_ones(heads):
 def test_a_kernel_is_given_no_address_of_memory_with_gaps():
     for t in (torch.ones(4, 6)[:, ::2], torch.ones(3, 4).T, torch.ones(1, 1).expand(3, 2)):
         with pytest.raises(AssertionError, match="a kernel needs contiguous memory; got strides"):
-            _layout.flat(t)
-        array, strides = _layout.memory(t)
+            layout.flat(t)
+        array, strides = layout.memory(t)
         rows, columns = t.shape
         lies = [[array[i * strides[0] + j * strides[1]] for j in range(columns)] for i in range(rows)]
         assert torch.equal(torch.tensor(lies), t)

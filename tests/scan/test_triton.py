@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: interpreted against the reference, and compiled for GPUs that are not here."""
 
+import contextlib
 import functools
 import importlib.util
 import multiprocessing
@@ -8,6 +9,7 @@ import random
 import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -69,7 +71,7 @@ def errors(interpreter):
 
 
 def _plan(mode, b, d, l, n, groups, packed, saves, wide, processors):
-    from projecta.scan.triton import Plan
+    from projecta.scan.triton.plan import Plan
 
     slabs = -(-l // 8)
     if packed or mode == "states":
@@ -82,11 +84,11 @@ def _plan(mode, b, d, l, n, groups, packed, saves, wide, processors):
 def _errors(case, mode):
     """The error of each output and gradient, relative to its largest value."""
     from projecta import selective_scan
-    from projecta.scan import triton as backend
+    from projecta.scan.triton import layout
 
     with (
-        mock.patch.object(backend, "plan", functools.partial(_plan, mode)),
-        mock.patch.dict(backend._known, clear=True),  # made by another plan
+        mock.patch.object(layout, "plan", functools.partial(_plan, mode)),
+        mock.patch.dict(layout._known, clear=True),  # made by another plan
     ):
         return _errors_of(selective_scan, case)
 
@@ -227,15 +229,19 @@ def test_strides_steps_and_refusals(interpreter):
     interpreter.submit(_check_others).result(timeout=300)
 
 
+def _module_of(kernel):
+    """The module of projecta.scan.triton that defines a kernel."""
+    places = {"forward": "forward", "backward": "backward", "carry": "backward"}
+    return places.get(kernel.partition("_")[0], "pack_and_step")
+
+
 def _compile(kernel, element, architecture, constants):
     """Compile for a GPU that is not here: (PTX, shared bytes, registers, bytes spilled)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from projecta.scan import _kernels
-
-    function = getattr(_kernels, kernel)
+    function = getattr(import_module(f"projecta.scan.triton.{_module_of(kernel)}"), kernel)
     names = [p.name for p in function.params]
     own = {"u", "delta", "z", "y", "ungated", "grad_y", "du", "ddelta", "dz", "x", "dt"}
     wide = {
@@ -257,7 +263,7 @@ def _compile(kernel, element, architecture, constants):
     def kind(name):
         if name in constants:
             return "constexpr"
-        if name in own or (name in {"B", "C", "dB", "dC"} and kernel in ("arrange", "finish", "step")):
+        if name in own or (name in {"B", "C", "dB", "dC"} and _module_of(kernel) == "pack_and_step"):
             return "*" + element
         return "*fp32" if name in wide else "i32"
 
@@ -269,7 +275,7 @@ def _compile(kernel, element, architecture, constants):
     built = compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 4 if kernel == "arrange" else constants.get("WARPS", 1)},
+        options={"num_warps": 4 if kernel == "pack_weights" else constants.get("WARPS", 1)},
     )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(os.environ["PROJECTA_CUBINS"]) / f"{kernel}-{element}-{architecture}.cubin"
@@ -288,9 +294,9 @@ KERNELS = {
     "forward_times": _SCAN | {"start": None, "WARPS": 1, "NATIVE": False, "PIN": True},
     "backward": _SCAN | {"EVERY": 2, "carried": None, "spans": None, "grad_start": None},
     "carry": _SCAN | {"UNROLL": 4},
-    "arrange": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
-    "finish": {"N": 16, "BLOCK": 128},
-    "step": {"SOFTPLUS": True, "CHANNELS": 16, "N": 16},
+    "pack_weights": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
+    "reduce_tiles": {"N": 16, "BLOCK": 128},
+    "update_state": {"SOFTPLUS": True, "CHANNELS": 16, "N": 16},
 }  # fmt: skip
 
 
@@ -304,7 +310,7 @@ def compiler(tmp_path_factory):
 
 def _check_launches():
     """The second launch of a kernel goes straight to what the first compiled, with its constants in order."""
-    from projecta.scan import triton as backend
+    from projecta.scan.triton import layout
 
     log = []
 
@@ -324,8 +330,8 @@ def _check_launches():
 
     x, options, kernel = torch.zeros(9), {"BLOCK": 4, "N": 2, "num_warps": 1}, Kernel()
     for tensor in (x, x + 1, x.half(), x[1:], x):
-        launches = backend._recall(dict, (tensor, None), "kind")
-        backend._start(launches, kernel, (tensor, None), lambda: ((7,), (3,), options))
+        launches = layout.recall(dict, (tensor, None), "kind")
+        layout.start_kernel(launches, kernel, (tensor, None), lambda: ((7,), (3,), options))
     assert [entry[0] for entry in log] == ["compiled", "built", "compiled", "compiled", "built"]
     assert log[0][1:] == ((7,), (x, None, 3), options)
     assert log[4][1:] == ((7, 1, 1), (x.data_ptr(), None, 3, 2, 4))
@@ -333,9 +339,8 @@ def _check_launches():
 
 def _check_repeats():
     """A call alike but for its values goes to the launches of the first, with its own tensors in their places."""
-    from projecta import selective_scan
-    from projecta.scan import _repeat
-    from projecta.scan import triton as backend
+    from projecta import available_backends, selective_scan
+    from projecta.scan.triton import forward, layout, pack_and_step, replay
 
     log = []
 
@@ -368,20 +373,21 @@ def _check_repeats():
         found = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
         return found, list(log)
 
-    names = "arrange", "forward_times", "forward_states"
-    stubs = {name: Kernel(getattr(backend._kernels, name)) for name in names}
-    with (
-        mock.patch.multiple(backend._kernels, **stubs),
-        mock.patch.object(backend, "_processors", return_value=132),
-        mock.patch.dict(_repeat._launches, clear=True),
-        mock.patch.dict(backend._known, clear=True),
-    ):
+    names = {"pack_weights": pack_and_step, "forward_times": forward, "forward_states": forward}
+    stubs = {name: Kernel(getattr(module, name)) for name, module in names.items()}
+    available_backends()  # loads this one
+    with contextlib.ExitStack() as patches:
+        for name, module in names.items():
+            patches.enter_context(mock.patch.object(module, name, stubs[name]))
+        patches.enter_context(mock.patch.object(layout, "processors_of", return_value=132))
+        for table in (replay._launches, layout._known):
+            patches.enter_context(mock.patch.dict(table, clear=True))
         for case, expected in (
             ({}, ["forward_times"]),
-            ({"dtype": torch.float32}, ["arrange", "forward_times"]),
-            ({"dtype": torch.float32, "constant": True}, ["arrange", "forward_times"]),
-            ({"b": 8, "l": 40}, ["arrange", "forward_states"]),
-            ({"d": 64, "l": 1024}, ["arrange", "forward_states", "forward_states"]),
+            ({"dtype": torch.float32}, ["pack_weights", "forward_times"]),
+            ({"dtype": torch.float32, "constant": True}, ["pack_weights", "forward_times"]),
+            ({"b": 8, "l": 40}, ["pack_weights", "forward_states"]),
+            ({"d": 64, "l": 1024}, ["pack_weights", "forward_states", "forward_states"]),
         ):
             first, second = inputs(**case), inputs(**case)
             (y, last), compiled = call(**first)
@@ -399,29 +405,29 @@ def _check_repeats():
                     else:
                         assert at == moved.get(x, x), (name, parameter)
             rows = [dict(zip(stubs[name].arg_names, at, strict=False)) for name, at in found]
-            for row in rows[1:]:  # each kernel reads what `arrange` has written
+            for row in rows[1:]:  # each kernel reads what `pack_weights` has written
                 assert (row["B"], row["C"]) == (rows[0]["to_B"], rows[0]["to_C"])
         first = inputs()
-        whole = len(_repeat._launches)
+        whole = len(replay._launches)
         for change in ({"u": first["u"].mT.contiguous().mT}, {"D": first["D"].half()}, {"z": None}):
             assert call(**{**first, **change})[1]
-        assert len(_repeat._launches) == whole + 2  # D in another type is copied each time
+        assert len(replay._launches) == whole + 2  # D in another type is copied each time
         for name, wrong in (("delta", first["delta"][..., 1:]), ("D", first["D"][1:]), ("u", [1])):
             with pytest.raises((ValueError, TypeError), match=rf"^selective_scan: {name} must"):
                 call(**{**first, name: wrong})
         with pytest.raises(ValueError, match=r"^selective_scan: save_every must"):
             call(**first, save_every=9)
     graded = torch.ones(3, requires_grad=True)
-    assert _repeat.kind_of((graded,)) is None  # a gradient wants an operator,
-    assert _repeat.kind_of((graded.detach(),)) is not None
+    assert replay.kind_of((graded,)) is None  # a gradient wants an operator,
+    assert replay.kind_of((graded.detach(),)) is not None
     seen = []  # and so does a transform
-    torch.func.vmap(lambda t: seen.append(_repeat.kind_of((t,))) or t)(torch.ones(3))
+    torch.func.vmap(lambda t: seen.append(replay.kind_of((t,))) or t)(torch.ones(3))
     assert seen == [None]
 
 
 def _check_plan():
     """What was fastest on an H100 (docs/gpu.md): (saves, float32) -> lanes along time, chunks of time."""
-    from projecta.scan.triton import plan
+    from projecta.scan.triton.plan import plan
 
     table = {
         (1, 1536, 512): {(False, False): (True, 1), (False, True): (True, 1), (True, False): (False, 8)},

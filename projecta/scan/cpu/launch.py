@@ -1,0 +1,133 @@
+"""Launches the CPU kernels: forward and backward passes of a call, with pieces of time where that pays."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from projecta.scan import reference
+from projecta.scan._operator import Inputs, define
+from projecta.scan.cpu.backward import backward, backward_room
+from projecta.scan.cpu.forward import forward, forward_room
+from projecta.scan.cpu.layout import Layout, flat, in_large_pages, memory, saved_shape
+from projecta.scan.cpu.threads import run
+
+
+def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+    layout, start, none = Layout(inputs, delta_softplus), inputs.initial_state, saved[:0]
+    in_large_pages(y, saved)
+    if layout.pieces == 1:
+        _forward_run(layout, y, start, last_state, saved, none)
+        return
+    # From zero, each piece ends in `gained`; the states between pieces follow, and the true pass with them.
+    gained, spans = layout.per_piece(inputs.A.shape)
+    _forward_run(layout, y, None, gained.flatten(0, 1), none, spans)
+    state = torch.zeros_like(last_state) if start is None else start
+    decays, starts = torch.exp(spans[..., None] * inputs.A), torch.empty_like(gained)
+    for i in range(layout.pieces):
+        starts[:, i] = state
+        state = decays[:, i] * state + gained[:, i]
+    _forward_run(layout, y, starts.flatten(0, 1), gained.flatten(0, 1), saved, none)
+    last_state.copy_(gained[:, -1])
+
+
+def _forward_run(
+    layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor,
+    periods: np.ndarray | None = None, exact: int | None = None,
+) -> None:  # fmt: skip
+    vectors = forward_room.py_func(layout.padded)
+    run(
+        forward, layout.sequences * layout.blocks, layout.work, *layout.arguments(y, vectors), periods,
+        exact, flat(spans), flat(saved[:0] if start is None else start.contiguous()), flat(last), flat(saved),
+    )  # fmt: skip
+
+
+def _backward_pass(
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
+) -> None:
+    layout, none = Layout(inputs, delta_softplus), saved[:0]
+    in_large_pages(*grads)
+    if layout.pieces == 1:
+        _backward_run(layout, grad_y, grad_last, saved, grads, grads.initial_state, none)
+        return
+    # As in the forward pass, in reverse: what each piece alone sends to its start, then the true pass.
+    sent, spans = layout.per_piece(inputs.A.shape)
+    alone = torch.zeros_like(sent).flatten(0, 1)
+    _backward_run(layout, grad_y, alone, saved, grads, sent.flatten(0, 1), spans)
+    decays, ends, grad = torch.exp(spans[..., None] * inputs.A).conj(), torch.empty_like(sent), grad_last
+    for i in reversed(range(layout.pieces)):
+        ends[:, i] = grad
+        grad = decays[:, i] * grad + sent[:, i]
+    _backward_run(layout, grad_y, ends.flatten(0, 1), saved, grads, None, none)
+    if grads.initial_state is not None:
+        grads.initial_state.copy_(grad)
+
+
+def _backward_run(
+    layout: Layout, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
+    grad_start: Tensor | None, spans: Tensor, periods: np.ndarray | None = None, exact: int | None = None,
+) -> None:  # fmt: skip
+    inputs, s, d = layout.inputs, layout.sequences, layout.inputs.A.shape[0]
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=layout.real)
+
+    dA, dD, dbias = room(s, d, layout.rows), room(s, d), room(s, d)
+    constant = [room(s if t.dim() == 2 else 0, d, layout.rows) for t in (inputs.B, inputs.C)]
+    sums = [
+        room(layout.b if t.dim() == 4 else 0, layout.g, layout.supers // layout.g, layout.l, layout.padded)
+        for t in (inputs.B, inputs.C)
+    ]
+    vectors = backward_room.py_func(layout.padded, int(layout.sizes[6]))
+    run(
+        backward, s * layout.supers, layout.work, *layout.arguments(grad_y, vectors), periods, exact,
+        flat(spans), flat(grad_last.contiguous()), flat(saved), *memory(grads.u), *memory(grads.delta),
+        *memory(grads.u if grads.z is None else grads.z),
+        flat(saved[:0] if grad_start is None else grad_start),
+        *map(flat, (dA, dD, dbias, *constant, *sums)),
+    )  # fmt: skip
+    grads.A.copy_(layout.gradient(dA.sum(0)))
+    for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):
+        if grad is not None:
+            grad.copy_(each.sum(0))
+    for grad, each, part, conjugate in (
+        (grads.B, constant[0], sums[0], False), (grads.C, constant[1], sums[1], True),
+    ):  # fmt: skip
+        if grad.dim() == 2:
+            grad.copy_(layout.gradient(each.sum(0), conjugate))
+        else:
+            over = part.sum(2)[..., : layout.rows]
+            grad.copy_(layout.gradient(over, conjugate).transpose(2, 3))
+
+
+def lazy_forward(
+    inputs: Inputs, delta_softplus: bool, periods: np.ndarray, exact: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`projecta.mrss_scan`: y, the last states, and what `lazy_backward` needs if `save`.
+
+    `periods` has those of each vector of channels and four states in turn; they divide `CHUNK`.
+    """
+    layout, (u, _, A) = Layout(inputs, delta_softplus, whole=True), inputs[:3]
+    saved = A.new_empty(saved_shape(inputs, layout.sequences, 1) if save else 0)
+    y, last = torch.empty_like(u), A.new_empty(layout.sequences, *A.shape)
+    start, none = inputs.initial_state, saved[:0]
+    in_large_pages(y, saved)
+    _forward_run(layout, y, start, last, saved, none, periods, 1 if exact else None)
+    return y, last, saved
+
+
+def lazy_backward(
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
+    periods: np.ndarray, exact: bool,
+) -> None:  # fmt: skip
+    """Writes `grads`, None where an input is."""
+    layout, none = Layout(inputs, delta_softplus, whole=True), saved[:0]
+    in_large_pages(*grads)
+    _backward_run(
+        layout, grad_y, grad_last, saved, grads, grads.initial_state, none, periods, 1 if exact else None
+    )
+
+
+selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)
+
+
+selective_state_update = reference.selective_state_update  # few operations on all states at once: not slower

@@ -1,0 +1,127 @@
+"""Tiles of the CPU kernels: how steps and states come from a tensor's memory into vectors, and back.
+
+A tile is `TILE` steps of as many channels as a vector has lanes. `read` turns the tensor's memory,
+whatever its strides and dtype, so that each step is one vector; `write` is the way back.
+"""
+
+from projecta.scan.cpu.simd import (
+    BYTES,
+    LOG2_E,
+    address,
+    get,
+    lanes,
+    largest_magnitude,
+    load,
+    put,
+    store,
+    transpose,
+    transpose_past_cache,
+    zero,
+)
+from projecta.scan.cpu.threads import inner
+
+TILE = 64  # steps that are read and turned together
+
+
+SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for each other
+
+
+@inner
+def index(strides, row, channel, step):
+    """Where an element of a (b, d, l) tensor lies in its memory."""
+    return row * strides[0] + channel * strides[1] + step * strides[2]
+
+
+@inner
+def read(source, base, channel_stride, step_stride, channels, steps, tile, at):
+    """Bring channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
+    width = lanes(tile)
+    done = 0
+    if channels == width and channel_stride == 1:
+        done = steps
+        for t in range(steps):
+            store(tile, at + t * width, load(source, base + t * step_stride))
+    elif channels == width and step_stride == 1:
+        done = steps // width * width
+        for t in range(0, done, width):
+            transpose(source, base + t, channel_stride, tile, at + t * width, width)
+    for t in range(done, steps):
+        first = at + t * width
+        store(tile, first, zero(tile))
+        for c in range(channels):
+            put(tile, first + c, get(source, base + c * channel_stride + t * step_stride))
+
+
+@inner
+def write(target, base, channel_stride, step_stride, channels, steps, tile, at):
+    """The way back of `read`."""
+    width = lanes(tile)
+    done = 0
+    if channels == width and channel_stride == 1:
+        done = steps
+        for t in range(steps):
+            store(target, base + t * step_stride, load(tile, at + t * width))
+    elif channels == width and step_stride == 1:
+        done = steps // width * width
+        size = target.itemsize
+        lines = address(target, base) % BYTES == 0 and size * channel_stride % BYTES == 0
+        if lines and size * width == BYTES:
+            for t in range(0, done, width):
+                transpose_past_cache(tile, at + t * width, width, target, base + t, channel_stride)
+        else:
+            for t in range(0, done, width):
+                transpose(tile, at + t * width, width, target, base + t, channel_stride)
+    for t in range(done, steps):
+        for c in range(channels):
+            put(target, base + c * channel_stride + t * step_stride, get(tile, at + t * width + c))
+
+
+@inner
+def look_ahead(ahead, i, source, base, channel_stride, step_stride):
+    """Where the lines of a tile of `source` lie: 64 of them, so many in a row of memory."""
+    size = source.itemsize
+    contiguous = step_stride == 1
+    per_row = TILE * size // BYTES if contiguous else 1
+    ahead[i] = address(source, base)
+    ahead[i + 1] = size * (channel_stride if contiguous else step_stride)
+    ahead[i + 2] = 0 if per_row == 1 else 1 if per_row == 2 else 2 if per_row == 4 else 3
+    ahead[i + 3] = per_row - 1
+
+
+@inner
+def clear_vectors(tile, at, count):
+    """Zeros to `count` vectors from tile[at] on."""
+    for q in range(count):
+        store(tile, at + q * lanes(tile), zero(tile))
+
+
+@inner
+def fetch_rows(source, base, channels, rows, padded, scale, scale_next, tile, at):
+    """Bring `rows` numbers per channel, channels side by side, into vectors at tile[at:], then zeros.
+
+    Of each two rows one is multiplied by `scale`, one by `scale_next`.
+    """
+    width = lanes(tile)
+    read(source, base, rows, 1, channels, rows, tile, at)
+    for q in range(0, rows, 2):
+        store(tile, at + q * width, load(tile, at + q * width) * scale)
+    for q in range(1, rows, 2):
+        store(tile, at + q * width, load(tile, at + q * width) * scale_next)
+    clear_vectors(tile, at + rows * width, padded - rows)
+
+
+@inner
+def limits_of(rates, at, n):
+    """Steps below which no exponent of a block leaves the safe range; NaN if a rate is."""
+    largest = zero(rates)
+    for q in range(at, at + n * lanes(rates), lanes(rates)):
+        largest = largest_magnitude(load(rates, q), largest)
+    return (126.0 if rates.itemsize == 4 else 1022.0) / largest
+
+
+@inner
+def exponent_unit(periods, exact):
+    """What exponents are counted in, as a factor of A: powers of 2, or eighths for the compound decay."""
+    if periods is not None and exact is None:
+        return 0.125
+    return LOG2_E

@@ -1,0 +1,226 @@
+"""Sizes, grids, options and rooms of a call of the Triton backend, and the launches that it has compiled."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from projecta._checks import fail
+from projecta.scan._operator import Inputs
+from projecta.scan.triton import pack_and_step
+from projecta.scan.triton.plan import MANY, REGISTERS, WARPS, lanes_of, padded_states, plan, rows_saved
+from projecta.scan.triton.steps import SLAB
+
+# What kernels take with its strides; everything else that they get the address of is contiguous.
+_STRIDED = {"u", "delta", "z", "y", "x", "dt", "B", "C", "grad_y", "du", "ddelta", "dz", "dB", "dC"}
+
+
+_known: dict[tuple, Any] = {}
+
+
+def recall(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
+    """What `make()` gave for tensors that differed from these in their values only."""
+    key = (
+        *others, *(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
+    )  # fmt: skip
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= 4096:  # lengths that never come again
+            _known.clear()
+        found = _known[key] = make()
+    return found
+
+
+def start_kernel(
+    launches: dict, kernel, tensors: tuple[Tensor | None, ...], describe: Callable, name: str = ""
+) -> None:
+    """Launch a kernel, whose arguments are tensors, then numbers, then constants.
+
+    `describe` gives grid, numbers and constants, once: a second launch goes straight to what the first
+    compiled. Triton would look at every argument of every launch for what to compile.
+    """
+    known = launches.get(name or kernel)
+    if known is None:
+        for argument, t in zip(kernel.arg_names, tensors, strict=False):
+            if t is not None and argument not in _STRIDED and not t.is_contiguous():
+                raise AssertionError(f"{argument} must be contiguous; got strides {t.stride()} of {t.shape}")
+        grid, sizes, options = describe()
+        built = kernel[grid](*tensors, *sizes, **options)
+        if built is not None:  # the interpreter builds nothing
+            constants = kernel.arg_names[len(tensors) + len(sizes) :]
+            rest = (*sizes, *(options[constant] for constant in constants))
+            launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
+    else:
+        run, rest = (
+            known  # a tensor would be asked for its address, and the driver whether it lies on the GPU
+        )
+        run(*(None if t is None else t.data_ptr() for t in tensors), *rest)
+
+
+class Layout:
+    """What calls have in common whose tensors are alike but for their values: sizes, a plan, its launches."""
+
+    def __init__(self, inputs: Inputs, delta_softplus: bool, saved: Tensor):
+        u, _, A, B, C = inputs[:5]
+        self.b, self.d, self.l = u.shape
+        self.n = A.shape[1]
+        self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
+        self.packed = inputs.cu_seqlens is not None
+        self.sequences = self.b if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+        self.slabs = -(-self.l // SLAB)
+        self.processors = processors_of(u.device)
+        self.size = u.element_size()
+        self.least = min(t.element_size() for t in (u, inputs.delta, inputs.z) if t is not None)
+        self.plan = plan(
+            self.sequences, self.d, self.l, self.n, self.g, self.packed, saved.numel() > 0, self.size == 4,
+            self.processors,
+        )  # fmt: skip
+        self.padded = padded_states(self.n)
+        self.lanes = lanes_of(self.n)
+        self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
+        self.width = 32 * self.warps // self.lanes  # its channels
+        # slabs in a block of the loops over time: 16 bytes of an array for each lane
+        self.unroll = 1 if self.n > 32 else 8 // self.size
+        self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
+        # `forward_times` reads B and C best where they lie if they are 16 bits and whole words
+        self.native = all(t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C))
+        self.states = saved.numel()  # floats of the saved states; then comes the output before the gate
+        if self.states and inputs.z is not None:
+            self.states -= words_of(u)
+        rows = self.states // (self.padded * self.d)
+        for self.every in (1, 2, 4):  # slabs between saved states; two choices of as many rows lie alike
+            if not self.states or rows == rows_saved(u, self.packed, self.sequences, SLAB * self.every):
+                break
+        else:
+            fail("scan_triton", "every", "be 8, 16 or 32", f"{rows} rows of states")
+        self.launches: dict = {}
+
+    def along_time(self) -> tuple:
+        """Grid, sizes and options of the kernel whose lanes lie along time."""
+        grid, sizes = self.cut(1, 1)
+        few = sizes[8] <= 12 * self.processors
+        options = self.flags | {
+            "WIDE": True, "WHOLE": not self.packed and self.l % (2 * SLAB * 32) == 0, "NATIVE": self.native,
+            "PIN": not self.native or not few or self.l > 2048, "num_warps": 1,
+            "maxnreg": REGISTERS if few or self.size == 4 else MANY,
+        }  # fmt: skip
+        return grid, sizes, options
+
+    def over_states(self, block: int, parts: int) -> tuple:
+        """The same of a kernel that takes so many chunks of time in blocks of so many slabs."""
+        grid, sizes = self.cut(self.width, parts)
+        whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % self.width == 0
+        options = self.flags | {
+            "LANES": self.lanes, "CHANNELS": 32 // self.lanes, "N": self.padded, "WARPS": self.warps,
+            "WIDE": SLAB * block // self.lanes * self.least >= 4, "WHOLE": whole, "num_warps": self.warps,
+            "maxnreg": REGISTERS,
+        }  # fmt: skip
+        return grid, sizes, options
+
+    def cut(self, width: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Grid and sizes of programs of so many channels, and so many chunks of time."""
+        per_group, tiles = self.d // self.g, self.tiles(width)
+        count = self.sequences * parts * self.g * tiles
+        processors = min(self.processors, count)
+        sizes = (
+            self.d, self.l, self.n, per_group, tiles, self.slabs, self.plan.chunk, self.g, count, parts,
+            processors,
+        )  # fmt: skip
+        return (-(-count // processors) * processors,), sizes
+
+    def tiles(self, width: int) -> int:
+        """Programs of so many channels that share a group."""
+        return -(-(self.d // self.g) // width)
+
+    def words(self, *tensors: Tensor | None) -> bool:
+        """Whether all of them can be read 16 bytes at a time."""
+        if self.l % 8 or self.packed:
+            return False
+        for t in tensors:
+            if t is not None:
+                *outer, along = t.stride()
+                if along != 1 or t.data_ptr() % 16 or any(s % 8 for s in outer):
+                    return False
+        return True
+
+    def rooms(self, varying: tuple[bool, bool], lanes: int) -> tuple[int, tuple[int, int]]:
+        """Floats that B and C take as `arrange` lays them, if they vary, and where each begins."""
+        slabs, rows, steps = self.rows_of(lanes)
+        size = self.b * self.g * slabs * rows * steps
+        offset = size if lanes else rows * steps  # of C: behind B, or row by row
+        return size * sum(varying), (0, varying[0] * offset)
+
+    def rows_of(self, lanes: int) -> tuple[int, int, int]:
+        """Slabs of rows of steps that `arrange` makes, for so many lanes along time or none."""
+        return (-(-self.l // (16 * lanes)), self.n, 16 * lanes) if lanes else (self.slabs, self.padded, SLAB)
+
+    def arranged(self, B: Tensor, C: Tensor, lanes: int = 0) -> tuple[Tensor, Tensor]:
+        """B and C as `arrange` lays them; constant ones in float32."""
+        slabs, rows, steps = self.rows_of(lanes)
+        varying = B.dim() == 4, C.dim() == 4
+        size, offsets = self.rooms(varying, lanes)
+        room = new_room(B, size)
+        outs = [
+            room[offset:] if varies else t.float().contiguous()
+            for offset, t, varies in zip(offsets, (B, C), varying, strict=True)
+        ]
+
+        def describe():
+            none, block = (0, 0, 0, 1), 128
+            of_B, of_C = (t.stride() if varies else none for t, varies in zip((B, C), varying, strict=True))
+            blocks = -(-slabs * steps // block)
+            return (
+                (blocks * self.b * self.g, -(-rows // 16)),
+                (*of_B, *of_C, self.l, self.n, self.g, slabs, blocks),
+                {"N": self.padded, "LANES": lanes, "BLOCK": block, "UNIT": of_B[3] == of_C[3] == 1},
+            )
+
+        if any(varying):
+            tensors = (B if varying[0] else None, C if varying[1] else None, *outs)
+            start_kernel(self.launches, pack_and_step.pack_weights, tensors, describe)
+        return outs[0], outs[1]
+
+    def carried(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Room for what each chunk hands on: a state, and its sum of delta."""
+        if self.plan.parts == 1:
+            return None, None
+        size = self.b * (self.plan.parts - 1) * self.d
+        return new_room(u, size * self.padded), new_room(u, size)
+
+    def kept(self, saved: Tensor, u: Tensor, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The parts of `saved`: states (row, n, channel), and the output before the gate."""
+        if not self.states:
+            return None, None
+        if z is None:
+            return saved, None
+        return saved[: self.states], saved[self.states :].view(u.dtype)[: u.numel()]
+
+
+def new_room(like: Tensor, size: int) -> Tensor:
+    return like.new_empty(size, dtype=torch.float32)
+
+
+def words_of(u: Tensor) -> int:
+    """Room for u, counted in float32, aligned for loads of 16 bytes."""
+    return -(-u.numel() * u.element_size() // 16) * 4
+
+
+def as_float32(t: Tensor | None) -> Tensor | None:
+    """In float32, as it lies if it can."""
+    return None if t is None else t.to(torch.float32).contiguous()
+
+
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def strides_of(t: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if t is None else t.stride()
+
+
+def row_strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of B or C (b, g, n, l) over all but time."""
+    return t.stride()[:3] if t.dim() == 4 else (0, 0, 0)

@@ -1,0 +1,126 @@
+"""The small Triton kernels: B and C packed for the scan, sums folded into gradients, one step of decoding."""
+
+import triton.language as tl
+
+from projecta.scan.triton.steps import STEPS, kernel
+from projecta.scan.triton.warp import LOG2_E, exp2, sigmoid, softplus
+
+
+@kernel
+def pack_weights(
+    B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs, blocks,
+    N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """B and C, (b, g, n, l) of any strides, in float32, zero beyond n and l.
+
+    As (b, g, slab, N of each that varies, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4),
+    so that each quarter of the lanes' 16 steps is one stretch of memory.
+    """
+    t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, state = tl.program_id(0) // blocks, tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
+    b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
+    if LANES == 0:
+        S: tl.constexpr = N * STEPS if B is None or C is None else 2 * N * STEPS
+        to = (row.to(tl.int64) * slabs + t // STEPS) * S + state * STEPS + t % STEPS
+        here = (t < slabs * STEPS) & (state < N)
+    else:
+        size: tl.constexpr = 16 * LANES
+        to = (row.to(tl.int64) * n + state) * (slabs * size) + t // size * size
+        to = to + t % 16 // 4 * (LANES * 4) + t // 16 % LANES * 4 + t % 4
+        here = (t < slabs * size) & (state < n)
+    inside = (t < l) & (state < n)
+    if UNIT:
+        Bl, Cl = 1, 1
+    if B is not None:
+        x = tl.load(B + b * Bb + g * Bg + state.to(tl.int64) * Bn + t.to(tl.int64) * Bl, inside, 0.0)
+        tl.store(to_B + to, x.to(tl.float32), here)
+    if C is not None:
+        x = tl.load(C + b * Cb + g * Cg + state.to(tl.int64) * Cn + t.to(tl.int64) * Cl, inside, 0.0)
+        tl.store(to_C + to, x.to(tl.float32), here)
+
+
+@kernel
+def reduce_tiles(
+    sums, dB, dC, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, tiles, slabs, blocks,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum what the tiles of each group hold, in their order, into dB and dC (b, g, n, l)."""
+    row, rows = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    each = slabs.to(tl.int64) * (N * 2 * STEPS)
+    inside = at < each
+    where = sums + row * each + at
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(0, tiles // 16 * 16, 16):
+        for i in tl.static_range(16):
+            sum += tl.load(where + (tile + i) * rows * each, inside, 0.0)
+    for tile in range(tiles // 16 * 16, tiles):
+        sum += tl.load(where + tile * rows * each, inside, 0.0)
+    step, state, slab = at % (2 * STEPS), at // (2 * STEPS) % N, at // (2 * STEPS * N)
+    t = (slab * STEPS + step % STEPS).to(tl.int64)
+    b, g, state = (row // groups).to(tl.int64), (row % groups).to(tl.int64), state.to(tl.int64)
+    inside = inside & (t < l) & (state < n)
+    if dB is not None:
+        to = dB + b * Bb + g * Bg + state * Bn + t * Bl
+        tl.store(to, sum.to(dB.dtype.element_ty), inside & (step < STEPS))
+    if dC is not None:
+        to = dC + b * Cb + g * Cg + state * Cn + t * Cl
+        tl.store(to, sum.to(dC.dtype.element_ty), inside & (step >= STEPS))
+
+
+@kernel
+def reduce_chunks(
+    totals, dA, dD, dbias, dB, dC, d, n, over,
+    N: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum `totals` over sequences and chunks, in their order, into the gradients of one channel a program."""
+    WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
+    channel, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for i in range(over):
+        sum += tl.load(totals + (i * tl.cast(d, tl.int64) + channel) * WIDTH + at, at < WIDTH, 0.0)
+    if dD is not None:
+        tl.store(dD + channel + at, sum.to(dD.dtype.element_ty), at == 0)
+    if dbias is not None:
+        tl.store(dbias + channel + at - 1, sum.to(dbias.dtype.element_ty), at == 1)
+    tl.store(dA + channel * n + at - 2, sum, (at >= 2) & (at < 2 + n))
+    if STEADY_B:
+        where = at - (2 + N)
+        tl.store(dB + channel * n + where, sum.to(dB.dtype.element_ty), (where >= 0) & (where < n))
+    if STEADY_C:
+        where = at - (WIDTH - N)
+        tl.store(dC + channel * n + where, sum.to(dC.dtype.element_ty), (where >= 0) & (where < n))
+
+
+@kernel
+def update_state(
+    state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
+    tiles, SOFTPLUS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n)."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = (tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
+    state_n = tl.arange(0, N)[None, :].to(tl.int64)
+    real = channel < d
+    here = real[:, None] & (state_n < n)
+    u = tl.load(x + row * xb + channel * xd, real, 0.0).to(tl.float32)
+    delta = tl.load(dt + row * sb + channel * sd, real, 0.0).to(tl.float32)
+    if bias is not None:
+        delta += tl.load(bias + channel, real, 0.0)
+    if SOFTPLUS:
+        delta = softplus(delta, False)
+    held = channel[:, None] * n + state_n
+    at_B = row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
+    at_C = row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
+    weight = tl.load(B + at_B, here, 0.0).to(tl.float32)
+    decay = exp2(delta[:, None] * (tl.load(A + held, here, 0.0) * LOG2_E))
+    h = tl.load(state + row * d * n + held, here, 0.0)
+    h = decay * h + (delta * u)[:, None] * weight
+    tl.store(state + row * d * n + held, h, here)
+    out = tl.sum(h * tl.load(C + at_C, here, 0.0).to(tl.float32), 1)
+    if D is not None:
+        out += tl.load(D + channel, real, 0.0) * u
+    if z is not None:
+        gate = tl.load(z + row * zb + channel * zd, real, 0.0).to(tl.float32)
+        out *= gate * sigmoid(gate)
+    tl.store(y + row * d + channel, out.to(y.dtype.element_ty), real)

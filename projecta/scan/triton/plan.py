@@ -1,0 +1,73 @@
+"""The launch table of the Triton backend: how a call is cut into programs, by shape, dtype and processors."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from projecta.scan.triton.steps import SLAB
+
+
+class Plan(NamedTuple):
+    """How a call is cut into programs."""
+
+    times: bool  # lanes lie along time, not along states
+    parts: int  # otherwise: chunks of time,
+    chunk: int  # of so many slabs
+
+
+ROOM = 3  # programs that a processor holds at a time
+
+
+PARTS, SHORTEST = 64, 8  # chunks at most; slabs of a chunk at least
+
+
+LONG = 40  # slabs of a chunk from which on chunks are better than lanes along time, if u is float32
+
+
+FEW = 4  # channels per processor from which on lanes along time fill it
+
+
+REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
+
+
+WARPS = 4  # of a program that reads B and C by way of shared memory
+
+
+def plan(
+    b: int, d: int, l: int, n: int, groups: int, packed: bool, saves: bool, wide: bool, processors: int
+) -> Plan:
+    """The table: how many chunks of time fill the GPU's processors once; whether lanes along time do better.
+
+    `saves`: a backward pass will follow. `wide`: u is float32. Measured on an H100 (132 processors).
+    """
+    slabs = -(-l // SLAB)
+    whole = Plan(False, 1, slabs)
+    programs = b * groups * -(-(d // groups) * lanes_of(n) // (32 * WARPS))
+    fill = ROOM * processors // programs
+    if packed or fill < 2:
+        return whole
+    parts = min(fill, PARTS, slabs // SHORTEST)
+    if not saves and n <= 32:
+        many = b * d >= FEW * processors or parts < 2
+        if many and (not wide or slabs < LONG * fill):
+            return Plan(True, 1, slabs)
+        if wide and fill == 2:  # the way through half of the sequence twice costs what the second chunk gains
+            return whole
+    if parts < 2:
+        return whole
+    chunk = -(-slabs // (parts * 4)) * 4
+    return Plan(False, -(-slabs // chunk), chunk)
+
+
+def lanes_of(n: int) -> int:
+    """Lanes that share a channel's states."""
+    return 4 if n <= 32 else 8
+
+
+def padded_states(n: int) -> int:
+    return -(-n // lanes_of(n)) * lanes_of(n)
+
+
+def rows_saved(u: Tensor, packed: bool, sequences: int, every: int) -> int:
+    """How many states of a channel are saved, if every so many steps; a packed sequence begins a row."""
+    return u.shape[2] // every + sequences if packed else u.shape[0] * -(-u.shape[2] // every)

@@ -1,0 +1,166 @@
+"""How the Triton kernels read and write steps of a sequence: a lane's own steps, words, slabs of eight.
+
+WIDE says that arrays can be read in words (time contiguous, aligned, in eights). WHOLE says that there is
+nothing to mask (whole blocks and tiles of channels, one sequence a row).
+"""
+
+import inspect
+
+import triton
+import triton.language as tl
+
+from projecta.scan.triton.warp import (
+    INTERPRETED,
+    constant,
+    load_one,
+    load_shared,
+    load_words,
+    pack_word,
+    repeat,
+    sigmoid,
+    softplus,
+    store_one,
+    store_words,
+    unpack_word,
+)
+
+# Sizes and strides: all compile to the same code whatever they are (see `launch.start`).
+SIZES = [
+    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
+    "blocks",
+    *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C", "x") for axis in "bdl"),
+    "Bg", "Bn", "Cg", "Cn", "per_B", "per_C",
+]  # fmt: skip
+
+
+SLAB = 8  # steps that a kernel of states takes at a time, and between saved states
+
+
+STEPS = constant(SLAB)
+
+
+def kernel(function):
+    return triton.jit(
+        function, do_not_specialize=[name for name in SIZES if name in inspect.signature(function).parameters]
+    )
+
+
+@triton.jit
+def program_place(count, processors):
+    """Which of `count` programs this is: those of one processor are neighbours, and share B and C."""
+    i = tl.program_id(0)
+    return i % processors * tl.cdiv(count, processors) + i // processors
+
+
+@triton.jit
+def lane_of(index, LANES: tl.constexpr):
+    """Of a thread: which states and which channel it has, and the first thread that has that channel.
+
+    Threads 2 i and 2 i + 1 have the same states, so that they read B and C from shared memory in one go;
+    the lanes of a channel are 2 threads apart, so that they read its steps side by side.
+    """
+    lane = index // 2 % LANES
+    return lane, index % 2 + index // (2 * LANES) * 2, index - 2 * lane
+
+
+@triton.jit
+def read(
+    at, t1, stride, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, FREE: tl.constexpr = True
+):  # fmt: skip
+    """V steps of each lane from its t1 on: words, or wherever they lie, one by one."""
+    BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
+    P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
+    found = ()
+    if WIDE:
+        for i in tl.static_range(V // P):
+            t = t1 + i * P
+            if not WHOLE:
+                t = tl.minimum(t, l - P)
+            found = found + load_words(at + t, P * BITS // 32, FREE)
+    else:
+        for i in tl.static_range(V):
+            found = found + (load_one(at + (t1 + i).to(tl.int64) * stride, t1 + i < l),)
+    return found
+
+
+@triton.jit
+def as_floats(loaded, like, WIDE: tl.constexpr):
+    """What `read` found, as tiles in float32; `like` is a pointer to its type."""
+    tiles = ()
+    for i in tl.static_range(len(loaded)):
+        tiles = tiles + (unpack_word(loaded[i], like.dtype.element_ty) if WIDE else (loaded[i],))
+    return tiles
+
+
+@triton.jit
+def write(
+    at, t1, stride, tiles, t_start, t_end, real, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """V steps of each real lane from its t1 on, those within t_start..t_end."""
+    element: tl.constexpr = at.dtype.element_ty
+    BITS: tl.constexpr = element.primitive_bitwidth
+    P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
+    if WIDE:
+        for i in tl.static_range(V // P):
+            row, inside = (), real
+            for k in tl.static_range(P * BITS // 32):
+                row = row + (pack_word(tiles, i * P * BITS // 32 + k, element),)
+            if not WHOLE:
+                inside = inside & (t1 + i * P < t_end)
+            store_words(at + (t1 + i * P), row, inside, P * BITS // 32)
+    else:
+        for i in tl.static_range(V):
+            inside = real & (t1 + i >= t_start) & (t1 + i < t_end)
+            store_one(at + (t1 + i).to(tl.int64) * stride, tiles[i], inside)
+
+
+@triton.jit
+def eight_steps(at, row, shared, constant, STEADY: tl.constexpr):
+    """A slab's 8 steps of a row of B or C: from shared memory; interpreted, from where they came from."""
+    if STEADY:
+        return repeat(constant, STEPS)
+    else:
+        if INTERPRETED:
+            where = at + row * STEPS
+            found = load_words(where, 4, True) + load_words(where + 4, 4, True)
+        else:
+            found = load_shared(shared) + load_shared(shared + 16)
+        tiles = ()
+        for i in tl.static_range(STEPS):
+            tiles = tiles + unpack_word(found[i], tl.float32)
+        return tiles
+
+
+@triton.jit
+def own_steps(
+    loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Of the steps that a lane owns: delta, then delta u."""
+    s, v = as_floats(loaded_s, delta, WIDE), as_floats(loaded_u, u, WIDE)
+    steps, inputs = (), ()
+    for i in tl.static_range(len(s)):
+        step, value = s[i] + bias, v[i]
+        if SOFTPLUS:
+            step = softplus(step, u.dtype.element_ty == tl.float32)
+        if not WHOLE:
+            inside = (t1 + i >= t_start) & (t1 + i < t_end)
+            step, value = tl.where(inside, step, 0.0), tl.where(inside, value, 0.0)
+        steps, inputs = steps + (step,), inputs + (step * value,)
+    return steps + inputs
+
+
+@triton.jit
+def own_outputs(sums, skip, loaded_u, loaded_z, u, z, WIDE: tl.constexpr):
+    """Of the steps that a lane owns: y before the gate, then after it."""
+    v = as_floats(loaded_u, u, WIDE)
+    raws, gated = (), ()
+    if len(loaded_z) > 0:
+        gate = as_floats(loaded_z, z, WIDE)
+    for i in tl.static_range(len(v)):
+        value = sums[i] + skip * v[i]
+        raws = raws + (value,)
+        if len(loaded_z) > 0:
+            value = value * gate[i] * sigmoid(gate[i])
+        gated = gated + (value,)
+    return raws + gated
