@@ -1,17 +1,5 @@
-"""A Mamba block on these scans, and `accelerate`, which puts Hugging Face's Mamba models on them.
+"""`accelerate`: the Mamba-1 layers of a Hugging Face model on projecta's scan, and `calibrate` for MRSS."""
 
-    x, z        = in_proj(input)                        (b, l, d_inner) each
-    x           = silu(causal depthwise conv(x))
-    dt, B, C    = x_proj(x)                             (b, l, dt_rank), (b, l, n), (b, l, n)
-    y           = selective_scan(x, dt_proj(dt), -exp(A_log), B, C, D, z)
-    output      = out_proj(y)
-
-Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3.4 and
-figure 3. `MambaBlock` and the layers of transformers name their weights alike, so one set of functions runs
-both. Everything stays (b, l, d_inner) in memory; the scan takes the transposed views as they are.
-"""
-
-import math
 import sys
 from collections.abc import Iterable
 from types import TracebackType
@@ -21,234 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projecta import mrss as multi
 from projecta._checks import Checker, host
-from projecta.mrss import MrssState, choose_periods, mrss_scan, mrss_update
-from projecta.scan import BACKENDS, require_backend, selective_scan, selective_state_update
-
-
-class State(NamedTuple):
-    """What a block remembers of a sequence.
-
-    conv: the last inputs of the convolution (b, d_inner, d_conv - 1). ssm: the state of the scan (b, d_inner,
-    d_state), or with MRSS a `MrssState`.
-    """
-
-    conv: Tensor
-    ssm: Tensor | MrssState
-
-
-class MambaBlock(nn.Module):
-    """The Mamba block; a drop-in for mamba-ssm's `Mamba`, whose checkpoints it loads.
-
-    Args:
-        d_model: width of input and output. d_state: states per channel. d_conv: width of the convolution.
-        expand: d_inner / d_model. dt_rank: rank of the step size's projection, "auto" for d_model / 16
-            rounded up.
-        dt_min, dt_max, dt_init_floor: the step sizes at initialisation are log-uniform between the first two
-            and not below the last. dt_init: "random" or "constant" weights of dt_proj, of size
-            dt_scale / sqrt(dt_rank).
-        conv_bias, bias: whether the convolution, and in_proj and out_proj, have a bias.
-        backend: of the scan, as in `projecta.selective_scan`.
-        mrss: scan by `projecta.mrss_scan` (compound decay), with the periods that this theta gives at the
-            initial step sizes, which are then sorted; 0.5, say. The periods are a buffer of the module.
-
-    Raises:
-        ValueError: an argument is out of range; the message names it.
-
-    >>> import torch
-    >>> block = MambaBlock(8)
-    >>> x = torch.randn(1, 5, 8)
-    >>> y, state = block(x[:, :4], return_state=True)
-    >>> torch.allclose(block.step(x[:, 4], state), block(x)[:, 4], atol=1e-6)
-    True
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        *,
-        backend: str = "auto",
-        mrss: float | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        check = Checker("MambaBlock")
-        for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
-            check.that(size >= 1, name, "be at least 1", size)
-        check.that(0 < dt_min <= dt_max, "dt_min", f"lie in (0, dt_max] = (0, {dt_max}]", dt_min)
-        check.one_of("dt_init", dt_init, ("random", "constant"))
-        _check_backend(check, backend, mrss is not None)
-        check.that(mrss is None or mrss > 0, "mrss", "be above 0", mrss)
-        self.backend, self.mrss = backend, mrss
-        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
-        self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **to)
-        self.conv1d = nn.Conv1d(
-            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **to
-        )
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **to)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **to)
-        rates = torch.arange(1.0, d_state + 1, device=device).repeat(self.d_inner, 1)
-        self.A_log = nn.Parameter(torch.log(rates))  # float32 in every model: small changes of a rate count
-        self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
-        for kept in (self.A_log, self.D):
-            kept._no_weight_decay = True  # type: ignore[attr-defined]  # the mark that trainers of Mamba read
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **to)
-
-        scale = dt_scale / math.sqrt(self.dt_rank)
-        with torch.no_grad():
-            if dt_init == "random":
-                self.dt_proj.weight.uniform_(-scale, scale)
-            else:
-                self.dt_proj.weight.fill_(scale)
-            spread = math.log(dt_max) - math.log(dt_min)
-            steps = torch.exp(torch.rand(self.d_inner, device=device) * spread + math.log(dt_min))
-            steps = steps.clamp(min=dt_init_floor)
-            if mrss is not None:  # so that neighbours can share their periods
-                steps = steps.sort().values
-                self.register_buffer("periods", choose_periods(rates, theta=mrss, step=steps))
-            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus's inverse
-            self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-
-    def initial_state(self, batch: int) -> State:
-        """The state before the first token: zeros."""
-        weight = self.conv1d.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        zeros = torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=wide)
-        ssm = zeros if self.mrss is None else MrssState.start(zeros)
-        return State(weight.new_zeros(batch, self.d_inner, self.d_conv - 1), ssm)
-
-    def forward(
-        self, hidden_states: Tensor, state: State | None = None, return_state: bool = False
-    ) -> Tensor | tuple[Tensor, State]:
-        """Map (b, l, d_model) to as much, going on from `state` if it is given; differentiable in both.
-
-        Returns the output, with `return_state` also the state after the last token.
-        """
-        check = Checker("MambaBlock")
-        check.that(
-            hidden_states.dim() == 3 and hidden_states.shape[2] == self.d_model,
-            "hidden_states", f"have shape (b, l, d_model = {self.d_model})", tuple(hidden_states.shape),
-        )  # fmt: skip
-        x, z = self.in_proj(hidden_states).chunk(2, -1)
-        conv, ssm = (None, None) if state is None else state
-        if self.mrss is not None and ssm is None and return_state:
-            ssm = self.initial_state(len(x)).ssm
-        periods: Any = None if self.mrss is None else self.periods
-        y, last = _scan(self, _convolve(self, x, conv), z, ssm, self.backend, periods)
-        output = self.out_proj(y)
-        if not return_state:
-            return output
-        kept = self.d_conv - 1
-        before = x.new_zeros(len(x), self.d_inner, kept) if conv is None else conv
-        window = _joined(before, x[:, max(0, x.shape[1] - kept) :])
-        after = window[:, window.shape[1] - kept :].transpose(1, 2).contiguous()
-        return output, State(after, last)
-
-    def step(self, hidden_states: Tensor, state: State) -> Tensor:
-        """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
-        check = Checker("MambaBlock.step")
-        check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
-        x, z = self.in_proj(hidden_states).chunk(2, -1)
-        window = torch.cat([state.conv, x[..., None]], -1)
-        state.conv.copy_(window[..., 1:])
-        return self.out_proj(_step(self, window, z, state.ssm, self.backend))
-
-
-def _check_backend(check: Checker, backend: str, by_mrss: bool = False) -> None:
-    check.one_of("backend", backend, ("auto", *(multi.BACKENDS if by_mrss else BACKENDS)))
-    if backend != "auto":
-        require_backend(check, backend)
-
-
-def _activate(layer: Any, x: Tensor) -> Tensor:
-    return layer.act(x) if hasattr(layer, "act") else F.silu(x)
-
-
-def _joined(before: Tensor, x: Tensor) -> Tensor:
-    """The columns before (b, d, k - 1 or more) and x (b, l, d) as one (b, k - 1 + l, d)."""
-    return torch.cat([before.transpose(1, 2).to(x.dtype), x], 1)
-
-
-def _convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
-    """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x.
-
-    As a convolution of an image one pixel high whose channels are last, it leaves x where it lies.
-    """
-    l, width = x.shape[1], layer.conv1d.kernel_size[0]
-    if not l:  # torch's convolutions refuse an empty image
-        return x
-    if before is not None:
-        x = _joined(before[..., before.shape[-1] - (width - 1) :], x)
-    padding = (0, width - 1 if before is None else 0)
-    image = x.transpose(1, 2).unsqueeze(2)
-    weight, bias = layer.conv1d.weight.unsqueeze(2), layer.conv1d.bias
-    y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
-    return _activate(layer, y[..., :l].squeeze(2).transpose(1, 2))
-
-
-def _select(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """delta (..., d) before its bias, the bias, B and C (..., n) of x (..., d)."""
-    return _split(layer, layer.x_proj(x))
-
-
-def _split(layer: Any, projected: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    n = layer.A_log.shape[1]
-    dt, B, C = projected.tensor_split((-2 * n, -n), -1)
-    if hasattr(layer, "dt_layernorm"):  # falcon_mamba, jamba
-        dt, B, C = layer.dt_layernorm(dt), layer.b_layernorm(B), layer.c_layernorm(C)
-    plain = type(layer.dt_proj) is nn.Linear and "forward" not in vars(layer.dt_proj)
-    if plain:  # the scan adds the bias, in float32
-        return F.linear(dt, layer.dt_proj.weight), layer.dt_proj.bias, B, C
-    return layer.dt_proj(dt), None, B, C  # quantised, adapted or offloaded
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _scan(
-    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, periods: Tensor | None = None
-) -> tuple[Tensor, Any]:
-    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if there are `periods`."""
-    delta, bias, B, C = _select(layer, x)
-    u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
-    A, D = -torch.exp(_wide(layer.A_log)), _wide(layer.D)
-    options = {"initial_state": initial_state, "backend": backend}
-    if periods is None:
-        y, last_state = selective_scan(u, delta, A, B, C, D, z, bias, True, True, **options)
-    else:
-        y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, periods=periods, **options)
-    return y.transpose(1, 2), last_state
-
-
-def _step(layer: Any, window: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
-    """y (b, d) of the last columns (b, d, d_conv) and z (b, d); `state` is overwritten."""
-    x = (window * layer.conv1d.weight.squeeze(1)).sum(-1)
-    if layer.conv1d.bias is not None:
-        x = x + layer.conv1d.bias
-    x = _activate(layer, x)
-    delta, bias, B, C = _select(layer, x)
-    A, D = -torch.exp(_wide(layer.A_log)), _wide(layer.D)
-    if isinstance(state, MrssState):
-        return mrss_update(state, x, delta, A, B, C, D, z, bias, True, periods=layer.periods)
-    return selective_state_update(state, x, delta, A, B, C, D, z, bias, True, backend=backend)
-
+from projecta.mamba.layer import check_backend, convolve, scan_layer, split_projection, step_layer
+from projecta.mrss import choose_periods
 
 _MIXERS = {  # the layers of transformers that `accelerate` knows, by the module that defines them
     "transformers.models.mamba.modeling_mamba": "MambaMixer",
@@ -283,7 +46,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], theta: float = 0.1) -> C
     for name, layer in _mixers(check, model):
 
         def note(module: nn.Module, args: tuple, output: Tensor, name: str = name, layer: Any = layer):
-            delta, bias, _, _ = _split(layer, output)
+            delta, bias, _, _ = split_projection(layer, output)
             steps = F.softplus(delta.float() if bias is None else delta.float() + bias.float())
             squares = steps.square().flatten(0, -2).sum(0)
             sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
@@ -334,7 +97,7 @@ def accelerate(
     check = Checker("accelerate")
     named = _mixers(check, model)
     mixers = [mixer for _, mixer in named]
-    _check_backend(check, backend, mrss is not None)
+    check_backend(check, backend, mrss is not None)
     for mixer in mixers:
         current = vars(mixer).get("forward")
         if isinstance(current, _Forward) and not current.has_handle:
@@ -507,11 +270,11 @@ class _Forward:
         if ssm is not None and single and not kept.record_past:
             window = torch.cat([conv[..., 1:], x.transpose(1, 2)], -1)
             conv.copy_(window)
-            return mixer.out_proj(_step(mixer, window, z[:, 0], ssm, self.backend)[:, None])
+            return mixer.out_proj(step_layer(mixer, window, z[:, 0], ssm, self.backend)[:, None])
         if ssm is not None and x.requires_grad:
             ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
-        convolved = _convolve(mixer, x, conv)
-        y, last = _scan(mixer, _masked(convolved, mask), z, ssm, self.backend, self.periods)
+        convolved = convolve(mixer, x, conv)
+        y, last = scan_layer(mixer, _masked(convolved, mask), z, ssm, self.backend, self.periods)
         if cache is not None:
             width = mixer.conv_kernel_size
             cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)

@@ -531,7 +531,7 @@ def test_mrss_in_a_model_and_out_again(model):
 def test_mrss_with_exact_steps_is_the_stock_model(mamba, monkeypatch):
     """Sorted channels compute what unsorted ones do: with the exact decay at every token nothing changes."""
     exact = functools.partial(mrss_scan, decay="exact")
-    monkeypatch.setattr("projecta.mamba.mrss_scan", exact)
+    monkeypatch.setattr("projecta.mamba.layer.mrss_scan", exact)
     with torch.no_grad():
         truth = mamba(tokens()).logits
         with accelerate(mamba, mrss=1e-9):

@@ -1,0 +1,154 @@
+"""The Mamba block as a torch module; see `projecta.mamba.layer` for the formula."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from projecta._checks import Checker
+from projecta.mamba.layer import check_backend, convolve, join_columns, scan_layer, step_layer
+from projecta.mrss import MrssState, choose_periods
+
+
+class State(NamedTuple):
+    """What a block remembers of a sequence.
+
+    conv: the last inputs of the convolution (b, d_inner, d_conv - 1). ssm: the state of the scan (b, d_inner,
+    d_state), or with MRSS a `MrssState`.
+    """
+
+    conv: Tensor
+    ssm: Tensor | MrssState
+
+
+class MambaBlock(nn.Module):
+    """The Mamba block; a drop-in for mamba-ssm's `Mamba`, whose checkpoints it loads.
+
+    Args:
+        d_model: width of input and output. d_state: states per channel. d_conv: width of the convolution.
+        expand: d_inner / d_model. dt_rank: rank of the step size's projection, "auto" for d_model / 16
+            rounded up.
+        dt_min, dt_max, dt_init_floor: the step sizes at initialisation are log-uniform between the first two
+            and not below the last. dt_init: "random" or "constant" weights of dt_proj, of size
+            dt_scale / sqrt(dt_rank).
+        conv_bias, bias: whether the convolution, and in_proj and out_proj, have a bias.
+        backend: of the scan, as in `projecta.selective_scan`.
+        mrss: scan by `projecta.mrss_scan` (compound decay), with the periods that this theta gives at the
+            initial step sizes, which are then sorted; 0.5, say. The periods are a buffer of the module.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    >>> import torch
+    >>> block = MambaBlock(8)
+    >>> x = torch.randn(1, 5, 8)
+    >>> y, state = block(x[:, :4], return_state=True)
+    >>> torch.allclose(block.step(x[:, 4], state), block(x)[:, 4], atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        *,
+        backend: str = "auto",
+        mrss: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check = Checker("MambaBlock")
+        for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
+            check.that(size >= 1, name, "be at least 1", size)
+        check.that(0 < dt_min <= dt_max, "dt_min", f"lie in (0, dt_max] = (0, {dt_max}]", dt_min)
+        check.one_of("dt_init", dt_init, ("random", "constant"))
+        check_backend(check, backend, mrss is not None)
+        check.that(mrss is None or mrss > 0, "mrss", "be above 0", mrss)
+        self.backend, self.mrss = backend, mrss
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **to)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **to
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **to)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **to)
+        rates = torch.arange(1.0, d_state + 1, device=device).repeat(self.d_inner, 1)
+        self.A_log = nn.Parameter(torch.log(rates))  # float32 in every model: small changes of a rate count
+        self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
+        for kept in (self.A_log, self.D):
+            kept._no_weight_decay = True  # type: ignore[attr-defined]  # the mark that trainers of Mamba read
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **to)
+
+        scale = dt_scale / math.sqrt(self.dt_rank)
+        with torch.no_grad():
+            if dt_init == "random":
+                self.dt_proj.weight.uniform_(-scale, scale)
+            else:
+                self.dt_proj.weight.fill_(scale)
+            spread = math.log(dt_max) - math.log(dt_min)
+            steps = torch.exp(torch.rand(self.d_inner, device=device) * spread + math.log(dt_min))
+            steps = steps.clamp(min=dt_init_floor)
+            if mrss is not None:  # so that neighbours can share their periods
+                steps = steps.sort().values
+                self.register_buffer("periods", choose_periods(rates, theta=mrss, step=steps))
+            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus's inverse
+            self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+
+    def initial_state(self, batch: int) -> State:
+        """The state before the first token: zeros."""
+        weight = self.conv1d.weight
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        zeros = torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=wide)
+        ssm = zeros if self.mrss is None else MrssState.start(zeros)
+        return State(weight.new_zeros(batch, self.d_inner, self.d_conv - 1), ssm)
+
+    def forward(
+        self, hidden_states: Tensor, state: State | None = None, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, State]:
+        """Map (b, l, d_model) to as much, going on from `state` if it is given; differentiable in both.
+
+        Returns the output, with `return_state` also the state after the last token.
+        """
+        check = Checker("MambaBlock")
+        check.that(
+            hidden_states.dim() == 3 and hidden_states.shape[2] == self.d_model,
+            "hidden_states", f"have shape (b, l, d_model = {self.d_model})", tuple(hidden_states.shape),
+        )  # fmt: skip
+        x, z = self.in_proj(hidden_states).chunk(2, -1)
+        conv, ssm = (None, None) if state is None else state
+        if self.mrss is not None and ssm is None and return_state:
+            ssm = self.initial_state(len(x)).ssm
+        periods: Any = None if self.mrss is None else self.periods
+        y, last = scan_layer(self, convolve(self, x, conv), z, ssm, self.backend, periods)
+        output = self.out_proj(y)
+        if not return_state:
+            return output
+        kept = self.d_conv - 1
+        before = x.new_zeros(len(x), self.d_inner, kept) if conv is None else conv
+        window = join_columns(before, x[:, max(0, x.shape[1] - kept) :])
+        after = window[:, window.shape[1] - kept :].transpose(1, 2).contiguous()
+        return output, State(after, last)
+
+    def step(self, hidden_states: Tensor, state: State) -> Tensor:
+        """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
+        check = Checker("MambaBlock.step")
+        check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
+        x, z = self.in_proj(hidden_states).chunk(2, -1)
+        window = torch.cat([state.conv, x[..., None]], -1)
+        state.conv.copy_(window[..., 1:])
+        return self.out_proj(step_layer(self, window, z, state.ssm, self.backend))

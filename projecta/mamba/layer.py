@@ -1,0 +1,103 @@
+"""A Mamba layer, computed from its weights: what `MambaBlock` and the layers of transformers share.
+
+    x, z        = in_proj(input)                        (b, l, d_inner) each
+    x           = silu(causal depthwise conv(x))
+    dt, B, C    = x_proj(x)                             (b, l, dt_rank), (b, l, n), (b, l, n)
+    y           = selective_scan(x, dt_proj(dt), -exp(A_log), B, C, D, z)
+    output      = out_proj(y)
+
+Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3.4 and
+figure 3. Both kinds of layers name their weights alike, so one set of functions runs both. Everything stays
+(b, l, d_inner) in memory; the scan takes the transposed views as they are.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from projecta import mrss as multi
+from projecta._checks import Checker
+from projecta.mrss import MrssState, mrss_scan, mrss_update
+from projecta.scan import BACKENDS, require_backend, selective_scan, selective_state_update
+
+
+def check_backend(check: Checker, backend: str, by_mrss: bool = False) -> None:
+    check.one_of("backend", backend, ("auto", *(multi.BACKENDS if by_mrss else BACKENDS)))
+    if backend != "auto":
+        require_backend(check, backend)
+
+
+def activate(layer: Any, x: Tensor) -> Tensor:
+    return layer.act(x) if hasattr(layer, "act") else F.silu(x)
+
+
+def join_columns(before: Tensor, x: Tensor) -> Tensor:
+    """The columns before (b, d, k - 1 or more) and x (b, l, d) as one (b, k - 1 + l, d)."""
+    return torch.cat([before.transpose(1, 2).to(x.dtype), x], 1)
+
+
+def convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
+    """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x.
+
+    As a convolution of an image one pixel high whose channels are last, it leaves x where it lies.
+    """
+    l, width = x.shape[1], layer.conv1d.kernel_size[0]
+    if not l:  # torch's convolutions refuse an empty image
+        return x
+    if before is not None:
+        x = join_columns(before[..., before.shape[-1] - (width - 1) :], x)
+    padding = (0, width - 1 if before is None else 0)
+    image = x.transpose(1, 2).unsqueeze(2)
+    weight, bias = layer.conv1d.weight.unsqueeze(2), layer.conv1d.bias
+    y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
+    return activate(layer, y[..., :l].squeeze(2).transpose(1, 2))
+
+
+def select(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """delta (..., d) before its bias, the bias, B and C (..., n) of x (..., d)."""
+    return split_projection(layer, layer.x_proj(x))
+
+
+def split_projection(layer: Any, projected: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    n = layer.A_log.shape[1]
+    dt, B, C = projected.tensor_split((-2 * n, -n), -1)
+    if hasattr(layer, "dt_layernorm"):  # falcon_mamba, jamba
+        dt, B, C = layer.dt_layernorm(dt), layer.b_layernorm(B), layer.c_layernorm(C)
+    plain = type(layer.dt_proj) is nn.Linear and "forward" not in vars(layer.dt_proj)
+    if plain:  # the scan adds the bias, in float32
+        return F.linear(dt, layer.dt_proj.weight), layer.dt_proj.bias, B, C
+    return layer.dt_proj(dt), None, B, C  # quantised, adapted or offloaded
+
+
+def as_wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def scan_layer(
+    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, periods: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if there are `periods`."""
+    delta, bias, B, C = select(layer, x)
+    u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
+    A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
+    options = {"initial_state": initial_state, "backend": backend}
+    if periods is None:
+        y, last_state = selective_scan(u, delta, A, B, C, D, z, bias, True, True, **options)
+    else:
+        y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, periods=periods, **options)
+    return y.transpose(1, 2), last_state
+
+
+def step_layer(layer: Any, window: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
+    """y (b, d) of the last columns (b, d, d_conv) and z (b, d); `state` is overwritten."""
+    x = (window * layer.conv1d.weight.squeeze(1)).sum(-1)
+    if layer.conv1d.bias is not None:
+        x = x + layer.conv1d.bias
+    x = activate(layer, x)
+    delta, bias, B, C = select(layer, x)
+    A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
+    if isinstance(state, MrssState):
+        return mrss_update(state, x, delta, A, B, C, D, z, bias, True, periods=layer.periods)
+    return selective_state_update(state, x, delta, A, B, C, D, z, bias, True, backend=backend)
