@@ -22,7 +22,7 @@ _HOME = {
     "accelerate": "projecta.mamba",
     "Plan": "projecta.vtp",
 }
-_ROOMS = ("clip", "low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
+_ROOMS = ("low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
 
 if TYPE_CHECKING:
     from projecta.mamba import MambaBlock as MambaBlock

@@ -1,15 +1,8 @@
-"""Vision token pruning (VTP): which tokens of a vision transformer to keep, and what becomes of the others.
-Tensors in, tensors out; knows no model.
+"""The pruning plan: how many tokens each block sees, which ones are kept, and what it costs.
 
 Tokens are (b, t, c): `prefix` tokens first (the class token), which are never scored and always kept, then
 the patches. Kept patches keep their order. How many are kept depends on shapes alone, so that nothing waits
 for the device.
-
-Every fusion is one family, X' = D^-1 A X: `owner` names for each token the one that takes it in, A holds
-their masses, and the rows' sums D are the masses of what remains. `drop` lets none in, `mean` has one token
-take in all that were pruned (as EViT, arXiv 2202.07800, with equal weights), `cluster` a few, `squeeze` every
-kept token those nearest to it; `bipartite` merges the most similar pairs, whatever they score (as ToMe, arXiv
-2210.09461). All of them leave the same number of tokens.
 """
 
 import math
@@ -21,66 +14,12 @@ import torch
 from torch import Tensor
 
 from projecta._checks import Checker, fail
+from projecta.vtp.fusion import FUSIONS, Pruned, keep_highest, merge_pairs
+from projecta.vtp.scores import MODEL_SCORES, SCORES, View, wide_dtype
 
-
-class View(NamedTuple):
-    """What a score may know of patches (b, p) beside their values.
-
-    seed: of the random score. visible: (b, p), False where a mask hides a patch; None: all are seen.
-    grid: rows and columns of the image. places: (b, p), where in the grid each patch stands, counted row by
-    row; None: patch i at i.
-    """
-
-    seed: int = 0
-    visible: Tensor | None = None
-    grid: tuple[int, int] | None = None
-    places: Tensor | None = None
-
-
-def _score_norm(patches: Tensor, view: View) -> Tensor:
-    return torch.linalg.vector_norm(patches, dim=-1, dtype=_wide(patches.dtype))
-
-
-def _score_distance(patches: Tensor, view: View) -> Tensor:
-    wide = patches.to(_wide(patches.dtype))
-    if view.visible is None:
-        mean = wide.mean(1, keepdim=True)
-    else:
-        share = view.visible.to(wide.dtype)
-        mean = (share / share.sum(1, keepdim=True).clamp_min(1))[:, None] @ wide
-    return torch.linalg.vector_norm(wide - mean, dim=-1)
-
-
-def _score_random(patches: Tensor, view: View) -> Tensor:
-    """A hash of the index: the same on every device, and nothing is copied to it."""
-    x = torch.arange(1, patches.shape[1] + 1, device=patches.device) * 0x9E3779B1 + view.seed * 0x85EBCA77
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return (x ^ (x >> 16)).expand(patches.shape[:2])
-
-
-def _score_grid(patches: Tensor, view: View) -> Tensor:
-    """The highest k are spread evenly over the image, for every k: Bayer's ordered dither."""
-    count = patches.shape[1]
-    side = math.isqrt(count)
-    rows, columns = view.grid or (side, side)
-    if view.places is None and rows * columns != count:
-        rule = "be given for score 'grid' of patches that are no square"
-        fail("Plan.apply", "grid", rule, f"{view.grid} for {count} patches")
-    at = torch.arange(count, device=patches.device) if view.places is None else view.places
-    y, x = at // columns, at % columns
-    rank = torch.zeros_like(at)
-    for bit in range(max(rows, columns).bit_length()):  # the lowest bits of the position decide most
-        rank = rank * 4 + 2 * ((x ^ y) >> bit & 1) + (y >> bit & 1)
-    return (-rank).expand(patches.shape[:2])
-
-
-SCORES: dict[str, Callable[[Tensor, View], Tensor]] = {
-    "norm": _score_norm, "distance": _score_distance, "random": _score_random, "grid": _score_grid
-}  # fmt: skip
-MODEL_SCORES = ("cls", "value", "received", "probe")  # by `attention_scores`, from whoever has the model
-FUSIONS = ("drop", "mean", "cluster", "squeeze", "bipartite")
 SEMANTICS = ("tokens", "stage", "flops")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "input": {"at": 0, "score": "norm"},
     "early": {"at": 4, "score": "cls", "fuse": "squeeze", "mass": True},
@@ -103,19 +42,6 @@ class Costs(NamedTuple):
 
 
 VIT_B16 = Costs()
-
-
-class Pruned(NamedTuple):
-    """Tokens after pruning.
-
-    tokens: (b, t', c). kept: (b, t'), ascending, where each of them stood. mass: (b, t'), how many tokens
-    each stands for. owner: (b, t), which of the t' took each token in; -1: none.
-    """
-
-    tokens: Tensor
-    kept: Tensor
-    mass: Tensor
-    owner: Tensor
 
 
 @dataclass(frozen=True)
@@ -300,7 +226,7 @@ class Plan:
         kept = self.tokens_kept(t, prefix) if count is None else count
         check.that(prefix < kept <= t or kept == t, "count", f"lie in {prefix + 1}...{t}", kept)
         if mass is None:
-            mass = torch.ones(b, t, dtype=_wide(tokens.dtype), device=tokens.device)
+            mass = torch.ones(b, t, dtype=wide_dtype(tokens.dtype), device=tokens.device)
         check.that(mass.shape == (b, t), "mass", f"have shape {(b, t)}", tuple(mass.shape))
         if visible is not None:
             check.that(visible.shape == (b, t), "visible", f"have shape {(b, t)}", tuple(visible.shape))
@@ -309,7 +235,7 @@ class Plan:
             everyone = torch.arange(t, device=tokens.device).expand(b, t)
             return Pruned(tokens, everyone, mass, everyone)
         if self.fuse == "bipartite":
-            return _merge_pairs(tokens, mass, kept, prefix, visible is not None)
+            return merge_pairs(tokens, mass, kept, prefix, visible is not None)
         seen = None if visible is None else visible[:, prefix:]
         if scores is None:
             scores = self._score(tokens[:, prefix:].detach(), View(self.seed, seen, grid, places))
@@ -319,7 +245,7 @@ class Plan:
         if seen is not None:
             limits = torch.finfo if scores.is_floating_point() else torch.iinfo
             scores = scores.masked_fill(~seen, limits(scores.dtype).min)
-        return _select(tokens, mass, scores, kept, prefix, self._open(kept - prefix))
+        return keep_highest(tokens, mass, scores, kept, prefix, self._open(kept - prefix))
 
     def _score(self, patches: Tensor, view: View) -> Tensor:
         if callable(self.score):
@@ -332,124 +258,3 @@ class Plan:
     def _open(self, kept: int) -> int:
         """How many of the kept patches take others in: those that score least."""
         return {"drop": 0, "mean": 1, "cluster": min(self.centres, kept), "squeeze": kept}[self.fuse]
-
-
-def attention_scores(
-    query: Tensor, keys: Tensor, scale: float, *, prefix: int = 1, values: Tensor | None = None,
-    mass: Tensor | None = None, visible: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """What a few queries pay each patch, softmax(scale Q K^T + log mass), averaged over queries and heads.
-
-    Args:
-        query: (b, h, q, e): the class token's, a probe's, or all.
-        keys: (b, h, t, e), prefix included: the softmax runs over all of them.
-        values: (b, h, t, e): weigh each head's share by ||v||.
-        mass: (b, t).
-        visible: (b, t), False for masked tokens, which are paid nothing and do not pay.
-
-    Returns:
-        (b, t - prefix), in float32 or wider.
-    """
-    wide = _wide(keys.dtype)
-    logits = query.to(wide) @ keys.to(wide).mT * scale
-    if mass is not None:
-        logits = logits + mass.to(wide).log()[:, None, None]
-    if visible is not None:
-        logits = logits.masked_fill(~visible[:, None, None], -math.inf)
-    shares = logits.softmax(-1)
-    if visible is not None and query.shape[2] == keys.shape[2]:
-        who = visible.to(wide)
-        shares = ((who / who.sum(1, keepdim=True).clamp_min(1))[:, None, None] @ shares)[:, :, 0]
-    else:
-        shares = shares.mean(2)  # (b, h, t)
-    if values is not None:
-        shares = shares * torch.linalg.vector_norm(values, dim=-1, dtype=wide)
-    return shares.mean(1)[:, prefix:]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def _unit(tokens: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(tokens.detach().to(_wide(tokens.dtype)), dim=-1)
-
-
-def _select(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix: int, takers: int) -> Pruned:
-    """Keep what scores highest; the `takers` lowest of those take in the pruned patches nearest to them."""
-    b, t, _ = tokens.shape
-    order = scores.argsort(dim=-1, descending=True, stable=True) + prefix
-    first = torch.arange(prefix, device=tokens.device).expand(b, prefix)
-    index = torch.cat([first, order[:, : kept - prefix].sort(-1).values], 1)
-    place = torch.full((b, t), -1, dtype=index.dtype, device=tokens.device)  # among those kept
-    place = place.scatter(1, index, torch.arange(kept, device=tokens.device).expand(b, kept))
-    if not takers:
-        return Pruned(_take(tokens, index), index, mass.gather(1, index), place)
-    rest, open = order[:, kept - prefix :], order[:, kept - prefix - takers : kept - prefix]
-    pruned = _take(tokens, rest)
-    if takers == 1:
-        nearest = torch.zeros_like(rest)
-    else:
-        nearest = (_unit(pruned) @ _unit(_take(tokens, open)).mT).argmax(-1)
-    into = place.gather(1, open).gather(1, nearest)  # (b, pruned): a place among those kept
-    owner = place.scatter(1, rest, into)
-    fused, masses = _fuse(_take(tokens, index), mass.gather(1, index), pruned, mass.gather(1, rest), into)
-    return Pruned(fused, index, masses, owner)
-
-
-def _fuse(kept: Tensor, mass: Tensor, pruned: Tensor, mass_pruned: Tensor, into: Tensor) -> tuple:
-    """D^-1 A X: each pruned token joins the one that `into` names, in proportion to their masses."""
-    wide = _wide(kept.dtype)
-    here = torch.arange(kept.shape[1], device=kept.device)
-    A = torch.where(into[:, None] == here[None, :, None], mass_pruned[:, None], 0.0).to(wide)
-    total = mass + A.sum(-1)
-    least = torch.finfo(wide).tiny  # of a masked token, whose mass is 0
-    fused = (kept.to(wide) * mass[..., None] + A @ pruned.to(wide)) / total[..., None].clamp_min(least)
-    alone = (total == mass)[..., None]  # its bits stay
-    return torch.where(alone, kept, fused.to(kept.dtype)), total
-
-
-def _merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bool) -> Pruned:
-    """Merge every other patch into the most similar of its neighbours in between, the most similar pairs
-    first; again, until so many are left. Masked patches, whose mass is 0, go first and take in last."""
-
-    def pick(index: Tensor) -> Tensor:  # one order for all rows, or one for each
-        return tokens[:, index] if index.dim() == 1 else _take(tokens, index)
-
-    b, t, _ = tokens.shape
-    index = torch.arange(t, device=tokens.device).expand(b, t)
-    owner = index
-    while tokens.shape[1] > kept:
-        now = tokens.shape[1]
-        even = torch.arange(prefix, now, 2, device=tokens.device)
-        odd = torch.arange(prefix + 1, now, 2, device=tokens.device)
-        if masked:
-            hidden = mass == 0
-            turn = torch.where(hidden[:, prefix:], -1, torch.arange(now - prefix, device=tokens.device) % 2)
-            order = (
-                turn.argsort(dim=-1, stable=True) + prefix
-            )  # the masked, every other one, those in between
-            even, odd = order[:, : len(even)], order[:, len(even) :]
-        likeness = _unit(pick(even)) @ _unit(pick(odd)).mT  # in -1...1
-        if masked:
-            likeness = likeness.masked_fill(hidden.gather(1, odd)[:, None], -2)
-            likeness = likeness.masked_fill(hidden.gather(1, even)[..., None], 2)
-        similar, partner = likeness.max(-1)
-        even, odd = even.expand(b, -1), odd.expand(b, -1)
-        count = min(now - kept, even.shape[1])
-        chosen = similar.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        rest = even.gather(1, chosen)
-        gone = torch.zeros(b, now, dtype=torch.bool, device=tokens.device).scatter(1, rest, True)
-        stay = gone.to(torch.uint8).argsort(dim=-1, stable=True)[:, : now - count]
-        place = (~gone).cumsum(-1) - 1
-        into = place.gather(1, odd.gather(1, partner.gather(1, chosen)))
-        tokens, mass = _fuse(
-            _take(tokens, stay), mass.gather(1, stay), _take(tokens, rest), mass.gather(1, rest), into
-        )
-        owner = place.scatter(1, rest, into).gather(1, owner)
-        index = index.gather(1, stay)
-    return Pruned(tokens, index, mass, owner)

@@ -1,15 +1,12 @@
-"""Attaches a `vtp.Plan` to the vision tower of one Hugging Face model, and takes it off again; knows which
-scores need a block, and how its queries, keys and values are made; no scoring.
+"""Attaches a plan to the vision tower of one Hugging Face model, and takes it off again.
 
 The plan runs in forward pre-hooks of blocks, on that model instance only: no class is changed, no weight is
 renamed, and a second model in the process never notices.
 """
 
 import dataclasses
-import gc
 import inspect
 import itertools
-import sys
 import threading
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,43 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker, fail, host
-from projecta.vtp import MODEL_SCORES, Costs, Plan, attention_scores
+from projecta.vtp.plan import Costs, Plan
+from projecta.vtp.scores import MODEL_SCORES, attention_scores
+from projecta.vtp.towers import (
+    MASKABLE,
+    Family,
+    as_pair,
+    check_score,
+    find_tower,
+    is_averaged,
+    probe_scores,
+    split_heads,
+    width_of_mlp,
+)
 
-
-class _Family(NamedTuple):
-    """Where a vision tower keeps what pruning needs."""
-
-    module: str  # of transformers.models
-    models: tuple[str, ...]  # those it defines whose heads need no patch in its place; the tower is first
-    blocks: str
-    norm: str  # before attention
-    attention: str
-    prefix: int
-
-
-_FAMILIES = (
-    _Family(
-        "clip.modeling_clip",
-        ("CLIPVisionModel", "CLIPModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
-        "encoder.layers", "layer_norm1", "self_attn", 1,
-    ),
-    _Family(
-        "vit.modeling_vit", ("ViTModel", "ViTForImageClassification"), "layers", "layernorm_before",
-        "attention", 1,
-    ),
-    _Family(
-        "dinov2.modeling_dinov2", ("Dinov2Model", "Dinov2ForImageClassification"), "encoder.layer", "norm1",
-        "attention", 1,
-    ),
-    _Family(
-        "siglip.modeling_siglip", ("SiglipVisionModel", "SiglipModel", "SiglipForImageClassification"),
-        "encoder.layers", "layer_norm1", "self_attn", 0,
-    ),
-)  # fmt: skip
-# Their classifiers average the patches that are left.
-_AVERAGING = {"CLIPForImageClassification", "Dinov2ForImageClassification", "SiglipForImageClassification"}
-_MASKABLE = ("sdpa", "eager")  # attention that takes a mask as a tensor
 _CALL = "projecta_call"  # among the arguments that a tower hands on to its blocks
+
+
 _versions = itertools.count(1)
 
 
@@ -92,7 +69,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
     """
     check = Checker("prune")
     check.that(isinstance(plan, Plan), "plan", "be a projecta.vtp.Plan", type(plan).__name__, error=TypeError)
-    family, tower = _find_tower(check, getattr(model, "_orig_mod", model))  # torch.compile's wrapper
+    family, tower = find_tower(check, getattr(model, "_orig_mod", model))  # torch.compile's wrapper
     blocks = tower.get_submodule(family.blocks)
     check.that(
         plan.stages[-1] < len(blocks), "plan.at", f"be below the number of blocks, {len(blocks)}", plan.at
@@ -104,10 +81,10 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
             "Call remove() of its handle first.",
         )  # fmt: skip
         pruning.remove()
-    _check_score(check, family, tower, blocks[plan.stages[0]], plan.score)
+    check_score(check, family, tower, blocks[plan.stages[0]], plan.score)
     attention = tower.config._attn_implementation
     check.that(
-        not plan.mass or attention in _MASKABLE, "plan.mass",
+        not plan.mass or attention in MASKABLE, "plan.mass",
         f"be False with attention {attention!r}, which takes no mask", plan.mass,
     )  # fmt: skip
     masks = "attention_mask" in inspect.signature(type(tower).forward).parameters
@@ -121,29 +98,6 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         plan.mass, "Take a newer transformers.",
     )  # fmt: skip
     return Pruning(family, tower, plan)
-
-
-def _check_score(check: Checker, family: _Family, tower: Any, block: Any, score: Any) -> None:
-    """Whether the tower has what a score reads."""
-    head = getattr(tower, "head", None)
-    check.that(
-        score not in ("cls", "value") or family.prefix > 0, "plan.score",
-        "be another: this tower has no class token", repr(score), "Take 'probe' or 'received'.",
-    )  # fmt: skip
-    check.that(
-        score != "probe" or head is not None, "plan.score", "be another: this tower has no pooling head",
-        repr(score),
-    )  # fmt: skip
-    if score == "probe":
-        weight = getattr(head.attention, "in_proj_weight", None)  # type: ignore[union-attr]
-        plain = isinstance(weight, Tensor) and weight.is_floating_point()
-        check.that(plain, "plan.score", "be another: the pooling head's weights are quantised", repr(score))
-    elif isinstance(score, str) and score in MODEL_SCORES:
-        attention = getattr(block, family.attention)
-        whole = all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj"))
-        kind = f"{type(attention).__name__} of {host('transformers')}"
-        rule = f"be another: {kind} has no q_proj, k_proj and v_proj"
-        check.that(whole, "plan.score", rule, repr(score))
 
 
 class _Found(NamedTuple):
@@ -176,14 +130,14 @@ class Pruning:
         grid: of the last forward pass, rows and columns of patches.
     """
 
-    def __init__(self, family: _Family, tower: Any, plan: Plan):
+    def __init__(self, family: Family, tower: Any, plan: Plan):
         config, blocks = tower.config, tower.get_submodule(family.blocks)
         self._family, self._blocks = family, list(blocks)
-        (rows, columns), (high, wide) = _pair(config.image_size), _pair(config.patch_size)
+        (rows, columns), (high, wide) = as_pair(config.image_size), as_pair(config.patch_size)
         self._patch, self._grid = (high, wide), (rows // high, columns // wide)
         self._patches = self._grid[0] * self._grid[1]
         embedding = 2 * self._patches * config.num_channels * high * wide * config.hidden_size
-        self._costs = Costs(config.hidden_size, _width_of_mlp(family, blocks[0]), embedding)
+        self._costs = Costs(config.hidden_size, width_of_mlp(family, blocks[0]), embedding)
         self._tower, self.has_handle = tower, True
         self._last: _Call | None = None
         self._thread, self._traced = threading.local(), None
@@ -193,7 +147,7 @@ class Pruning:
             block.register_forward_pre_hook(_Hook(self, i), with_kwargs=True)
             for i, block in enumerate(blocks)
         ]
-        weigh = plan.fuse != "drop" and _is_averaged(tower)
+        weigh = plan.fuse != "drop" and is_averaged(tower)
         self._removals.append(tower.register_forward_hook(_End(self, weigh)))
         head = getattr(tower, "head", None)
         if head is not None:
@@ -337,7 +291,7 @@ class Pruning:
     def _check_mask(self, mask: Any, t: int) -> None:
         attention = self._tower.config._attn_implementation
         if (
-            attention not in _MASKABLE
+            attention not in MASKABLE
             or not isinstance(mask, Tensor)
             or mask.dim() != 4
             or mask.shape[-1] != t
@@ -348,7 +302,7 @@ class Pruning:
 
     def _mask(self, found: _Found, mask: Any, tokens: Tensor) -> Tensor | None:
         """The mask of the tokens that are left: what was given of them, and the logarithm of their mass."""
-        if self.plan.mass and self._tower.config._attn_implementation not in _MASKABLE:  # set since
+        if self.plan.mass and self._tower.config._attn_implementation not in MASKABLE:  # set since
             attention = self._tower.config._attn_implementation
             fail("prune", "plan.mass", f"be False with attention {attention!r}, which takes no mask", True)
         if mask is None:
@@ -387,13 +341,13 @@ class Pruning:
         tokens = tokens.detach()
         if score == "probe":
             normed = call.tower.post_layernorm(tokens)
-            return _probe_scores(call.tower.head, normed, prefix, mass, visible)
+            return probe_scores(call.tower.head, normed, prefix, mass, visible)
         normed = getattr(block, self._family.norm)(tokens)
         attention = getattr(block, self._family.attention)
         width = attention.head_dim
-        query = _heads(attention.q_proj(normed if score == "received" else normed[:, :1]), width)
-        keys = _heads(attention.k_proj(normed), width)
-        values = _heads(attention.v_proj(normed), width) if score == "value" else None
+        query = split_heads(attention.q_proj(normed if score == "received" else normed[:, :1]), width)
+        keys = split_heads(attention.k_proj(normed), width)
+        values = split_heads(attention.v_proj(normed), width) if score == "value" else None
         return attention_scores(
             query, keys, width**-0.5, prefix=prefix, values=values, mass=mass, visible=visible
         )
@@ -510,126 +464,3 @@ def _restore_compiled(block: Any) -> None:
     usual = getattr(type(block), "gradient_checkpointing", None)
     if vars(block).get("gradient_checkpointing") is usual:
         vars(block).pop("gradient_checkpointing", None)
-
-
-def _is_averaged(tower: nn.Module) -> bool:
-    """Whether there is a classifier that averages the tower's patches, given to `prune` or not."""
-    return any(
-        issubclass(type(thing), nn.Module)
-        and any(kind.__name__ in _AVERAGING for kind in type(thing).__mro__)
-        and any(child is tower for child in vars(thing).get("_modules", {}).values())
-        for thing in gc.get_objects()
-    )
-
-
-def show(image: Any, handle: Pruning, row: int = 0) -> Any:
-    """Draw which patches the last forward pass kept: pruned ones are dark, a line leads to what took them in.
-
-    Args:
-        image: what the model saw, before normalisation: (rows, columns, 3) as matplotlib's imshow takes it,
-            or a (3, rows, columns) tensor in 0...1. Any size and aspect ratio.
-        handle: of a model that has run. row: of the batch.
-
-    Returns:
-        A matplotlib figure (matplotlib is an extra: `pip install projecta[plots]`).
-    """
-    check = Checker("show")
-    check.that(handle.trace is not None, "handle", "be of a model that has run", "a handle without a trace")
-    assert handle.trace is not None
-    assert handle.owner is not None
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    prefix = handle._family.prefix
-    if isinstance(image, Tensor):
-        image = image.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
-    owner = handle.owner[row].cpu()
-    patches = len(owner) - prefix
-    rows, columns = handle.grid
-    check.that(rows * columns == patches, "handle", f"be of a {rows} x {columns} grid", f"{patches} patches")
-    at = handle.trace[row].cpu() - prefix
-    kept = torch.zeros(patches, dtype=torch.bool)
-    kept[at[prefix:]] = True
-    height, width = image.shape[0] / rows, image.shape[1] / columns
-    figure = Figure(figsize=(5, 5 * image.shape[0] / image.shape[1]), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(image)
-    axes.set_axis_off()
-    for patch in (~kept).nonzero()[:, 0].tolist():
-        y, x = divmod(patch, columns)
-        box = axes.add_patch(Rectangle((x * width, y * height), width, height))
-        box.set(facecolor="black", alpha=0.7, linewidth=0)
-        into = int(owner[patch + prefix])
-        if into >= prefix:
-            v, u = divmod(int(at[into]), columns)
-            axes.plot(
-                [(x + 0.5) * width, (u + 0.5) * width], [(y + 0.5) * height, (v + 0.5) * height],
-                color="white", alpha=0.5, linewidth=0.6,
-            )  # fmt: skip
-    axes.set_xlim(0, image.shape[1])
-    axes.set_ylim(image.shape[0], 0)
-    figure.suptitle(f"{int(kept.sum())} of {patches} patches, {handle.flops_ratio:.2f} of the FLOPs")
-    return figure
-
-
-def _probe_scores(
-    head: Any, tokens: Tensor, prefix: int, mass: Tensor | None, visible: Tensor | None
-) -> Tensor:
-    """What SigLIP's pooling head would pay these tokens."""
-    attention = head.attention
-    q, k, _ = attention.in_proj_weight.chunk(3)
-    q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)
-    width = attention.head_dim
-    query = nn.functional.linear(head.probe, q, q_bias).expand(len(tokens), -1, -1)
-    keys = nn.functional.linear(tokens, k, k_bias)
-    return attention_scores(
-        _heads(query, width), _heads(keys, width), width**-0.5, prefix=prefix, mass=mass, visible=visible
-    )
-
-
-def _heads(x: Tensor, width: int) -> Tensor:
-    """(b, t, h e) as (b, h, t, e)."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """Rows and columns of a size that may be one number."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _width_of_mlp(family: _Family, block: nn.Module) -> int:
-    """The width m for which an MLP of two maps, 2 c m weights, is as large as the block's.
-
-    A map is what has `in_features` and `out_features`: quantised ones do, and their weights may be packed.
-    """
-    maps: list[Any] = [
-        m for name, m in block.named_modules()
-        if hasattr(m, "in_features") and hasattr(m, "out_features") and family.attention not in name
-    ]  # fmt: skip
-    if not maps:
-        fail("prune", "model", "have linear maps in its blocks", type(block).__name__, error=TypeError)
-    return sum(m.in_features * m.out_features for m in maps) // (2 * maps[0].in_features)
-
-
-def _find_tower(check: Checker, model: nn.Module) -> tuple[_Family, Any]:
-    """The family and the one tower in the model."""
-    for family in _FAMILIES:
-        module = sys.modules.get("transformers.models." + family.module)
-        kinds = [] if module is None else [c for c in type(model).__mro__ if c.__module__ == module.__name__]
-        if not kinds:
-            continue
-        check.that(
-            kinds[0].__name__ in family.models, "model",
-            f"be one of {', '.join(family.models)}: the head of others needs every patch",
-            type(model).__name__, error=TypeError,
-        )  # fmt: skip
-        kind = getattr(module, family.models[0])
-        towers = [m for m in model.modules() if isinstance(m, kind)]
-        if len(towers) == 1:
-            return family, towers[0]
-    supported = ", ".join(family.models[0] for family in _FAMILIES)
-    check.that(
-        False, "model", f"be or hold one of {supported}, in a model of its family", type(model).__name__,
-        error=TypeError,
-    )  # fmt: skip
-    raise AssertionError

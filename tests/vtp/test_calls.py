@@ -21,9 +21,8 @@ from transformers import (
     ViTModel,
 )
 
-from projecta.clip import prune, show
-from projecta.vtp import Plan
-from tests.test_clip import PIXELS, SMALL, TOWERS, embed, make, other, skip_what_is_too_old, states
+from projecta.vtp import Plan, draw, prune
+from tests.vtp.test_towers import PIXELS, SMALL, TOWERS, embed, make, other, skip_what_is_too_old, states
 
 MASSES = Plan(keep=0.5, at=(0, 1), score="random", fuse="squeeze", mass=True)
 
@@ -201,7 +200,7 @@ def test_a_grid_that_is_no_square_is_pruned_evenly_and_shown():
             kept = torch.zeros(32).index_fill(0, handle.trace[0, 1:] - 1, 1).view(4, 8)
             blocks = kept.unflatten(0, (2, 2)).unflatten(2, (4, 2)).sum((1, 3))
             assert blocks.eq(4 * keep).all(), "each square of 2 x 2 patches keeps as many"
-            axes = show(torch.rand(3, 32, 64), handle).axes[0]
+            axes = draw(torch.rand(3, 32, 64), handle).axes[0]
             dark = {(int(p.get_x() // 8), int(p.get_y() // 8)) for p in axes.patches}
             assert dark == {(x, y) for y in range(4) for x in range(8) if not kept[y, x]}
     with pytest.raises(
@@ -216,7 +215,7 @@ def test_an_image_of_another_shape_is_shown_on_its_own_grid():
     with prune(model, Plan(keep=0.5, score="grid")) as handle, torch.no_grad():
         model(pixel_values=torch.randn(1, 3, 16, 48))
         assert handle.grid == (2, 6)
-        assert len(show(torch.rand(3, 16, 48), handle).axes[0].patches) == 6
+        assert len(draw(torch.rand(3, 16, 48), handle).axes[0].patches) == 6
 
 
 def test_arguments_of_blocks_that_are_not_known_are_refused():

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from projecta.clip import prune
-from projecta.vtp import FUSIONS, Plan
-from tests.test_clip import skip_what_is_too_old
+from projecta.vtp import FUSIONS, Plan, prune
+from tests.vtp.test_towers import skip_what_is_too_old
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -27,8 +27,7 @@ from transformers import (
     ViTModel,
 )
 
-from projecta.clip import prune, show
-from projecta.vtp import Plan
+from projecta.vtp import Plan, draw, prune
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -439,7 +438,7 @@ def test_the_picture_shows_what_was_pruned():
     model = make(CLIPVisionModel)
     with prune(model, EARLY) as handle:
         embed(model)
-        axes = show(PIXELS[0].sigmoid(), handle, row=1).axes[0]
+        axes = draw(PIXELS[0].sigmoid(), handle, row=1).axes[0]
     dark = {(patch.get_x() // 8, patch.get_y() // 8) for patch in axes.patches}
     kept = {((k - 1) % 4, (k - 1) // 4) for k in handle.trace[1, 1:].tolist()}
     assert dark == {(x, y) for x in range(4) for y in range(4)} - kept
@@ -510,8 +509,8 @@ def test_misuse_is_named_in_one_line():
         ValueError, match=r"must be False with attention 'flash_attention_2', which takes no mask"
     ):
         prune(flash, Plan.preset("early", at=1))
-    with pytest.raises(ValueError, match=r"^show: handle must be of a model that has run"):
-        show(PIXELS[0], prune(make(CLIPVisionModel), Plan()))
+    with pytest.raises(ValueError, match=r"^draw: handle must be of a model that has run"):
+        draw(PIXELS[0], prune(make(CLIPVisionModel), Plan()))
     with prune(model, Plan()), pytest.raises(ValueError, match=r"^prune: model must not be pruned already"):
         prune(model, Plan())
     prune(model, Plan()).remove()

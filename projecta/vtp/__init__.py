@@ -1,0 +1,16 @@
+"""Vision token pruning (VTP): which tokens of a vision transformer to keep, and what becomes of the others.
+
+`plan`, `scores` and `fusion` are pure tensor functions. `pruning` attaches a plan to a model of transformers,
+`towers` knows those models, and `draw` shows the result.
+"""
+
+from projecta.vtp.draw import draw
+from projecta.vtp.fusion import FUSIONS, Pruned
+from projecta.vtp.plan import PRESETS, VIT_B16, Costs, Plan
+from projecta.vtp.pruning import Pruning, prune
+from projecta.vtp.scores import MODEL_SCORES, SCORES, View, attention_scores
+
+__all__ = [
+    "FUSIONS", "MODEL_SCORES", "PRESETS", "SCORES", "VIT_B16", "Costs", "Plan", "Pruned", "Pruning", "View",
+    "attention_scores", "draw", "prune",
+]  # fmt: skip

@@ -1,0 +1,114 @@
+"""Fusion of vision tokens: what becomes of the patches that are not kept. Tensors in, tensors out.
+
+Every fusion is one family, X' = D^-1 A X: `owner` names for each token the one that takes it in, A holds
+their masses, and the rows' sums D are the masses of what remains. `drop` lets none in, `mean` has one token
+take in all that were pruned (as EViT, arXiv 2202.07800, with equal weights), `cluster` a few, `squeeze` every
+kept token those nearest to it; `bipartite` merges the most similar pairs, whatever they score (as ToMe, arXiv
+2210.09461). All of them leave the same number of tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from projecta.vtp.scores import wide_dtype
+
+FUSIONS = ("drop", "mean", "cluster", "squeeze", "bipartite")
+
+
+class Pruned(NamedTuple):
+    """Tokens after pruning.
+
+    tokens: (b, t', c). kept: (b, t'), ascending, where each of them stood. mass: (b, t'), how many tokens
+    each stands for. owner: (b, t), which of the t' took each token in; -1: none.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    mass: Tensor
+    owner: Tensor
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def unit(tokens: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(tokens.detach().to(wide_dtype(tokens.dtype)), dim=-1)
+
+
+def keep_highest(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix: int, takers: int) -> Pruned:
+    """Keep what scores highest; the `takers` lowest of those take in the pruned patches nearest to them."""
+    b, t, _ = tokens.shape
+    order = scores.argsort(dim=-1, descending=True, stable=True) + prefix
+    first = torch.arange(prefix, device=tokens.device).expand(b, prefix)
+    index = torch.cat([first, order[:, : kept - prefix].sort(-1).values], 1)
+    place = torch.full((b, t), -1, dtype=index.dtype, device=tokens.device)  # among those kept
+    place = place.scatter(1, index, torch.arange(kept, device=tokens.device).expand(b, kept))
+    if not takers:
+        return Pruned(take(tokens, index), index, mass.gather(1, index), place)
+    rest, open = order[:, kept - prefix :], order[:, kept - prefix - takers : kept - prefix]
+    pruned = take(tokens, rest)
+    if takers == 1:
+        nearest = torch.zeros_like(rest)
+    else:
+        nearest = (unit(pruned) @ unit(take(tokens, open)).mT).argmax(-1)
+    into = place.gather(1, open).gather(1, nearest)  # (b, pruned): a place among those kept
+    owner = place.scatter(1, rest, into)
+    fused, masses = _fuse(take(tokens, index), mass.gather(1, index), pruned, mass.gather(1, rest), into)
+    return Pruned(fused, index, masses, owner)
+
+
+def _fuse(kept: Tensor, mass: Tensor, pruned: Tensor, mass_pruned: Tensor, into: Tensor) -> tuple:
+    """D^-1 A X: each pruned token joins the one that `into` names, in proportion to their masses."""
+    wide = wide_dtype(kept.dtype)
+    here = torch.arange(kept.shape[1], device=kept.device)
+    A = torch.where(into[:, None] == here[None, :, None], mass_pruned[:, None], 0.0).to(wide)
+    total = mass + A.sum(-1)
+    least = torch.finfo(wide).tiny  # of a masked token, whose mass is 0
+    fused = (kept.to(wide) * mass[..., None] + A @ pruned.to(wide)) / total[..., None].clamp_min(least)
+    alone = (total == mass)[..., None]  # its bits stay
+    return torch.where(alone, kept, fused.to(kept.dtype)), total
+
+
+def merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bool) -> Pruned:
+    """Merge every other patch into the most similar of its neighbours in between, the most similar pairs
+    first; again, until so many are left. Masked patches, whose mass is 0, go first and take in last."""
+
+    def pick(index: Tensor) -> Tensor:  # one order for all rows, or one for each
+        return tokens[:, index] if index.dim() == 1 else take(tokens, index)
+
+    b, t, _ = tokens.shape
+    index = torch.arange(t, device=tokens.device).expand(b, t)
+    owner = index
+    while tokens.shape[1] > kept:
+        now = tokens.shape[1]
+        even = torch.arange(prefix, now, 2, device=tokens.device)
+        odd = torch.arange(prefix + 1, now, 2, device=tokens.device)
+        if masked:
+            hidden = mass == 0
+            turn = torch.where(hidden[:, prefix:], -1, torch.arange(now - prefix, device=tokens.device) % 2)
+            order = (
+                turn.argsort(dim=-1, stable=True) + prefix
+            )  # the masked, every other one, those in between
+            even, odd = order[:, : len(even)], order[:, len(even) :]
+        likeness = unit(pick(even)) @ unit(pick(odd)).mT  # in -1...1
+        if masked:
+            likeness = likeness.masked_fill(hidden.gather(1, odd)[:, None], -2)
+            likeness = likeness.masked_fill(hidden.gather(1, even)[..., None], 2)
+        similar, partner = likeness.max(-1)
+        even, odd = even.expand(b, -1), odd.expand(b, -1)
+        count = min(now - kept, even.shape[1])
+        chosen = similar.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        rest = even.gather(1, chosen)
+        gone = torch.zeros(b, now, dtype=torch.bool, device=tokens.device).scatter(1, rest, True)
+        stay = gone.to(torch.uint8).argsort(dim=-1, stable=True)[:, : now - count]
+        place = (~gone).cumsum(-1) - 1
+        into = place.gather(1, odd.gather(1, partner.gather(1, chosen)))
+        tokens, mass = _fuse(
+            take(tokens, stay), mass.gather(1, stay), take(tokens, rest), mass.gather(1, rest), into
+        )
+        owner = place.scatter(1, rest, into).gather(1, owner)
+        index = index.gather(1, stay)
+    return Pruned(tokens, index, mass, owner)
