@@ -4,6 +4,7 @@ Whatever ends a run, the same command goes on where it stopped. A benchmark is m
 as its `rounds` says, at different times of the run; what failed is tried again by the next run.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from projecta.regress import machine, runner
-from projecta.regress.builds import Build, BuildFailed, builds_of, cases
-from projecta.regress.journal import BENCH, Journal, Run, export
-from projecta.regress.processes import BROKEN, FAILED, OK, SKIPPED, Case, Outcome
-from projecta.regress.store import Combination, Project
+from projecta.regress.project import machine
+from projecta.regress.project.config import Project
+from projecta.regress.run.build import Build, BuildFailed, builds_of, cases
+from projecta.regress.run.case import FAILED, FAILURES, OK, SKIPPED, Case, Combination, Outcome, select
+from projecta.regress.run.launch import Worker
+from projecta.regress.store.export import export
+from projecta.regress.store.journal import BENCH, Journal, Run
 
 _QUICK = {"number": 1, "repeat": 1, "warmup_time": 0, "rounds": 1}
 _BUILDING = Case("(build)", 0, (), "build", "", "", 0.0)  # the row of a commit that does not build
@@ -37,7 +40,7 @@ def measure(
                 build.make()
                 found = build.benchmarks()
             except BuildFailed as error:
-                console.print(f"BROKEN: {error}", style="magenta", markup=False, highlight=False)
+                console.print(f"FAILURES: {error}", style="magenta", markup=False, highlight=False)
                 broken += 1
                 if not quick:
                     outcome, facts = Outcome(FAILED, reason=str(error)), journal.provenance(machine.state())
@@ -51,7 +54,7 @@ def _measure_build(
     project: Project, journal: Journal, host: str, build: Build, found: dict[str, dict[str, Any]],
     pattern: str | None, quick: bool, console: Console,
 ) -> int:  # fmt: skip
-    wanted = runner.select(cases(found), pattern)
+    wanted = select(cases(found), pattern)
     if not quick:
         build.found.save()
         journal.absorb(host, build.commit, build.environment, found)
@@ -62,7 +65,7 @@ def _measure_build(
         for case, outcome in _run(build, todo, quick, console):
             if not quick:
                 journal.add(host, build.commit, build.environment.name, case, outcome, BENCH, facts)
-            broken += outcome.status in BROKEN
+            broken += outcome.status in FAILURES
     finally:
         if not quick:
             export(journal, host, build.commit, build.environment, found)
@@ -79,47 +82,40 @@ def _plan(
         endings = [run.outcome.status for run in known.get((case.name, case.params), [])]
         rounds = int(found[case.name].get("rounds") or 1) if case.timed and not quick else 1
         missing[case] = 0 if SKIPPED in endings else max(0, rounds - endings.count(OK))
-    for turn in range(max(missing.values(), default=0)):
-        yield from ((turn, case) for case in wanted if missing[case] > turn)
+    for round_ in range(max(missing.values(), default=0)):
+        yield from ((round_, case) for case in wanted if missing[case] > round_)
 
 
 def _run(
     build: Build, todo: Sequence[tuple[int, Case]], quick: bool, console: Console
 ) -> Iterator[tuple[Case, Outcome]]:
-    """Run what is planned, a fresh launcher each round; a line for each, or a bar on a terminal."""
-    launcher, turn, gave_up = None, -1, set[Case]()
-    start = time.monotonic()
-    with Progress(
+    """Run the plan, each round in a fresh worker; print a line for each, or show a bar on a terminal."""
+    worker, failed = Worker(build, _QUICK if quick else {}), set[Case]()
+    current, start = 0, time.monotonic()
+    with contextlib.closing(worker), Progress(
         BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
         console=console, disable=not console.is_terminal, transient=True,
     ) as progress:  # fmt: skip
         task = progress.add_task("starting", total=len(todo))
-        try:
-            for i, (at, case) in enumerate(todo):
-                if at != turn:
-                    turn = at
-                    if launcher is not None:
-                        launcher.close()
-                    launcher = build.launcher(_QUICK if quick else {})
-                if case in gave_up:  # it failed or was skipped in an earlier round
-                    continue
-                assert launcher is not None
-                progress.update(task, completed=i, description=case.label)
-                outcome = launcher.run(case)
-                if outcome.status != OK:
-                    gave_up.add(case)
-                yield case, outcome
-                done, seconds = (i + 1) / len(todo), time.monotonic() - start
-                if outcome.status in BROKEN:
-                    line = f"{case.label} {outcome.status}: {outcome.reason}"
-                    console.print(line, style="magenta", markup=False, soft_wrap=True)
-                elif progress.disable:
-                    said = outcome.status if outcome.value is None else f"{outcome.value:.4g} {case.unit}"
-                    _say(console, f"{pace(100 * done, seconds)}  {case.label} {said}")
-        finally:
-            if launcher is not None:
-                launcher.close()
+        for i, (round_, case) in enumerate(todo):
+            if round_ != current:
+                current = round_
+                worker.end()
+            if case in failed:  # or skipped, in an earlier round
+                continue
+            progress.update(task, completed=i, description=case.label)
+            outcome = worker.run(case)
+            if outcome.status != OK:
+                failed.add(case)
+            yield case, outcome
+            done, seconds = (i + 1) / len(todo), time.monotonic() - start
+            if outcome.status in FAILURES:
+                line = f"{case.label} {outcome.status}: {outcome.reason}"
+                console.print(line, style="magenta", markup=False, soft_wrap=True)
+            elif progress.disable:
+                value = outcome.status if outcome.value is None else f"{outcome.value:.4g} {case.unit}"
+                _say(console, f"{pace(100 * done, seconds)}  {case.label} {value}")
 
 
 def _say(console: Console, line: str) -> None:

@@ -200,7 +200,7 @@ def start(folder, *words, **options):
     """The command, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "projecta", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, **options,
+        text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, **options,
     )  # fmt: skip
 
 

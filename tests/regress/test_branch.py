@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from projecta.regress import branch
-from projecta.regress.store import Project
-from tests.foreign import commit, git, make, run, start
+from projecta.regress.project.config import Project
+from projecta.regress.store import branch
+from tests.regress.foreign import commit, git, make, run, start
 
 COLUMNS = ["result", "params", "version"]
 ENTRY = {"version": "1", "unit": "seconds", "params": [], "param_names": []}

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from projecta.regress import site
-from tests import foreign
-from tests.foreign import run
-from tests.test_front import grown
+from projecta.regress.site import publish as site
+from tests.regress import foreign
+from tests.regress.foreign import run
+from tests.regress.test_page import grown
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ASV_PAGES = {  # asv's own: what must be there

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from projecta.regress import report, runner
-from projecta.regress.store import Measurement, Project
-from tests.foreign import commit, git, make, run
+from projecta.regress.project import git as project_git
+from projecta.regress.project.config import Project
+from projecta.regress.site import tables as report
+from projecta.regress.store.results import Measurement, list_machines, read_measurements
+from tests.regress.foreign import commit, git, make, run
 
 
 @pytest.fixture
@@ -37,8 +39,8 @@ def measure_with_asv(folder, commit="HEAD"):
 def test_the_store_reads_what_asv_wrote(foreign):
     measure_with_asv(foreign)
     project = Project(foreign)
-    assert project.machines() == ["desk"]
-    found = {(m.benchmark, m.params["n"], m.params["word"]): m for m in project.measurements("desk")}
+    assert list_machines(project) == ["desk"]
+    found = {(m.benchmark, m.params["n"], m.params["word"]): m for m in read_measurements(project, "desk")}
     assert len(found) == 8
     slow = found["suite.Sleep.time_sleep", "2", "a"]
     assert slow.measured
@@ -57,12 +59,12 @@ def test_results_of_another_version_of_a_benchmark_are_left_out(foreign):
     described = json.loads(path.read_text())
     described["suite.Sleep.time_sleep"]["version"] = "2"
     path.write_text(json.dumps(described))
-    assert {m.benchmark for m in Project(foreign).measurements("desk")} == {"suite.Sleep.track_size"}
+    assert {m.benchmark for m in read_measurements(Project(foreign), "desk")} == {"suite.Sleep.track_size"}
 
 
 def test_a_folder_without_results_reads_empty(foreign):
-    assert Project(foreign).machines() == []
-    assert list(Project(foreign).measurements("desk")) == []
+    assert list_machines(Project(foreign)) == []
+    assert list(read_measurements(Project(foreign), "desk")) == []
 
 
 def measurement(benchmark, value, unit="seconds", date=1, commit="c" * 40, **params):
@@ -73,16 +75,16 @@ def measurement(benchmark, value, unit="seconds", date=1, commit="c" * 40, **par
 
 MEASURED = [
     *(
-        measurement("clip.Vtp.time_forward", 0.2 * keep * batch, case=case, batch=batch)
+        measurement("vtp.Vtp.time_forward", 0.2 * keep * batch, case=case, batch=batch)
         for case, keep in (("full", 1.0), ("input 0.5", 0.5))
         for batch in (1, 8)
     ),
     *(
-        measurement("clip.VtpPeak.track_peak_forward", 100 * keep, "MiB", case=case, batch=8)
+        measurement("vtp.VtpPeak.track_peak_forward", 100 * keep, "MiB", case=case, batch=8)
         for case, keep in (("full", 1.0), ("input 0.5", 0.5))
     ),
-    measurement("clip.VtpControl.time_forward", 0.9, case="random 0.7", batch=8),
-    measurement("clip.VtpFlops.track_flops_ratio", 0.496, "of the full tower", case="input 0.5"),
+    measurement("vtp.VtpControl.time_forward", 0.9, case="random 0.7", batch=8),
+    measurement("vtp.VtpFlops.track_flops_ratio", 0.496, "of the full tower", case="input 0.5"),
     *(measurement("scan.Scan.time_forward", 1e-5 * l, backend="vectorised", length=l) for l in (512, 256)),
     *(
         measurement("scan.ScanPeak.track_peak_forward", l / 9, "MiB", backend="vectorised", length=l)
@@ -196,20 +198,20 @@ def test_publish_writes_pages(foreign):
 
 def test_ranges(foreign):
     head, first = git(foreign, "rev-list", "HEAD").split()
-    assert runner.find_commits(foreign, None) == [head, first]
-    assert runner.find_commits(foreign, "HEAD") == [head]
-    assert runner.find_commits(foreign, f"{first}..HEAD") == [head]
-    assert runner.find_commits(foreign, "main~1") == [first]
-    assert runner.find_commits(foreign, "NEW") == [head]
+    assert project_git.find_commits(foreign, None) == [head, first]
+    assert project_git.find_commits(foreign, "HEAD") == [head]
+    assert project_git.find_commits(foreign, f"{first}..HEAD") == [head]
+    assert project_git.find_commits(foreign, "main~1") == [first]
+    assert project_git.find_commits(foreign, "NEW") == [head]
 
 
 def test_uncommitted_changes_are_named(foreign):
-    assert runner.uncommitted(foreign) == []
+    assert project_git.uncommitted(foreign) == []
     (foreign / "file").write_text("three")
     (foreign / "other").write_text("new")
     (foreign / "results").mkdir()
     (foreign / "results/scan_time.csv").write_text("written by the report")
-    assert runner.uncommitted(foreign) == ["file", "other"]
+    assert project_git.uncommitted(foreign) == ["file", "other"]
 
 
 def test_bench_measures_publishes_and_reports(foreign):
@@ -219,20 +221,20 @@ def test_bench_measures_publishes_and_reports(foreign):
     assert "Not measured: uncommitted changes in 1 file(s): file" in text
     assert "Pages: .asv/html/index.html" in text
     assert "suite.Sleep.time_sleep(1, 'a') 0.01" in text
-    stored = [m for m in Project(foreign).measurements("desk") if m.measured]
+    stored = [m for m in read_measurements(Project(foreign), "desk") if m.measured]
     assert len(stored) == 4
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
     assert code == 0
     assert "time_sleep" not in text.partition("Machine")[0]  # nothing is measured twice
-    assert [m for m in Project(foreign).measurements("desk") if m.measured] == stored
+    assert [m for m in read_measurements(Project(foreign), "desk") if m.measured] == stored
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "track_size")
     assert code == 3
     assert "RuntimeError: planted failure (suite.py:14)" in text
-    assert len([m for m in Project(foreign).measurements("desk") if m.measured]) == 7
+    assert len([m for m in read_measurements(Project(foreign), "desk") if m.measured]) == 7
 
 
 def test_quick_stores_nothing(foreign):
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep", "--quick")
     assert code == 0
     assert "time_sleep" in text
-    assert not list(Project(foreign).measurements("desk"))
+    assert not list(read_measurements(Project(foreign), "desk"))

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from projecta.regress import builds, command, contest, gate, journal, runner
-from projecta.regress.builds import Build
-from projecta.regress.journal import Journal
-from projecta.regress.processes import Case, Outcome
-from projecta.regress.store import Project, higher_is_better
-from tests import foreign
-from tests.foreign import run
+from projecta.regress.cli import errors as command
+from projecta.regress.gate import session, statistics
+from projecta.regress.project.config import Project
+from projecta.regress.run import build as builds
+from projecta.regress.run.build import Build
+from projecta.regress.run.case import Case, Outcome, higher_is_better, select
+from projecta.regress.store import journal
+from projecta.regress.store.journal import Journal
+from projecta.regress.store.results import read_measurements
+from tests.regress import foreign
+from tests.regress.foreign import run
 
 ONE = "def track_one():\n    return 1\n"
 OF_TINY = "import tiny\n\ndef track_cost():\n    return tiny.COST\n"
@@ -52,7 +56,7 @@ def test_a_suite_in_a_repository_of_its_own(workplace):
         assert code == 0
         assert "uncommitted" not in text
         assert run("bench", "v1", "--machine", "desk")[0] == 0
-        assert {m.commit[:8]: m.value for m in Project(own).measurements("desk")}[first[:8]] == 1
+        assert {m.commit[:8]: m.value for m in read_measurements(Project(own), "desk")}[first[:8]] == 1
         assert run("doctor") == (0, "No problems.\n")
         code, text = run("gate", "v1", "v3")
         assert code == 2
@@ -112,7 +116,7 @@ def test_a_copy_that_is_installed_is_not_the_commit(workplace):
         (folder / "lib/tiny.py").write_text(f"COST = {cost}\n")
         commits.append(foreign.commit(folder, str(cost)))
     words = [environment / "bin/python", "-m", "projecta", "gate", *commits, "--machine", "desk"]
-    project = str(Path(__file__).parents[1])
+    project = str(Path(__file__).parents[2])
     done = subprocess.run(
         words, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": project}
     )
@@ -284,11 +288,11 @@ def test_a_setup_cache_without_a_timeout_has_the_longest_of_those_who_want_it():
 @pytest.mark.parametrize("zero", ["base", "head"])
 def test_a_timing_of_zero_is_not_measured(zero):
     case = Case("a.b", 0, (), "time", "seconds", "1", 1.0)
-    row = contest.Row(case, dict.fromkeys(contest.SIDES, case))
-    for side in contest.SIDES:
+    row = session.Row(case, dict.fromkeys(session.SIDES, case))
+    for side in session.SIDES:
         row.outcomes[side].append(Outcome("ok", (0.0 if side == zero else 1e-3,), 1))
-    row.judge(gate.Design())
-    assert row.verdict == gate.NOT_MEASURED
+    row.judge(statistics.Design())
+    assert row.verdict == statistics.NOT_MEASURED
     assert row.judgement.reason == f"{zero} took 0 s, less than its clock can tell: set a larger `number`"
 
 
@@ -321,7 +325,7 @@ def test_metrics_have_a_direction(workplace):
     run("bench", "HEAD", "--machine", "desk", "--bench", "cosine")
     described = json.loads((workplace / ".asv/results/benchmarks.json").read_text())
     known = {name: higher_is_better(entry) for name, entry in described.items() if name != "version"}
-    assert [m.higher_is_better for m in Project(workplace).measurements("desk")] == [True]
+    assert [m.higher_is_better for m in read_measurements(Project(workplace), "desk")] == [True]
     assert known == {
         "suite.track_cosine": True, "suite.Rates.track_accuracy": True, "suite.Rates.track_error": False,
         "suite.track_images": True,
@@ -331,13 +335,13 @@ def test_metrics_have_a_direction(workplace):
 
 def test_a_metric_that_varies_is_judged_in_its_direction():
     case = Case("a.b", 0, (), "track", "unit", "1", 1.0, higher_is_better=True)
-    for factor, verdict in ((0.8, gate.REGRESSED), (1.25, gate.PASS)):
-        row = contest.Row(case, dict.fromkeys(contest.SIDES, case))
+    for factor, verdict in ((0.8, statistics.REGRESSED), (1.25, statistics.PASS)):
+        row = session.Row(case, dict.fromkeys(session.SIDES, case))
         for i in range(14):
             value = 1 + 0.03 * (i % 5)
             for side, by in (("base", 1.0), ("head", factor)):
                 row.outcomes[side].append(Outcome("ok", (value * by * (1 + 0.001 * i),)))
-            row.judge(gate.Design())
+            row.judge(statistics.Design())
             if row.judgement.verdict:
                 break
         assert row.verdict == verdict
@@ -418,25 +422,25 @@ def test_parameters_from_a_set_have_one_order_in_all_processes(workplace):
     foreign.make(workplace, text)
     foreign.commit(workplace, "one")
     assert run("bench", "HEAD", "--machine", "desk")[0] == 0
-    found = {m.label: m.value for m in Project(workplace).measurements("desk")}
+    found = {m.label: m.value for m in read_measurements(Project(workplace), "desk")}
     assert found == {f"suite.Work.track_n('{word}')": int(word[1:]) for word in words}
 
 
 def test_a_crash_has_an_exit_code_of_its_own(workplace):
-    script = "import projecta.regress.runner as r, sys; r.find_root = lambda f: 1 / 0; from projecta.regress.cli import main; main()"
+    script = "import projecta.regress.project.config as r, sys; r.find_root = lambda f: 1 / 0; from projecta.regress.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "doctor"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == command.CRASHED == 70
     assert "ZeroDivisionError" in done.stderr
 
 
 def test_exit_codes_are_those_of_the_docs():
-    text = (Path(__file__).parents[1] / "docs/gate.md").read_text()
-    codes = gate.EXIT_CODES | {
+    text = (Path(__file__).parents[2] / "docs/gate.md").read_text()
+    codes = statistics.EXIT_CODES | {
         "usage": command.USAGE,
         "crash": command.CRASHED,
         "interrupted": command.INTERRUPTED,
@@ -485,4 +489,4 @@ def test_a_locked_journal_is_said_to_be_so(workplace):
             )
         other.execute("rollback")
         other.close()
-    assert runner.select([], None) == []
+    assert select([], None) == []

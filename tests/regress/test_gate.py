@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
-from projecta.regress import gate
-from projecta.regress.gate import (
+from projecta.regress.gate import statistics
+from projecta.regress.gate.statistics import (
     BROKEN,
     INCONCLUSIVE,
     NOT_MEASURED,
@@ -27,9 +27,9 @@ from projecta.regress.gate import (
     overall,
     pairs_for_power,
 )  # fmt: skip
-from projecta.regress.machine import state, warnings
-from tests import foreign
-from tests.foreign import git, run
+from projecta.regress.project.machine import state, warnings
+from tests.regress import foreign
+from tests.regress.foreign import git, run
 
 DATA = st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-6), min_size=8, max_size=20, unique_by=abs)
 
@@ -38,7 +38,7 @@ DATA = st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-6), min_size=8
 @given(DATA, st.sampled_from([0.01, 0.002, 0.05]))
 def test_the_bound_is_where_the_signed_rank_test_turns(data, level):
     averages = sorted((a + b) / 2 for i, a in enumerate(data) for b in data[i:])
-    bound = gate._bound(averages, len(data), level)
+    bound = statistics._bound(averages, len(data), level)
     if bound == -math.inf:
         assert 2.0 ** -len(data) > level
         return
@@ -131,7 +131,7 @@ def test_the_worst_verdict_counts():
     assert overall([PASS, BROKEN, INCONCLUSIVE]) == BROKEN
     assert overall([PASS, NOT_MEASURED]) == NOT_MEASURED
     assert overall([]) == NOT_MEASURED
-    assert {v: gate.EXIT_CODES[v] for v in (PASS, REGRESSED, BROKEN, NOT_MEASURED, INCONCLUSIVE)} == {
+    assert {v: statistics.EXIT_CODES[v] for v in (PASS, REGRESSED, BROKEN, NOT_MEASURED, INCONCLUSIVE)} == {
         PASS: 0, REGRESSED: 1, BROKEN: 3, NOT_MEASURED: 4, INCONCLUSIVE: 5,
     }  # fmt: skip
 
@@ -286,7 +286,7 @@ def test_a_crash_of_its_own_is_no_verdict(project):
     code = "import sys; sys.modules['scipy.stats'] = None; from projecta.regress.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "gate", "HEAD^", "--bench", "time_work"], capture_output=True, text=True,
-        cwd=project, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=project, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 70
     assert "Traceback" in done.stderr

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from projecta.regress.builds import Build
-from projecta.regress.store import Project, merge_results
-from tests import foreign
-from tests.foreign import run
+from projecta.regress.project.config import Project
+from projecta.regress.run.build import Build
+from projecta.regress.store.export import merge_results
+from projecta.regress.store.results import read_measurements
+from tests.regress import foreign
+from tests.regress.foreign import run
 
 SUITE = """
     class Work:
@@ -92,7 +94,7 @@ def test_a_change_of_parameters_moves_no_value(workplace, params):
         p: int(p.strip("'")) for p in ran | {"100", "1000"}
     }
     assert timed.items() <= after.items(), "the file keeps parameters that have left the suite"
-    found = {m.label: m.value for m in Project(workplace).measurements("desk")}
+    found = {m.label: m.value for m in read_measurements(Project(workplace), "desk")}
     assert found["suite.Work.track_n(1000)"] == 1000
 
 

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from projecta.regress import builds, journal, processes, runner
-from projecta.regress.journal import Journal
-from projecta.regress.processes import Case, Outcome
-from projecta.regress.store import Project
-from tests import foreign
-from tests.foreign import ENDINGS, FAULTS, run, running, start
+from projecta.regress.project.config import Project
+from projecta.regress.project.git import find_commits
+from projecta.regress.run import build as builds
+from projecta.regress.run import group
+from projecta.regress.run.case import Case, Outcome
+from projecta.regress.store import journal
+from projecta.regress.store.journal import Journal
+from projecta.regress.store.results import list_commits, read_measurements
+from tests.regress import foreign
+from tests.regress.foreign import ENDINGS, FAULTS, run, running, start
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_every_fault_has_its_reason(project, method):
     assert facts["packages"]["asv-runner" if "asv-runner" in facts["packages"] else "asv_runner"]
     assert not running("4243")
     stored = {
-        m.benchmark.split("_")[-1]: m.value for m in Project(project).measurements("desk") if m.measured
+        m.benchmark.split("_")[-1]: m.value for m in read_measurements(Project(project), "desk") if m.measured
     }
     assert stored == {"good": 1.5, "garbage": 2.5, "cached": 7.0}
 
@@ -122,7 +126,7 @@ def test_killed_at_any_moment_it_keeps_what_it_had_and_goes_on(project):
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert kept(project) == 12  # six cases, two rounds: none twice
-    assert len([m for m in Project(project).measurements("desk") if m.measured]) == 6
+    assert len([m for m in read_measurements(Project(project), "desk") if m.measured]) == 6
 
 
 LONG = """
@@ -181,18 +185,18 @@ def test_interrupted_it_writes_what_it_has(project, number):
     assert process.returncode == 130, text
     assert "what was measured so far is stored" in text
     assert not running(str(project / "benchmarks"))
-    assert len([m for m in Project(project).measurements("desk") if m.measured]) >= 2
+    assert len([m for m in read_measurements(Project(project), "desk") if m.measured]) >= 2
 
 
 def test_interrupted_while_a_process_starts_it_leaves_none_running(tmp_path, monkeypatch):
-    guard, start_one = processes.Guard(), subprocess.Popen
+    guard, start_one = group.Guard(), subprocess.Popen
 
     def interrupted(*words, **options):
         process = start_one(*words, **options)
         signal.raise_signal(signal.SIGINT)
         return process
 
-    monkeypatch.setattr(processes.subprocess, "Popen", interrupted)
+    monkeypatch.setattr(group.subprocess, "Popen", interrupted)
     with (tmp_path / "printed").open("wb") as out, pytest.raises(KeyboardInterrupt):
         guard.start(["sleep", "4244"], out, tmp_path, os.environ)
     (process,) = guard.groups
@@ -217,9 +221,9 @@ def test_a_full_disk_is_said_and_loses_nothing(project):
     script = f"""
         import resource, signal, sys
         from pathlib import Path
-        from projecta.regress.journal import Journal
-        from projecta.regress.processes import Case, Outcome
-        from projecta.regress.store import Project
+        from projecta.regress.store.journal import Journal
+        from projecta.regress.run.case import Case, Outcome
+        from projecta.regress.project.config import Project
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         case = Case("a.b", 0, (), "track", "MiB", "1", 1.0)
         with Journal(Project(Path({str(project)!r}))) as journal:
@@ -389,7 +393,7 @@ def test_what_asv_measured_before_is_taken_over(project):
     subprocess.run([*asv, *words], capture_output=True)
     before = {
         (m.benchmark, *m.params.values()): m.value
-        for m in Project(project).measurements("desk")
+        for m in read_measurements(Project(project), "desk")
         if m.measured
     }
     assert len(before) == 7
@@ -400,7 +404,7 @@ def test_what_asv_measured_before_is_taken_over(project):
     assert "time_sleep(" not in text.partition("Machine")[0]
     after = {
         (m.benchmark, *m.params.values()): m.value
-        for m in Project(project).measurements("desk")
+        for m in read_measurements(Project(project), "desk")
         if m.measured
     }
     assert after == before
@@ -410,11 +414,11 @@ def test_new_commits_are_those_after_the_last_with_results(measured):
     first = foreign.git(measured, "rev-parse", "HEAD").strip()
     second = foreign.commit(measured, "two")
     third = foreign.commit(measured, "three")
-    done = Project(measured).commits("desk")
+    done = list_commits(Project(measured), "desk")
     assert done == {first[:8]}
-    assert runner.find_commits(measured, "NEW", done) == [third, second]
-    assert runner.find_commits(measured, "NEW", {third[:8]}) == []
-    assert runner.find_commits(measured, "NEW", set()) == [third]
+    assert find_commits(measured, "NEW", done) == [third, second]
+    assert find_commits(measured, "NEW", {third[:8]}) == []
+    assert find_commits(measured, "NEW", set()) == [third]
 
 
 def test_the_journal_keeps_provenance_once(project):

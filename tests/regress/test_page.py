@@ -10,12 +10,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from projecta.regress import changes, charts, front, runner, show
-from projecta.regress.builds import cases
-from projecta.regress.changes import Point, Series
-from projecta.regress.store import NOISE, STATE, Measurement, Project
-from tests import foreign
-from tests.foreign import run
+from projecta.regress.gate import output
+from projecta.regress.project.config import Project
+from projecta.regress.project.git import list_history
+from projecta.regress.run.build import cases
+from projecta.regress.site import changepoints, charts, page
+from projecta.regress.site.changepoints import Point, Series
+from projecta.regress.store.results import NOISE, STATE, Measurement
+from tests.regress import foreign
+from tests.regress.foreign import run
 
 
 class Links(HTMLParser):
@@ -49,10 +52,10 @@ class Links(HTMLParser):
 
 def check_links(folder):
     """Every link of our own pages leads to a file, or to a place in the page, of this site."""
-    for page in folder.glob("*.html"):
-        if page.name in ("history.html", "error.html"):
+    for written in folder.glob("*.html"):
+        if written.name in ("history.html", "error.html"):
             continue  # asv's
-        links = Links(page.read_text())
+        links = Links(written.read_text())
         for link in links.found:
             path, _, place = link.partition("#")
             assert not re.match(r"\w+:|//", path), link
@@ -76,7 +79,7 @@ def grown(project, commits, axes, value, **settings):
     pages.mkdir(exist_ok=True)
     (pages / "history.html").write_text("")
     (pages / "swallow.ico").write_text("")
-    front.write_front(Project(project), pages, runner.history(project))
+    page.write_pages(Project(project), pages, list_history(project))
     return pages
 
 
@@ -85,10 +88,10 @@ def test_steps_up_and_down_name_their_commit():
         return (1.5 if i >= 20 else 1.0) if place == 0 else (0.5 if i >= 30 else 1.0)
 
     points = [tuple(Point(f"c{i}", i, value("", place, i)) for i in range(40)) for place in range(2)]
-    up, down = (changes.steps(Series("x", (), "seconds", own)) for own in points)
+    up, down = (changepoints.steps(Series("x", (), "seconds", own)) for own in points)
     assert [(s.commit, s.change, s.worse) for s in up] == [("c20", 0.5, True)]
     assert [(s.commit, s.change, s.worse) for s in down] == [("c30", -0.5, False)]
-    fast = changes.steps(Series("x", (), "GB/s", points[0], higher_is_better=True))
+    fast = changepoints.steps(Series("x", (), "GB/s", points[0], higher_is_better=True))
     assert not fast[0].worse  # more of that is better
 
 
@@ -96,7 +99,7 @@ def test_noise_is_no_step():
     draw, found = random.Random(0), 0
     for _ in range(50):
         points = tuple(Point(f"c{i}", i, math.exp(draw.gauss(0, 0.01))) for i in range(100))
-        found += len(changes.steps(Series("x", (), "seconds", points)))
+        found += len(changepoints.steps(Series("x", (), "seconds", points)))
     assert found == 0
 
 
@@ -105,7 +108,7 @@ def test_a_series_follows_the_history_not_the_clock():
         return Measurement("m", "e", commit, date, "x", {}, value, "seconds")
 
     measured = [at("c", 1, 3.0), at("a", 3, 1.0), at("b", 2, 2.0), at("z", 9, 9.0)]
-    found = changes.collect(measured, ["c", "b", "a"])
+    found = changepoints.collect(measured, ["c", "b", "a"])
     assert [point.value for point in found[0].points] == [1.0, 2.0, 3.0]
 
 
@@ -128,7 +131,7 @@ def test_a_new_driver_is_not_blamed_on_a_commit(project):
     assert "not a commit's" not in (pages / "index.html").read_text()
     for i, path in enumerate(sorted((project / ".asv/results/desk").glob("*-env.json"), key=_date)):
         path.with_suffix(STATE).write_text(json.dumps({"gpu": f"T4, driver {1 if i < 20 else 2}"}))
-    front.write_front(Project(project), pages, runner.history(project))
+    page.write_pages(Project(project), pages, list_history(project))
     assert "not a commit's: gpu T4, driver 1 to T4, driver 2" in (pages / "index.html").read_text()
 
 
@@ -143,7 +146,7 @@ def test_the_noise_is_drawn_under_the_name_that_the_gate_gave_it(project, parame
     described = json.loads((project / ".asv/results/benchmarks.json").read_text())
     (case,) = cases({name: entry for name, entry in described.items() if name != "version"})
     (project / ".asv/results/desk" / NOISE).write_text(json.dumps({case.label: 0.01}))
-    front.write_front(Project(project), pages, runner.history(project))
+    page.write_pages(Project(project), pages, list_history(project))
     assert "opacity: 0.15" in (pages / "index.html").read_text()
 
 
@@ -151,7 +154,7 @@ def test_every_link_leads_somewhere_and_machines_have_their_pages(project):
     grown(project, 5, [[1, 2]], lambda *_: 1.0)
     foreign.make_history(project, 5, {"suite.Case.time_it": [[1, 2]]}, lambda *_: 2.0, machine="rack")
     pages = project / ".asv/html"
-    written = front.write_front(Project(project), pages, runner.history(project))
+    written = page.write_pages(Project(project), pages, list_history(project))
     assert [path.name for path in written] == ["index.html", "machine-desk.html"]
     check_links(pages)
     assert "rack (this page)" in (pages / "index.html").read_text()
@@ -174,9 +177,9 @@ def test_the_verdict_of_the_projects_own_gate_is_on_the_page(project):
     text = (project / ".asv/html/index.html").read_text()
     assert '<span class="verdict broken">BROKEN</span>' in text
     assert "RuntimeError: planted failure" in text
-    (project / ".asv/results/desk" / show.LAST).unlink()
+    (project / ".asv/results/desk" / output.LAST).unlink()
     assert run("gate", "HEAD", "HEAD", "--machine", "desk", "--bench", "track_size")[0] == 3
-    assert not (project / ".asv/results/desk" / show.LAST).exists()  # a part is not the project's verdict
+    assert not (project / ".asv/results/desk" / output.LAST).exists()  # a part is not the project's verdict
     check_links(project / ".asv/html")
     assert run("doctor")[0] == 0
 
@@ -188,7 +191,7 @@ def test_2000_commits_of_300_series_make_a_small_page(project):
         project, 2000, [list(range(30)), list("abcdefghij")],
         lambda name, place, i: (1 + place) * math.exp(draw.gauss(0, 0.01)) * (1.2 if i > 1900 and place % 3 == 0 else 1),
     )  # fmt: skip
-    weight = sum((pages / name).stat().st_size for name in ("index.html", "front.css"))
+    weight = sum((pages / name).stat().st_size for name in ("index.html", "page.css"))
     assert weight < 500_000
     assert time.monotonic() - start < 120
     with (pages / "data/desk/changes.csv").open() as file:
@@ -221,13 +224,13 @@ def test_projecta_s_own_tables_become_charts(tmp_path):
         at("roofline.Arithmetic.track_product", 50.0, "Gop/s"),
     ]
     for keep, seconds in (("full", 0.9), ("input 0.7", 0.6), ("input 0.5", 0.4)):
-        rows.append(at("clip.Vtp.time_forward", seconds, case=keep, batch="8"))
-        rows.append(at("clip.VtpPeak.track_peak_forward", 100 * seconds, "MiB", case=keep, batch="8"))
+        rows.append(at("vtp.Vtp.time_forward", seconds, case=keep, batch="8"))
+        rows.append(at("vtp.VtpPeak.track_peak_forward", 100 * seconds, "MiB", case=keep, batch="8"))
     (tmp_path / "mrss_accuracy.csv").write_text(
         "task,scan,unit,seeds,mean,change\ncopying,full,per cent right,5,99,0\n"
         'copying,"post hoc, theta 0.1",per cent right,5,98,-1\n'
     )
-    found = {chart.name: chart for section in front._sections(rows, tmp_path) for chart in section.charts}
+    found = {chart.name: chart for section in page._sections(rows, tmp_path) for chart in section.charts}
     assert {"scan_time", "scan_roofline", "vtp_latency", "vtp_beside", "mrss_accuracy"} <= set(found)
     beside = {(row["change"], row["keep"]): row for row in found["vtp_beside"].rows}
     assert beside["latency", "keep 0.5"] == {

@@ -6,21 +6,22 @@ import statistics
 
 import pytest
 
-from projecta.regress.builds import Build, cases
-from projecta.regress.duel import Side, duel
-from projecta.regress.processes import OK
-from projecta.regress.store import Project
-from tests import foreign
-from tests.foreign import ENDINGS, FAULTS, running
+from projecta.regress.project.config import Project
+from projecta.regress.run.build import Build, cases
+from projecta.regress.run.case import OK
+from projecta.regress.run.launch import Worker
+from projecta.regress.run.pair import measure_pair
+from tests.regress import foreign
+from tests.regress.foreign import ENDINGS, FAULTS, running
 
-TURNS = """
+LOGGED = """
     import json, os, time
     from pathlib import Path
     import work
 
     LOG = Path(__file__).parents[1] / ".asv/log"
 
-    class Turns:
+    class Logged:
         version = "1"
         number, repeat, warmup_time = 1, (1, 10, 0.5), 0.0
 
@@ -63,8 +64,8 @@ DISTURBED = """
 
 
 @pytest.fixture
-def sides(workplace):
-    """Makes both sides of a duel of two commits; closes them."""
+def workers(workplace):
+    """Makes both workers of a pair of commits; closes them."""
     made = []
 
     def make(suite, base="", head="", **settings):
@@ -78,18 +79,18 @@ def sides(workplace):
         for build in builds.values():
             build.make()
             found = {case.name.split(".")[-1]: case for case in cases(build.benchmarks())}
-        made.extend(Side(build) for build in builds.values())
+        made.extend(Worker(build) for build in builds.values())
         return dict(zip(builds, made, strict=True)), found
 
     yield make
-    for side in made:
-        side.close()
+    for worker in made:
+        worker.close()
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_only_one_side_runs_at_a_time_and_they_alternate(sides, tmp_path, method):
-    both, found = sides(TURNS, "NAME = 'base'", "NAME = 'head'", launch_method=method)
-    outcomes = duel(both, dict.fromkeys(both, found["time_logged"]))
+def test_only_one_side_runs_at_a_time_and_they_alternate(workers, tmp_path, method):
+    both, found = workers(LOGGED, "NAME = 'base'", "NAME = 'head'", launch_method=method)
+    outcomes = measure_pair(both, dict.fromkeys(both, found["time_logged"]))
     lines = [json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines()]
     inside = lines[2 * 2 :]  # both have warmed up
     assert all(a[2] <= b[1] for a, b in itertools.pairwise(inside))
@@ -99,40 +100,40 @@ def test_only_one_side_runs_at_a_time_and_they_alternate(sides, tmp_path, method
     assert 0.03 < statistics.median(own[-1][2] - own[0][1] for own in spans) < 0.08  # a turn, not several
     assert {name: outcome.status for name, outcome in outcomes.items()} == {"base": OK, "head": OK}
     assert min(len(outcome.samples) for outcome in outcomes.values()) >= 100
-    assert all(0.002 < outcome.undisturbed < 0.004 for outcome in outcomes.values())
+    assert all(0.002 < outcome.lower_quartile < 0.004 for outcome in outcomes.values())
 
 
-def test_what_disturbs_the_machine_disturbs_both(sides):
-    both, found = sides(DISTURBED, "NAME, FACTOR = 'b', 1", "NAME, FACTOR = 'h', 1.1")
-    outcomes = duel(both, dict.fromkeys(both, found["time_it"]))
+def test_what_disturbs_the_machine_disturbs_both(workers):
+    both, found = workers(DISTURBED, "NAME, FACTOR = 'b', 1", "NAME, FACTOR = 'h', 1.1")
+    outcomes = measure_pair(both, dict.fromkeys(both, found["time_it"]))
     for outcome, factor in zip(outcomes.values(), (1, 1.1), strict=True):
         assert max(outcome.samples) == pytest.approx(0.008 * factor)  # it was disturbed
-        assert outcome.undisturbed == pytest.approx(0.004 * factor)
+        assert outcome.lower_quartile == pytest.approx(0.004 * factor)
 
 
-def test_asv_s_number_and_its_other_timings(sides):
-    both, found = sides(TURNS, "NAME = ''", "NAME = ''")
-    quick = duel(both, dict.fromkeys(both, found["time_quick"]))["base"]
+def test_asv_s_number_and_its_other_timings(workers):
+    both, found = workers(LOGGED, "NAME = ''", "NAME = ''")
+    quick = measure_pair(both, dict.fromkeys(both, found["time_quick"]))["base"]
     assert quick.number > 100
-    assert 1e-7 < quick.undisturbed < 1e-4
-    raw = duel(both, dict.fromkeys(both, found["timeraw_import"]))["head"]
+    assert 1e-7 < quick.lower_quartile < 1e-4
+    raw = measure_pair(both, dict.fromkeys(both, found["timeraw_import"]))["head"]
     assert raw.status == OK
-    assert 1e-5 < raw.undisturbed < 1
+    assert 1e-5 < raw.lower_quartile < 1
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_every_fault_has_its_reason_and_the_next_case_runs(sides, method):
-    both, found = sides(FAULTS, launch_method=method)
+def test_every_fault_has_its_reason_and_the_next_case_runs(workers, method):
+    both, found = workers(FAULTS, launch_method=method)
     assert len(found) == len(ENDINGS)
     for name, case in found.items():
         status, reason = ENDINGS[name.partition("_")[2]]
-        for outcome in duel(both, dict.fromkeys(both, case)).values():
+        for outcome in measure_pair(both, dict.fromkeys(both, case)).values():
             assert outcome.status == status, name
             assert reason in outcome.reason, name
     assert not running("4243")
 
 
-def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(sides):
+def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(workers):
     suite = """
         import os, threading
         class Dies:
@@ -146,17 +147,17 @@ def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(sides):
             def track_it(self):
                 return 1.0
     """
-    both, found = sides(suite, launch_method="forkserver")
+    both, found = workers(suite, launch_method="forkserver")
     for _ in range(5):
         died, lived = (
-            duel(both, dict.fromkeys(both, found["time_it"])),
-            duel(both, dict.fromkeys(both, found["track_it"])),
+            measure_pair(both, dict.fromkeys(both, found["time_it"])),
+            measure_pair(both, dict.fromkeys(both, found["track_it"])),
         )
         assert {(o.status, o.reason) for o in died.values()} == {("failed", "exit status 7")}
         assert {(o.status, o.samples) for o in lived.values()} == {(OK, (1.0,))}
 
 
-def test_one_side_that_fails_ends_the_duel(sides):
+def test_one_side_that_fails_ends_the_measure_pair(workers):
     suite = """
         import work
         class Half:
@@ -166,8 +167,8 @@ def test_one_side_that_fails_ends_the_duel(sides):
             def time_it(self):
                 pass
     """
-    both, found = sides(suite, "GOOD = True", "GOOD = False")
-    outcomes = duel(both, dict.fromkeys(both, found["time_it"]))
+    both, found = workers(suite, "GOOD = True", "GOOD = False")
+    outcomes = measure_pair(both, dict.fromkeys(both, found["time_it"]))
     assert outcomes["base"].status == OK
     assert (outcomes["head"].status, outcomes["head"].reason) == (
         "failed", "AssertionError: planted (suite.py:6)"

@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
-from projecta.regress import preflight
-from tests.foreign import run
+from projecta.regress.project import preflight
+from tests.regress.foreign import run
 
 T4 = {
     "--query-gpu=index,uuid,name,driver_version,memory.total,memory.free,temperature.gpu": (
@@ -190,11 +190,11 @@ def test_it_waits_for_the_gpu_to_cool(nvidia_smi, tmp_path):
         waits.append(seconds)
         nvidia_smi()
 
-    found, problems = preflight.examine(tmp_path, limits, True, patience=60.0, sleep=cool)
+    found, problems = preflight.examine_machine(tmp_path, limits, True, patience=60.0, sleep=cool)
     assert (problems, waits) == ([], [preflight.INTERVAL])
     assert found.gpus[0].temperature == 41
     nvidia_smi(GPUS=FACTS.format("15095", "83"))
-    assert len(preflight.examine(tmp_path, limits, True)[1]) == 1  # no patience: one look
+    assert len(preflight.examine_machine(tmp_path, limits, True)[1]) == 1  # no patience: one look
 
 
 def test_clocks_are_left_alone_unless_asked_for(nvidia_smi):

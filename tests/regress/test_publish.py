@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from projecta.regress import site
-from tests import foreign
-from tests.foreign import run
+from projecta.regress.site import publish as site
+from tests.regress import foreign
+from tests.regress.foreign import run
 
-ASSETS = Path(site.__file__).parent / "assets"
+ASSETS = Path(site.__file__).parent / "vendor"
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_is_shipped_is_what_asv_s_own_digests_name():
 
 def test_both_previews_serve_the_site(pages):
     """Ours, and asv's own."""
-    from projecta.regress import runner
+    from projecta.regress.project.config import asv_command
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,7 +81,7 @@ def test_both_previews_serve_the_site(pages):
     root = pages.parents[1]
     ours = foreign.start(root, "preview", "--port", "0")
     theirs = subprocess.Popen(
-        runner.asv(root, "preview", "--port", str(port)),
+        asv_command(root, "preview", "--port", str(port)),
         cwd=root,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -92,7 +92,7 @@ def test_both_previews_serve_the_site(pages):
             for page in (
                 "index.html",
                 "history.html",
-                "front.css",
+                "page.css",
                 "graphs/summary/suite.Sleep.time_sleep.json",
             ):
                 assert _get(place + page).status == 200

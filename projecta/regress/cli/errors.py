@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from projecta.regress.project.config import Project
+
 OK, FAILED, USAGE, BROKEN, NOT_MEASURED, CRASHED, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130  # docs/gate.md has all
 RESULTS = "results"
 machine_option = click.option(
@@ -51,6 +53,5 @@ def _one_line_of(error: Exception) -> str | None:
 
 def project_at(root: Path) -> Any:
     """The asv project there; asv is imported only now."""
-    from projecta.regress.store import Project
 
     return Project(root)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from projecta.regress.command import BROKEN, NOT_MEASURED, machine_option, one_line, project_at
+from projecta.regress.cli.errors import BROKEN, NOT_MEASURED, machine_option, one_line, project_at
 
 
 @click.command()
@@ -33,13 +33,13 @@ def preflight(gpu: bool, lock: bool, wait: float, as_json: Path | None, **limits
 
     Exit codes: 0 it is; 3 it is not: busy, hot, or short of memory or disk.
     """
-    from projecta.regress import preflight as pilot
+    from projecta.regress.project import preflight as checks
 
-    wanted = pilot.Limits(**{name: value for name, value in limits.items() if value is not None})
-    found, problems = pilot.examine(Path.cwd(), wanted, gpu, lock, wait)
+    wanted = checks.Limits(**{name: value for name, value in limits.items() if value is not None})
+    found, problems = checks.examine_machine(Path.cwd(), wanted, gpu, lock, wait)
     click.echo("\n".join(found.lines()))
     if as_json:
-        pilot.write_json(found, problems, as_json)
+        checks.write_json(found, problems, as_json)
     if problems:
         click.echo("\n".join(problems), err=True)
         sys.exit(BROKEN)
@@ -62,16 +62,17 @@ _branch = click.option("--branch", default="results", show_default=True, help="W
 @one_line
 def fetch(machine: str | None, remote: str, branch: str, base_file: Path | None) -> None:
     """Bring the results that all machines have kept into this folder's."""
-    from projecta.regress import branch as shelf
-    from projecta.regress import runner
+    from projecta.regress.project.config import find_root
+    from projecta.regress.project.machine import machine_name
+    from projecta.regress.store import branch as results_branch
 
-    root = runner.find_root(Path.cwd())
-    project, name = project_at(root), runner.machine_name(machine)
-    changed = shelf.fetch(project, name, shelf.Remote(root, remote, branch))
+    root = find_root(Path.cwd())
+    project, name = project_at(root), machine_name(machine)
+    changed = results_branch.fetch(project, name, results_branch.Remote(root, remote, branch))
     click.echo(f"{len(changed)} file(s) of results are new here.")
     if base_file:
         base_file.parent.mkdir(parents=True, exist_ok=True)
-        base_file.write_text(shelf.base_of(project, name) + "\n")
+        base_file.write_text(results_branch.base_of(project, name) + "\n")
 
 
 @click.command()
@@ -86,14 +87,15 @@ def keep(folders: tuple[Path, ...], machine: str | None, remote: str, branch: st
     FOLDERS are laid out as asv's results are, and hold what machines bring. Without any: this machine's own
     results. PROJECTA_TOKEN may hold what a remote wants to know.
     """
-    from projecta.regress import branch as shelf
-    from projecta.regress import runner
+    from projecta.regress.project.config import find_root
+    from projecta.regress.project.machine import machine_name
+    from projecta.regress.store import branch as results_branch
 
-    root = runner.find_root(Path.cwd())
+    root = find_root(Path.cwd())
     project = project_at(root)
-    name = runner.machine_name(machine) if machine is not None or not folders else None
+    name = machine_name(machine) if machine is not None or not folders else None
     sources = [(folder, name) for folder in folders or (project.results,)]
-    commit, count = shelf.keep(project, sources, shelf.Remote(root, remote, branch))
+    commit, count = results_branch.keep(project, sources, results_branch.Remote(root, remote, branch))
     if not count:
         click.echo(f"projecta keep: no results of {name or 'any machine'} yet: nothing to keep.", err=True)
         sys.exit(NOT_MEASURED)

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from projecta.regress import gate
-from projecta.regress.contest import MOST_PAIRS, SIDES, Result, Row
-from projecta.regress.gate import Design
+from projecta.regress.gate import statistics
+from projecta.regress.gate.session import MOST_PAIRS, SIDES, Result, Row
+from projecta.regress.gate.statistics import Design
 
 COLOURS = {
-    gate.PASS: "green", gate.REGRESSED: "bold red", gate.BROKEN: "bold magenta", gate.INCONCLUSIVE: "yellow",
-    gate.NOT_MEASURED: "blue",
-}  # fmt: skip
-_ORDER = {verdict: i for i, verdict in enumerate(gate.WORST_FIRST)}
+    statistics.PASS: "green",
+    statistics.REGRESSED: "bold red",
+    statistics.BROKEN: "bold magenta",
+    statistics.INCONCLUSIVE: "yellow",
+    statistics.NOT_MEASURED: "blue",
+}
+_ORDER = {verdict: i for i, verdict in enumerate(statistics.WORST_FIRST)}
 
 LAST = "last.gate"  # beside a machine's results: the newest verdict, in JSON; asv reads files named .json
 
@@ -52,7 +55,7 @@ def noise_table(rows: Sequence[Row], noise: dict[str, tuple[str, float, int]], d
     made.add_column("benchmark", overflow="fold")
     for row in sorted(rows, key=lambda row: -noise[row.label][1]):
         _, spread, _ = noise[row.label]
-        needed, label = gate.pairs_for_power(spread, design, 2 * design.tolerance), _escape(row.label)
+        needed, label = statistics.pairs_for_power(spread, design, 2 * design.tolerance), _escape(row.label)
         if needed > MOST_PAIRS:
             label += (
                 "\n[yellow]too noisy to gate: let it run longer (repeat, sample_time), give it a core of "
@@ -75,7 +78,7 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     base = row.values["base"]
     size = amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
     why = j.reason
-    if row.verdict == gate.INCONCLUSIVE:
+    if row.verdict == statistics.INCONCLUSIVE:
         more = f"about {j.more} more pairs would tell" if j.more else "one pair tells nothing"
         why = "; ".join(filter(None, [why, more]))
     return ratio, bounds, size, str(j.pairs or ""), why
@@ -100,7 +103,7 @@ def amount(value: float, unit: str) -> str:
 
 def sentence(result: Result) -> str:
     """The verdict, and what it rests on."""
-    counts = {v: sum(row.verdict == v for row in result.rows) for v in gate.WORST_FIRST}
+    counts = {v: sum(row.verdict == v for row in result.rows) for v in statistics.WORST_FIRST}
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "nothing matched"
     design = result.design
     return (
@@ -115,7 +118,7 @@ def as_json(result: Result) -> dict[str, Any]:
     """Everything, samples included."""
     design = result.design
     return {
-        "verdict": result.verdict, "exit_code": gate.EXIT_CODES[result.verdict], "base": result.base,
+        "verdict": result.verdict, "exit_code": statistics.EXIT_CODES[result.verdict], "base": result.base,
         "head": result.head, "machine": result.machine, "seconds": round(result.seconds, 1),
         "state": result.state, "warnings": result.warnings,
         "design": {
@@ -145,7 +148,10 @@ def as_markdown(result: Result) -> str:
     lines = [f"**{sentence(result)}**", ""]
     lines += [f"- warning: {line}" for line in result.warnings]
     rows = sorted_rows(result)
-    bad, passed = [r for r in rows if r.verdict != gate.PASS], [r for r in rows if r.verdict == gate.PASS]
+    bad, passed = (
+        [r for r in rows if r.verdict != statistics.PASS],
+        [r for r in rows if r.verdict == statistics.PASS],
+    )
     lines += _markdown_table(bad)
     if passed:
         lines += [

@@ -1,19 +1,21 @@
 """Runs base and head against each other, process by process, until each benchmark has its verdict."""
 
 import math
-import statistics
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import stdev
 from typing import Any
 
-from projecta.regress import gate, machine, runner
-from projecta.regress.builds import Build, BuildFailed, cases
-from projecta.regress.duel import Side, duel
-from projecta.regress.gate import Design, Judgement
-from projecta.regress.journal import Journal
-from projecta.regress.processes import BROKEN, SKIPPED, Case, Outcome
+from projecta.regress.gate import statistics
+from projecta.regress.gate.statistics import Design, Judgement
+from projecta.regress.project import machine
+from projecta.regress.run.build import Build, BuildFailed, cases
+from projecta.regress.run.case import FAILURES, SKIPPED, Case, Outcome, select
+from projecta.regress.run.launch import Worker
+from projecta.regress.run.pair import measure_pair
+from projecta.regress.store.journal import Journal
 
 FLOORS = {"MiB": 0.25, "bytes": 2**18}  # differences of peaks that the allocator alone makes, by unit
 SIDES = ("base", "head")
@@ -36,13 +38,14 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        return self.judgement.verdict or gate.INCONCLUSIVE
+        return self.judgement.verdict or statistics.INCONCLUSIVE
 
     @property
     def values(self) -> dict[str, list[float]]:
         """Of each process that gave one: seconds a call, undisturbed, or the metric."""
         return {
-            side: [o.undisturbed for o in self.outcomes[side] if o.undisturbed is not None] for side in SIDES
+            side: [o.lower_quartile for o in self.outcomes[side] if o.lower_quartile is not None]
+            for side in SIDES
         }
 
     @property
@@ -51,40 +54,41 @@ class Row:
         base, head = (self.values[side] for side in SIDES)
         return [h / b if b else math.inf if h else 1.0 for b, h in zip(base, head, strict=False)]
 
-    def settle(self, verdict: str, reason: str) -> None:
+    def decide(self, verdict: str, reason: str) -> None:
         self.judgement = replace(self.judgement, verdict=verdict, reason=reason)
 
     def judge(self, design: Design) -> None:
         """After a pair: look at what there is."""
         last = {side: self.outcomes[side][-1] for side in SIDES}
         for side in reversed(SIDES):
-            if last[side].status in BROKEN:
-                self.settle(gate.BROKEN, f"{side} {last[side].status}: {last[side].reason}")
+            if last[side].status in FAILURES:
+                self.decide(statistics.BROKEN, f"{side} {last[side].status}: {last[side].reason}")
                 return
         skipped = [side for side in SIDES if last[side].status == SKIPPED]
         if skipped:
             where = "" if len(skipped) == 2 else f"{skipped[0]} "
-            self.settle(gate.NOT_MEASURED, f"{where}skipped: {last[skipped[0]].reason}")
+            self.decide(statistics.NOT_MEASURED, f"{where}skipped: {last[skipped[0]].reason}")
             return
         base, head = (self.values[side] for side in SIDES)
         better = self.case.higher_is_better
         if self.case.timed and min(base + head) <= 0:
             zero = "base" if min(base) <= 0 else "head"
-            self.settle(
-                gate.NOT_MEASURED, f"{zero} took 0 s, less than its clock can tell: set a larger `number`"
+            self.decide(
+                statistics.NOT_MEASURED,
+                f"{zero} took 0 s, less than its clock can tell: set a larger `number`",
             )
             return
         if not self.case.timed:
             floor = FLOORS.get(self.case.unit, 0.0)
-            self.judgement = gate.judge_exact(base, head, design, floor, better)
+            self.judgement = statistics.judge_exact(base, head, design, floor, better)
             if self.judgement.verdict or not self.judgement.reason or min(base + head) <= 0:
                 return
         tolerance = design.tolerance if self.case.timed else design.memory_tolerance
         if better:
-            found = gate.judge_pairs([1 / ratio for ratio in self.ratios], design, tolerance)
-            self.judgement = gate.upside_down(found)
+            found = statistics.judge_pairs([1 / ratio for ratio in self.ratios], design, tolerance)
+            self.judgement = statistics.invert(found)
         else:
-            self.judgement = gate.judge_pairs(self.ratios, design, tolerance)
+            self.judgement = statistics.judge_pairs(self.ratios, design, tolerance)
 
 
 @dataclass
@@ -102,12 +106,12 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        return gate.overall([row.verdict for row in self.rows])
+        return statistics.overall([row.verdict for row in self.rows])
 
 
-def contest(
+def run_session(
     builds: dict[str, Build], pattern: str | None, design: Design, budget: float, journal: Journal, host: str,
-    tell: Callable[[str], None] = lambda line: None, pairs: int | None = None, environment: str = "",
+    log: Callable[[str], None] = lambda line: None, pairs: int | None = None, environment: str = "",
 ) -> Result:  # fmt: skip
     """Measure base and head in turn for `budget` seconds at most, the building not counted.
 
@@ -121,7 +125,7 @@ def contest(
     """
     found = {}
     for side in SIDES:
-        tell(f"building {side}, {builds[side].commit[:8]}")
+        log(f"building {side}, {builds[side].commit[:8]}")
         builds[side].make()
         found[side] = cases(builds[side].benchmarks())
     packages = {side: builds[side].packages() for side in SIDES}
@@ -142,15 +146,15 @@ def contest(
     noise = journal.noise(host)
     design = replace(design, benchmarks=len(rows))
     wanted = [
-        gate.pairs_for_power(noise[row.label][1], design, 2 * design.tolerance)
+        statistics.pairs_for_power(noise[row.label][1], design, 2 * design.tolerance)
         for row in rows if row.case.timed and noise.get(row.label, ("",))[0] == row.case.version
     ]  # fmt: skip
     design = replace(design, pairs=min(MOST_PAIRS, max(wanted, default=0)))
     for line in warned:
-        tell(f"warning: {line}")
+        log(f"warning: {line}")
     start = time.monotonic()
     session = f"gate {uuid.uuid4().hex[:8]}"
-    sides = {name: Side(builds[name]) for name in SIDES}
+    workers = {name: Worker(builds[name]) for name in SIDES}
     pair, last = 0, 0.0
     try:
         while pair < (design.most if pairs is None else pairs):
@@ -160,9 +164,9 @@ def contest(
                 break
             order = SIDES if pair % 2 == 0 else SIDES[::-1]
             for name in order:
-                sides[name].start()
+                workers[name].restart()
             for row in open_rows:
-                for name, outcome in duel({name: sides[name] for name in order}, row.cases).items():
+                for name, outcome in measure_pair({n: workers[n] for n in order}, row.cases).items():
                     row.outcomes[name].append(outcome)
                     where = builds[name].environment.name
                     words = f"{session} {name}"
@@ -170,10 +174,10 @@ def contest(
                 row.judge(design)
             pair, last = pair + 1, time.monotonic() - start - elapsed
             left = sum(row.judgement.verdict is None for row in rows)
-            tell(f"pair {pair}: {len(rows) - left} of {len(rows)} decided, {time.monotonic() - start:.0f} s")
+            log(f"pair {pair}: {len(rows) - left} of {len(rows)} decided, {time.monotonic() - start:.0f} s")
     finally:
-        for one in sides.values():
-            one.close()
+        for worker in workers.values():
+            worker.close()
     if pairs is not None:
         _keep_noise(journal, host, rows, facts)
     return Result(
@@ -189,22 +193,22 @@ def _matched(
     known = {side: {case.key: case for case in found[side]} for side in SIDES}
     labels = {side: {case.label: case for case in found[side]} for side in SIDES}
     both, one = [], []
-    for case in runner.select(found["head"], pattern):
+    for case in select(found["head"], pattern):
         if case.key in known["base"]:
             both.append(Row(case, {side: known[side][case.key] for side in SIDES}, environment))
             continue
         other = labels["base"].get(case.label)
         why = "absent in base" if other is None else "base has another version of it"
         one.append((Row(case, {"head": case}, environment), why))
-    for case in runner.select(found["base"], pattern):
+    for case in select(found["base"], pattern):
         if case.label not in labels["head"]:
             one.append((Row(case, {"base": case}, environment), "absent in head"))
     for row, why in one:
-        row.settle(gate.NOT_MEASURED, why)
+        row.decide(statistics.NOT_MEASURED, why)
     return both, [row for row, _ in one]
 
 
-def joined(results: Sequence[Result]) -> Result:
+def join_results(results: Sequence[Result]) -> Result:
     """The results of several environments as one."""
     first = results[0]
     return replace(
@@ -217,13 +221,17 @@ def joined(results: Sequence[Result]) -> Result:
 
 def _goes_on(row: Row, pairs: int | None) -> bool:
     """Whether a decided benchmark is measured all the same."""
-    return pairs is not None and row.case.timed and row.judgement.verdict in (gate.PASS, gate.REGRESSED)
+    return (
+        pairs is not None
+        and row.case.timed
+        and row.judgement.verdict in (statistics.PASS, statistics.REGRESSED)
+    )
 
 
 def _keep_noise(journal: Journal, host: str, rows: Sequence[Row], facts: int) -> None:
     for row in rows:
         logs = [math.log(r) for r in row.ratios if r > 0 and math.isfinite(r)]
         if row.case.timed and len(logs) >= 3:
-            spread = statistics.stdev(logs)
+            spread = stdev(logs)
             journal.keep_noise(host, row.label, row.case.version, spread, len(logs), facts)
     journal.write_noise(host)

@@ -1,7 +1,7 @@
 """Says whether a change made things slower or hungrier, with stated rates of error.
 
 The unit of replication is a pair: a process of base and one of head, whose samples were taken in alternation
-(`duel`): noise between processes is many times that within one. A timing's datum is the logarithm of the
+(`run.pair`): noise between processes is many times that within one. A timing's datum is the logarithm of the
 ratio of their lower quartiles, for who disturbs a call only ever makes it slower. If base and head differ by
 a factor f and are otherwise alike, such data are symmetric about log f, whatever the noise's distribution:
 Wilcoxon's signed-rank test is exact for them, and its inversion gives the bounds of f.
@@ -162,10 +162,10 @@ def _pairs_needed(spread: float, distance: float, design: Design, slower: bool) 
     return min(10_000, max(least, math.ceil(wanted)))
 
 
-def upside_down(found: Judgement) -> Judgement:
+def invert(found: Judgement) -> Judgement:
     """A judgement of base / head as one of head / base: of a metric that is better the higher it is.
 
-    >>> upside_down(Judgement("REGRESSED", 1.25, 1.0, 2.0)).low
+    >>> invert(Judgement("REGRESSED", 1.25, 1.0, 2.0)).low
     0.5
     """
     ratio, low, high = ((1 / x if x else math.inf) if x is not None else None

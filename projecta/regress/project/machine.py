@@ -2,10 +2,14 @@
 
 import os
 import platform
+import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from projecta._checks import Checker
 
 LOAD = 0.5  # runnable processes per processor above which a machine is busy
 HOT = 10.0  # degrees above those at calibration
@@ -95,3 +99,26 @@ def _gpu() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def machine_name(name: str | None) -> str:
+    """The name under which results are stored: the given one, or the host's."""
+    name = socket.gethostname() if name is None else name
+    Checker("projecta bench").that(
+        bool(re.fullmatch(r"[\w.-]+", name)), "--machine", "be letters, digits, '.', '_' or '-'", repr(name)
+    )
+    return name
+
+
+def register_machine(name: str) -> None:
+    """Have asv note what kind of machine this is, if it has not."""
+    from asv.machine import Machine, MachineCollection
+    from asv.util import UserError
+
+    try:
+        known = MachineCollection.load(name)
+    except UserError:
+        known = {}
+    facts = Machine.get_defaults() | {k: v for k, v in known.items() if v} | {"machine": name}
+    if facts != known:  # `asv machine --yes` describes none but the host by its own name
+        MachineCollection.save(name, facts)

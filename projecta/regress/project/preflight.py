@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from projecta.regress import machine
+from projecta.regress.project import machine
 
 PATIENCE, INTERVAL = 60.0, 10.0  # seconds: for an answer of nvidia-smi; between two looks
 _FACTS = {  # what nvidia-smi calls it: as what it is kept
@@ -108,7 +108,7 @@ class Findings:
         return found
 
 
-def examine(
+def examine_machine(
     folder: Path, limits: Limits, demanded: bool = False, lock_clocks: bool = False, patience: float = 0.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Findings, list[str]]:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Has asv build a commit, and says which benchmarks there are and how their processes start."""
+"""Has asv build a commit, and lists the benchmarks that it has."""
 
 import ast
 import contextlib
@@ -10,16 +10,15 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from projecta._checks import fail
-from projecta.regress.processes import Case, Fork, Spawn
-from projecta.regress.store import Project, higher_is_better
+from projecta.regress.project.config import Project
+from projecta.regress.run.case import Case, higher_is_better
 
 
 class BuildFailed(RuntimeError):
@@ -111,13 +110,6 @@ class Build:
     def forks(self) -> bool:
         """Whether a process may be the fork of one that has imported the suites."""
         return self.config.launch_method == "forkserver"
-
-    def launcher(self, settings: Mapping[str, Any] = MappingProxyType({})) -> Spawn:
-        """What starts processes here; `settings` override a benchmark's own (asv's number, repeat...)."""
-        from asv.runner import BENCHMARK_RUN_SCRIPT
-
-        kind = Fork if self.forks else Spawn
-        return kind([self.python, BENCHMARK_RUN_SCRIPT], self.folder, self.variables, settings)
 
     def benchmarks(self) -> dict[str, dict[str, Any]]:
         """asv's descriptions of benchmarks, timeouts included; BuildFailed if they cannot be imported."""

@@ -1,9 +1,13 @@
-"""Runs in an environment that asv built: asv's benchmarks as asv runs them, but that timings take turns.
+"""Worker process. It runs asv's benchmark code, and takes paired timing samples only when asked.
 
-A file of its own, started by its path, for there may be no projecta there. Over a socket come the cases to
-run, each in a fork of the process that has imported the suites; where `forks` is 0, one case, here. Of a
-timing the code is asv's own, but for when samples are taken: it tells that it is ready, and then takes as
-many as fit into a turn whenever it is given one, so that two processes can be timed in alternation.
+A file of its own, started by its path in the environment that asv built: projecta may not be installed there.
+Orders arrive over a socket, one JSON object a line. With `forks` = 1 the process imports the suites once and
+runs each order in a fork; with 0 it runs one order itself and ends.
+
+    {"cache": ...}                    run the benchmark's setup_cache
+    {"name": ..., "paired": false}    run the benchmark as asv does
+    {"name": ..., "paired": true}     set up, answer {"ready": true}, then take samples on {"seconds": s}
+                                      and answer {"sampled": true}, until {"seconds": 0}
 """
 
 import json
@@ -15,69 +19,76 @@ from typing import Any
 
 
 class Link:
-    """A line of JSON each way."""
+    """One end of a socket that carries a JSON object a line."""
 
     def __init__(self, end: socket.socket):
-        self._heard, self._told = end.makefile("r"), end.makefile("w")
+        self._incoming, self._outgoing = end.makefile("r"), end.makefile("w")
 
-    def hear(self) -> dict[str, Any]:
-        """What is said next; nothing if the other end has hung up."""
-        return json.loads(self._heard.readline() or "{}")  # type: ignore[no-any-return]
+    def receive(self) -> dict[str, Any]:
+        """The next message; an empty one if the other end has closed."""
+        return json.loads(self._incoming.readline() or "{}")  # type: ignore[no-any-return]
 
-    def tell(self, said: dict[str, Any]) -> None:
-        self._told.write(json.dumps(said) + "\n")
-        self._told.flush()
+    def send(self, message: dict[str, Any]) -> None:
+        self._outgoing.write(json.dumps(message) + "\n")
+        self._outgoing.flush()
 
 
-def _take_turns(benchmark: Any, link: Link) -> None:
-    """Have a timing of asv's take its samples in turns; of many in a turn the first is not counted."""
-    plain = benchmark.benchmark_timing
+def sample_on_request(benchmark: Any, link: Link) -> None:
+    """Make a timing benchmark take its samples when the other end asks for them.
+
+    The first of several samples of a request is left out: it refills the caches that the other process used.
+    """
+    measure = benchmark.benchmark_timing
 
     def timing(
         timer: Any, min_repeat: int, max_repeat: int, max_time: float, warmup_time: float, number: int,
         min_run_count: int,
     ) -> tuple[list[float], int]:  # fmt: skip
-        first, number = plain(timer, 1, 1, 0.0, warmup_time, number, 1)
-        link.tell({"ready": True})
+        first, number = measure(timer, 1, 1, 0.0, warmup_time, number, 1)
+        link.send({"ready": True})
         samples = []
-        while (seconds := link.hear().get("seconds", 0)) > 0:
+        while (seconds := link.receive().get("seconds", 0)) > 0:
             end = time.monotonic() + seconds
-            turn = [timer.timeit(number)]
-            if turn[0] < seconds / 4:  # what the other process left in caches is gone now
-                turn.clear()
-            while not turn or time.monotonic() < end:
-                turn.append(timer.timeit(number))
-            link.tell({"turn": True})
-            samples += turn
+            requested = [timer.timeit(number)]
+            if requested[0] < seconds / 4:
+                requested.clear()
+            while not requested or time.monotonic() < end:
+                requested.append(timer.timeit(number))
+            link.send({"sampled": True})
+            samples += requested
         return samples or first, number
 
     benchmark.benchmark_timing = timing
 
 
-def _run(folder: str, order: dict[str, str], link: Link) -> None:
-    """One case; its result goes where asv writes it."""
+def run(folder: str, order: dict[str, Any], link: Link) -> None:
+    """Run one order; asv's code writes the result, or the cache, in the order's folder."""
     import asv_runner.run as runner
+    from asv_runner.setup_cache import _setup_cache
 
-    plain = runner.get_benchmark_from_name
+    os.chdir(order["cwd"])
+    if "cache" in order:
+        _setup_cache((folder, order["cache"], "{}"))
+        return
+    find = runner.get_benchmark_from_name
 
-    def find(*args: Any, **kwargs: Any) -> Any:
-        benchmark = plain(*args, **kwargs)
-        if hasattr(benchmark, "benchmark_timing"):
-            _take_turns(benchmark, link)
+    def find_paired(*args: Any, **kwargs: Any) -> Any:
+        benchmark = find(*args, **kwargs)
+        if order["paired"] and hasattr(benchmark, "benchmark_timing"):
+            sample_on_request(benchmark, link)
         return benchmark
 
-    runner.get_benchmark_from_name = find
-    os.chdir(order["cwd"])
-    runner._run((folder, order["name"], "{}", "None", order["result"]))
+    runner.get_benchmark_from_name = find_paired
+    runner._run((folder, order["name"], json.dumps(order["settings"]), "None", order["result"]))
 
 
-def _fork(folder: str, order: dict[str, str], link: Link) -> int:
-    """The same, in a fork: its exit status."""
+def run_in_fork(folder: str, order: dict[str, Any], link: Link) -> int:
+    """Run one order in a fork; return its exit status."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            _run(folder, order, link)
+            run(folder, order, link)
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -98,13 +109,13 @@ def main() -> None:
     update_sys_path(folder)
     link = Link(socket.socket(fileno=number))
     if not forks:
-        _run(folder, link.hear(), link)
+        run(folder, link.receive(), link)
         return
     for _ in disc_benchmarks(folder, ignore_import_errors=True):
         pass
-    while order := link.hear():
-        if "name" in order:  # else it was meant for a case that has ended
-            link.tell({"ended": _fork(folder, order, link)})
+    while order := link.receive():
+        if "cwd" in order:  # a request for samples may be left over from an order that has ended
+            link.send({"ended": run_in_fork(folder, order, link)})
 
 
 if __name__ == "__main__":

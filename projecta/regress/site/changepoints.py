@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from projecta.regress.store import Measurement
+from projecta.regress.store.results import Measurement
 
 LEAST = 0.03  # of the level before: smaller steps are not told
 WINDOW = 200  # commits that are looked at

@@ -15,9 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from projecta.regress import changes, charts, report, show
-from projecta.regress.changes import Series, Step
-from projecta.regress.store import Measurement, Project
+from projecta.regress.gate import output
+from projecta.regress.project.config import Project
+from projecta.regress.site import changepoints, charts, tables
+from projecta.regress.site.changepoints import Series, Step
+from projecta.regress.store.results import Measurement, list_machines, read_measurements, read_noise
 
 DATA = "data"
 SHOWN = 40  # changes in the page; all are in the CSV
@@ -66,7 +68,7 @@ class Page:
     histories: list[dict[str, str]]
 
 
-def write_front(
+def write_pages(
     project: Project, folder: Path, history: Sequence[str], extra: Path | None = None,
     headline: str | None = None,
 ) -> list[Path]:  # fmt: skip
@@ -77,9 +79,11 @@ def write_front(
         extra: a folder with tables that other sessions wrote (fidelity, accuracy).
         headline: a regular expression: the benchmarks whose history is drawn; the most changed, if None.
     """
-    machines = project.machines()
+    machines = list_machines(project)
     pages = {name: "index.html" if i == 0 else f"machine-{name}.html" for i, name in enumerate(machines)}
-    (folder / "front.css").write_bytes(files("projecta.regress").joinpath("pages", "front.css").read_bytes())
+    (folder / "page.css").write_bytes(
+        files("projecta.regress").joinpath("site", "template", "page.css").read_bytes()
+    )
     cards, template = [(name, _card(project, name)) for name in machines], _template()
     for name, page in pages.items():
         made = _page(project, name, pages, cards, history, extra, headline, folder)
@@ -91,42 +95,43 @@ def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     room = Environment(
-        loader=PackageLoader("projecta.regress", "pages"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("projecta.regress.site", "template"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    room.filters |= {"cell": _cell, "amount": show.amount, "percent": lambda x: f"{100 * x:+.1f} %"}
-    return room.get_template("front.html")
+    room.filters |= {"cell": _cell, "amount": output.amount, "percent": lambda x: f"{100 * x:+.1f} %"}
+    return room.get_template("page.html")
 
 
 def _page(
     project: Project, machine: str, pages: Mapping[str, str], cards: list[tuple[str, dict[str, str]]],
     history: Sequence[str], extra: Path | None, headline: str | None, folder: Path,
 ) -> Page:  # fmt: skip
-    measurements = list(project.measurements(machine))
-    series = changes.collect(measurements, history)
+    measurements = list(read_measurements(project, machine))
+    series = changepoints.collect(measurements, history)
     steps = sorted(
-        (step for one in series for step in changes.steps(one)),
+        (step for one in series for step in changepoints.steps(one)),
         key=lambda step: (-step.date, not step.worse, -abs(step.change)),
     )
-    newest = report.newest_commit(measurements, history)
+    newest = tables.newest_commit(measurements, history)
     room = folder / DATA / machine
     room.mkdir(parents=True, exist_ok=True)
     sections = [s for s in _sections(newest, extra) if s.charts]
     for section in sections:
         for chart in section.charts:
-            report.write_csv(room / f"{chart.name}.csv", chart.rows)
+            tables.write_csv(room / f"{chart.name}.csv", chart.rows)
     link = project.config.show_commit_url.removesuffix("#")  # asv's way to say that there is none
     told = [_told(step, link) for step in steps]
-    report.write_csv(room / "changes.csv", told)
-    report.write_csv(room / "newest.csv", [
+    tables.write_csv(room / "changes.csv", told)
+    tables.write_csv(room / "newest.csv", [
         {"benchmark": s.label, "value": s.points[-1].value, "unit": s.unit, "commit": s.points[-1].commit}
         for s in series
     ])  # fmt: skip
     return Page(
         project.config.project, machine, pages, newest[0].commit if newest else "",
-        _day(newest[0].date) if newest else "", _verdict(project.results / machine / show.LAST), told[:SHOWN],
+        _day(newest[0].date) if newest else "", _verdict(project.results / machine / output.LAST),
+        told[:SHOWN],
         max(0, len(told) - SHOWN), sections, cards,
-        _histories(series, steps, project.noise(machine), headline),
+        _histories(series, steps, read_noise(project, machine), headline),
     )  # fmt: skip
 
 
@@ -168,7 +173,7 @@ def _histories(
     made = []
     for one in chosen[:HISTORIES]:
         points = one.points[-DRAWN:]
-        size, unit = show.scale(points[-1].value, one.unit)
+        size, unit = output.scale(points[-1].value, one.unit)
         values = [point.value / size for point in points]
         marks = [i for i in range(1, len(points)) if points[i].state != points[i - 1].state]
         spread = noise.get(one.asv_label)
@@ -186,14 +191,14 @@ def _card(project: Project, machine: str) -> dict[str, str]:
     facts = json.loads((project.results / machine / "machine.json").read_text())
     if str(facts.get("ram", "")).isdigit():
         facts["ram"] = f"{int(facts['ram']) / 2**30:.1f} GiB"
-    verdict = _verdict(project.results / machine / show.LAST)
+    verdict = _verdict(project.results / machine / output.LAST)
     state = verdict["state"] if verdict else {}
     facts |= {key: state[key] for key in ("gpu", "governor", "system") if key in state}
     return {key: str(value) for key, value in facts.items() if value and key not in ("machine", "version")}
 
 
 def _sections(newest: Sequence[Measurement], extra: Path | None) -> Iterator[Section]:
-    made = {table.name: _of_table(table, newest) for table in report.TABLES}
+    made = {table.name: _of_table(table, newest) for table in tables.TABLES}
     whole = {name: [chart] for name, chart in made.items() if chart is not None}
 
     def some(*names: str) -> list[Chart]:
@@ -206,8 +211,8 @@ def _sections(newest: Sequence[Measurement], extra: Path | None) -> Iterator[Sec
     yield Section("lengths", "Time against length", some("length_time", "s4d_time", "s4d_memory"))
 
 
-def _of_table(table: report.Table, newest: Sequence[Measurement]) -> Chart | None:
-    rows = report.length_rows(table, newest)
+def _of_table(table: tables.Table, newest: Sequence[Measurement]) -> Chart | None:
+    rows = tables.length_rows(table, newest)
     if not rows:
         return None
     unit = table.value.replace("_ms", " (ms)").replace("_mib", " (MiB)")
@@ -221,21 +226,21 @@ def _of_table(table: report.Table, newest: Sequence[Measurement]) -> Chart | Non
         if len({row["length"] for row in own}) == 1:
             single[title] = {str(row[table.by]): {"": point[0][1]} for row, point in zip(
                 own, panels.pop(title).values(), strict=True)}  # fmt: skip
-    svg = charts.lines(panels, "length (steps)", unit, dashed=[report.BOUND]) if panels else ""
+    svg = charts.lines(panels, "length (steps)", unit, dashed=[tables.BOUND]) if panels else ""
     if single:
         svg += charts.bars(single, unit)
     says = f"By {table.by}."
     if table.slopes:
         powers = [
             f"{line}: {power}" for panel in panels.values() for line, points in panel.items()
-            if (power := report.slope(points)) is not None
+            if (power := tables.slope(points)) is not None
         ]  # fmt: skip
         says += " Grows with this power of the length, from 1,024 steps on: " + ", ".join(powers) + "."
     return Chart(table.name, table.title, says, svg, list(rows))
 
 
 def _of_vtp(newest: Sequence[Measurement]) -> list[Chart]:
-    rows = report.vtp_rows(newest)
+    rows = tables.vtp_rows(newest)
     if not rows:
         return []
     panels: dict[str, dict[str, dict[str, float]]] = {}
@@ -259,7 +264,7 @@ def _of_vtp(newest: Sequence[Measurement]) -> list[Chart]:
     for row in rows:
         if full is None or row["t4_latency_ms"] is None or row["plan"] == "full":
             continue
-        name, base = f"keep {row['keep_ratio']}", report.T4[1.0]
+        name, base = f"keep {row['keep_ratio']}", tables.T4[1.0]
         pairs = [("latency (%)", row["latency_ms"], full["latency_ms"], 0)]
         if row["memory_mib"] is not None and full["memory_mib"] is not None:
             pairs.append(("peak memory (%)", row["memory_mib"], full["memory_mib"], 1))
@@ -333,7 +338,7 @@ def _roofline(newest: Sequence[Measurement]) -> list[Chart]:
     ceilings = {m.benchmark: m.value for m in newest if m.benchmark.startswith("roofline.")}
     bandwidth = ceilings.get("roofline.Bandwidth.track_copy")
     arithmetic = ceilings.get("roofline.Arithmetic.track_product")
-    rows = report.roofline_rows(newest)
+    rows = tables.roofline_rows(newest)
     if not (bandwidth and arithmetic and rows):
         return []
     points: dict[str, list[tuple[float, float]]] = {}

@@ -1,6 +1,6 @@
 """The site: asv's pages, made self-contained, behind a front page of our own.
 
-asv's index.html, here history.html, names scripts and styles of four hosts. Each is in `assets`, which is
+asv's index.html, here history.html, names scripts and styles of four hosts. Each is in `vendor`, which is
 shipped, and is copied beside the page; the page names the copy, with the digest of what was copied: no
 request leaves the host, and a copy that was changed does not run.
 """
@@ -15,9 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from projecta._checks import fail
-from projecta.regress import runner
-from projecta.regress.front import write_front
-from projecta.regress.store import Project
+from projecta.regress.project.config import Project, asv_command, gate_pattern
+from projecta.regress.project.git import list_history
+from projecta.regress.site.page import write_pages
 
 FOLDER, HISTORY = "vendor", "history.html"
 ASSETS = {  # how the address ends: the file
@@ -39,13 +39,13 @@ _LOADED = re.compile(r'<(?:script|link|img)\b[^>]*\b(?:src|href)="(https?:)?//[^
 def publish(project: Project, extra: Path | None = None) -> Path:
     """Write the whole site; return its folder. ValueError if asv cannot write its pages."""
     root, folder = project.folder, project.folder / project.config.html_dir
-    done = subprocess.run(runner.asv(root, "publish"), cwd=root, capture_output=True, text=True)
+    done = subprocess.run(asv_command(root, "publish"), cwd=root, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         fail("projecta publish", "asv publish", "succeed", lines[-1])
     (folder / "index.html").replace(folder / HISTORY)
     make_self_contained(folder)
-    write_front(project, folder, runner.history(project.repository), extra, runner.gate_pattern(root))
+    write_pages(project, folder, list_history(project.repository), extra, gate_pattern(root))
     return folder
 
 
@@ -72,7 +72,7 @@ def make_self_contained(folder: Path) -> list[Path]:
         attribute, name = match[1], match[2]
         if name not in ASSETS:
             fail("projecta publish", "asv's page", "load what projecta ships", name)
-        data = files("projecta.regress").joinpath("assets", ASSETS[name]).read_bytes()
+        data = files("projecta.regress").joinpath("site", "vendor", ASSETS[name]).read_bytes()
         target = folder / FOLDER / ASSETS[name]
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(data)
@@ -85,7 +85,9 @@ def make_self_contained(folder: Path) -> list[Path]:
         fail("projecta publish", "asv's page", "load what projecta ships", left[0])
     if copied:
         licences = folder / FOLDER / "LICENSES.txt"
-        licences.write_bytes(files("projecta.regress").joinpath("assets", "LICENSES.txt").read_bytes())
+        licences.write_bytes(
+            files("projecta.regress").joinpath("site", "vendor", "LICENSES.txt").read_bytes()
+        )
     page.write_text(text, encoding="utf-8")
     return list(copied.values())
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from projecta.regress.store import Measurement
+from projecta.regress.store.results import Measurement
 
 Row = dict[str, str | float | None]
 
@@ -58,18 +58,18 @@ TABLES = (
         "lengths.Lengths.time_forward": "forward", "lengths.FullLengths.time_forward": "forward",
     }, slopes=True),
     Table("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
-        "models.ModelPrefill.time_prefill": "prefill", "models.FullModelPrefill.time_prefill": "prefill",
-        "models.ModelDecode.time_decode": "decode",
-        "models.ModelTrain.time_step": "training step", "models.FullModelTrain.time_step": "training step",
+        "mamba.ModelPrefill.time_prefill": "prefill", "mamba.FullModelPrefill.time_prefill": "prefill",
+        "mamba.ModelDecode.time_decode": "decode",
+        "mamba.ModelTrain.time_step": "training step", "mamba.FullModelTrain.time_step": "training step",
     }),
 )  # fmt: skip
-VTP_TIME = ("clip.Vtp.time_forward", "clip.VtpControl.time_forward", "clip.FullVtp.time_forward")
+VTP_TIME = ("vtp.Vtp.time_forward", "vtp.VtpControl.time_forward", "vtp.FullVtp.time_forward")
 VTP_MEMORY = (
-    "clip.VtpPeak.track_peak_forward", "clip.VtpControlPeak.track_peak_forward",
-    "clip.FullVtpPeak.track_peak_forward",
+    "vtp.VtpPeak.track_peak_forward", "vtp.VtpControlPeak.track_peak_forward",
+    "vtp.FullVtpPeak.track_peak_forward",
 )  # fmt: skip
-VTP_BOUND = ("clip.VtpBound.track_peak_forward",)
-VTP_FLOPS = "clip.VtpFlops.track_flops_ratio"
+VTP_BOUND = ("vtp.VtpBound.track_peak_forward",)
+VTP_FLOPS = "vtp.VtpFlops.track_flops_ratio"
 T4 = {
     1.0: (81.0, 420.0),
     0.7: (63.0, 400.0),

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from projecta._checks import fail
-from projecta.regress.doctor import QUARANTINE
-from projecta.regress.runner import git
-from projecta.regress.store import Project, merge_results
+from projecta.regress.project.config import Project
+from projecta.regress.project.git import run_git
+from projecta.regress.store.doctor import QUARANTINE
+from projecta.regress.store.export import merge_results
+from projecta.regress.store.results import list_commits
 
 BRANCH, REMOTE = "results", "origin"
 TOKEN = "PROJECTA_TOKEN"  # variable with what proves to a remote who pushes; git has it by no argument
@@ -106,7 +108,7 @@ def keep(
         ValueError: the remote refuses, or always another was first; or, when all else is pushed, files
             that are no JSON.
     """
-    age = int(git(project.repository, "log", "-1", "--format=%ct", "HEAD"))
+    age = int(run_git(project.repository, "log", "-1", "--format=%ct", "HEAD"))
     refused = ""
     for attempt in range(ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as room:
@@ -157,8 +159,8 @@ def fetch(project: Project, machine: str, remote: Remote) -> list[Path]:
 def base_of(project: Project, machine: str) -> str:
     """What a gate of HEAD compares with: the newest commit before it, along first parents, that the machine
     has measured; if it has none, the commit before HEAD, or HEAD if that is the first."""
-    line = git(project.repository, "rev-list", "--first-parent", "HEAD").splitlines()
-    measured = project.commits(machine)
+    line = run_git(project.repository, "rev-list", "--first-parent", "HEAD").splitlines()
+    measured = list_commits(project, machine)
     return next((commit for commit in line[1:] if commit[:8] in measured), line[min(1, len(line) - 1)])
 
 

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from projecta.regress.journal import NAME
-from projecta.regress.store import Project
+from projecta.regress.project.config import Project
+from projecta.regress.store.journal import NAME
 
 QUARANTINE = "quarantine"
 
@@ -32,7 +32,7 @@ class Finding:
     fixable: bool = True
 
 
-def examine(project: Project, fix: bool) -> list[Finding]:
+def examine_results(project: Project, fix: bool) -> list[Finding]:
     """Everything that is wrong; with `fix`, what can be put right or aside has been."""
     found = [*_journal(project, fix), *_leftovers(project, fix)]
     for folder in sorted(project.results.iterdir()) if project.results.is_dir() else ():

@@ -13,20 +13,25 @@ import json
 import math
 import os
 import sqlite3
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from projecta._checks import fail
-from projecta.regress.machine import LASTING
-from projecta.regress.processes import BROKEN, OK, Case, Outcome
-from projecta.regress.store import NOISE, STATE, Combination, Project, merge_results
+from projecta.regress.project.config import Project
+from projecta.regress.project.machine import LASTING
+from projecta.regress.run.case import OK, Case, Combination, Outcome
+from projecta.regress.store.results import NOISE
 
 NAME, LOCK = "journal.sqlite", "journal.lock"
+
+
 MOVES = -1  # the place of a combination, which a change of `params` moves: not kept any more
+
+
 BENCH = "bench"  # the purpose of runs that become asv's results; those of gates name the gate and the side
+
+
 _TABLES = """
 create table if not exists provenance (id integer primary key, facts text unique not null);
 create table if not exists runs (
@@ -252,104 +257,3 @@ def _tell_of_the_disk(path: Path, error: sqlite3.Error) -> None:
         fail("projecta", str(path), "be free", str(error), f"End the program that has it open. {kept}")
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
         fail("projecta", str(path), "be writable", str(error), kept)
-
-
-def export(
-    journal: Journal, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
-) -> Path:
-    """Write asv's file of one commit from the journal; a reader finds the old file or the new one, whole.
-
-    What the file holds and the journal does not is kept: benchmarks and parameters that have left the suite.
-    """
-    from asv.machine import Machine
-    from asv.results import Results
-    from asv.runner import BenchmarkResult
-
-    folder = journal.project.results
-    about = Machine.load(machine_name=machine, interactive=False)
-    about.save(str(folder))
-    date = _date(journal.project, commit)
-    results = Results(
-        dict(about.__dict__) | {"python": environment.python} | environment.requirements,
-        environment.requirements, commit, date, environment.python, environment.name, environment.env_vars,
-    )  # fmt: skip
-    known = journal.known(machine, commit, environment.name, benchmarks)
-    for name, entry in benchmarks.items():
-        each = [known.get((name, combination), []) for combination in itertools.product(*entry["params"])]
-        if not any(each):
-            continue
-        found = [_merged(runs) for runs in each]
-        printed = "\n".join(o.reason for o in found if o.status in BROKEN)
-        started = min(run.at for runs in each for run in runs)
-        results.add_result(
-            entry,
-            BenchmarkResult(
-                result=[_value(o) for o in found],
-                samples=[list(o.samples) if o.number is not None else None for o in found],
-                number=[o.number for o in found], errcode=int(bool(printed)), stderr=printed, profile=None,
-            ),
-            started_at=datetime.datetime.fromisoformat(started),
-            duration=sum(run.outcome.seconds for runs in each for run in runs),
-            record_samples=True,
-        )  # fmt: skip
-    target = folder / results._filename
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as room:
-        results.save(room)
-        written = Path(room, results._filename)
-        if target.is_file():  # whole: `absorb` has read it
-            _keep_what_only_the_old_file_has(journal, target, written, results)
-        with written.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(written, target)
-    target.with_suffix(STATE).write_text(json.dumps(journal.state(machine, commit), indent=1) + "\n")
-    return target
-
-
-def _keep_what_only_the_old_file_has(journal: Journal, target: Path, written: Path, results: Any) -> None:
-    from asv.util import write_json
-
-    old, new = (json.loads(path.read_bytes()) for path in (target, written))
-    if not isinstance(old.get("results"), dict):
-        return
-    moved = journal.places(results.params["machine"], results.commit_hash, results._env_name)
-    order = {
-        name: [(row["version"], combination) for combination in itertools.product(*(row["params"] or []))]
-        for name, columns in old["results"].items()
-        for row in [dict(zip(old["result_columns"], columns, strict=False))]
-        if row.get("version") is not None
-    }
-
-    def believed(name: str, combination: Combination) -> bool:
-        """Not where an older version may have written the value of other parameters at this place."""
-        for i, (version, here) in enumerate(order.get(name, [])):
-            if here == combination:
-                return not any(row[:3] == (name, str(version), i) and row[3] != combination for row in moved)
-        return True
-
-    write_json(str(written), merge_results(old, new, believed), results.api_version, compact=True)
-
-
-def _merged(runs: Sequence[Run]) -> Outcome:
-    """All good samples of a case; if there are none, the last outcome."""
-    good = [run.outcome for run in runs if run.outcome.status == OK]
-    if not good:
-        return runs[-1].outcome if runs else Outcome("absent")
-    if good[-1].number is None:
-        return good[-1]
-    return Outcome(OK, tuple(itertools.chain(*(o.samples for o in good))), good[-1].number)
-
-
-def _value(outcome: Outcome) -> float | bool | None:
-    """As asv's runner gives it: a number, nan if skipped, None if it failed, True for samples."""
-    if outcome.status in BROKEN:
-        return None
-    if outcome.status != OK:
-        return float("nan")
-    return True if outcome.number is not None else outcome.value
-
-
-def _date(project: Project, commit: str) -> int:
-    from projecta.regress.runner import git
-
-    return 1000 * int(git(project.repository, "show", "--no-patch", "--format=%ct", commit).splitlines()[-1])

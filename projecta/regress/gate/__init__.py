@@ -1,0 +1,1 @@
+"""Says whether a change made things slower or hungrier."""

@@ -1,0 +1,1 @@
+"""The project that is measured: configuration, git, machine."""

@@ -1,0 +1,1 @@
+"""Runs benchmarks: builds of commits, worker processes, outcomes."""

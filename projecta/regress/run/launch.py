@@ -1,0 +1,184 @@
+"""Starts workers and talks to them: what each order gave, or why it gave nothing.
+
+`worker.py` runs in the environment that asv built, with asv's own benchmark code. A timeout here counts wall
+time, whatever the benchmark prints. The whole process group ends with the worker, even if this process is
+killed. Every ending has a status and a reason.
+"""
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from projecta.regress.run.build import Build
+from projecta.regress.run.case import (
+    FAILED,
+    TIMED_OUT,
+    Case,
+    Outcome,
+    asv_name,
+    last_words,
+    outcome_of,
+    tail_of,
+    too_long,
+)
+from projecta.regress.run.group import Guard, end_group
+
+_SCRIPT = Path(__file__).with_name("worker.py")
+
+
+class Worker:
+    """A process that runs a build's benchmarks; a new one is started when asked for, or when it has ended.
+
+    Args:
+        build: the commit, installed.
+        settings: asv's attributes of a timing (number, repeat...) that replace each benchmark's own.
+    """
+
+    def __init__(self, build: Build, settings: Mapping[str, Any] = MappingProxyType({})):
+        self.build, self.settings = build, dict(settings)
+        self.guard = Guard()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = Path()  # of the process: what it prints, and a folder for each order
+        self._caches: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._failed_caches: dict[str, Outcome] = {}  # a setup_cache that failed is not tried again
+
+    def run(self, case: Case) -> Outcome:
+        """Run a benchmark as asv does; return what it gave."""
+        return self.begin(case, paired=False) or self.outcome()
+
+    def begin(self, case: Case, paired: bool) -> Outcome | None:
+        """Send the order to run a benchmark; return why it cannot run, if so."""
+        missing = self._set_up_cache(case)
+        if missing is not None:
+            return missing
+        self._ensure_process(case)
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        self._result = folder / "result.json"
+        cwd = str(folder) if case.cache is None else self._caches[case.cache].name
+        order = {"name": asv_name(case), "paired": paired, "settings": self.settings}
+        self._send(order | {"cwd": cwd, "result": str(self._result)})
+        return None
+
+    def ready(self) -> Outcome | None:
+        """Wait until a paired benchmark has set up and warmed up; return its outcome if it ended instead."""
+        return self._wait_for("ready")
+
+    def sample(self, seconds: float) -> Outcome | None:
+        """Have a paired benchmark take samples for so long; return its outcome if it ended instead."""
+        self._send({"seconds": seconds})
+        return self._wait_for("sampled")
+
+    def finish(self) -> Outcome:
+        """Have a paired benchmark take no more samples; return what it gave."""
+        self._send({"seconds": 0})
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """Wait until the benchmark has ended; return what it gave."""
+        found = self._wait_for("")
+        assert found is not None
+        return found
+
+    def restart(self) -> None:
+        """End the process, and start another."""
+        self.end()
+        self._folder = Path(tempfile.mkdtemp(prefix="projecta-"))
+        own, other = socket.socketpair()
+        with (self._folder / "printed").open("wb") as out, other:
+            words = [
+                self.build.python, str(_SCRIPT), str(self.build.folder), str(other.fileno()),
+                str(int(self.build.forks)),
+            ]  # fmt: skip
+            self._process = self.guard.start(words, out, self._folder, self.build.variables, [other.fileno()])
+        self._socket, self._incoming, self._outgoing = own, own.makefile("r"), own.makefile("w")
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            end_group(self._process, patience=0)
+            self._process = None
+            for end in (self._incoming, self._outgoing, self._socket):
+                with contextlib.suppress(OSError):
+                    end.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the process and what it has started, and delete the caches."""
+        self.end()
+        self.guard.close()
+        for folder in self._caches.values():
+            folder.cleanup()
+        self._caches.clear()
+
+    def _set_up_cache(self, case: Case) -> Outcome | None:
+        """Run the setup_cache that a benchmark needs, once; return why it could not."""
+        if case.cache is None or case.cache in self._caches:
+            return None
+        if case.cache in self._failed_caches:
+            return self._failed_caches[case.cache]
+        folder = tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True)
+        limit = case.cache_timeout or case.timeout
+        self._ensure_process(case)
+        self._send({"cache": asv_name(case), "cwd": folder.name})
+        code = self._ended(limit)
+        if code == 0:
+            self._caches[case.cache] = folder
+            return None
+        reason = (
+            too_long(limit) if code is None else last_words(tail_of(self._folder / "printed", self._mark))
+        )
+        if code is None:
+            self.end()
+        folder.cleanup()
+        found = Outcome(TIMED_OUT if code is None else FAILED, reason=f"setup_cache: {reason}")
+        self._failed_caches[case.cache] = found
+        return found
+
+    def _ensure_process(self, case: Case) -> None:
+        """A process that waits for an order; without forks each order takes a new one."""
+        self._case, self._began = case, time.monotonic()
+        if self._process is None or self._process.poll() is not None or not self.build.forks:
+            self.restart()
+        self._mark = (self._folder / "printed").stat().st_size
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has ended: reading shows why
+            self._outgoing.write(json.dumps(message) + "\n")
+            self._outgoing.flush()
+
+    def _wait_for(self, answer: str) -> Outcome | None:
+        """None when the worker gives the answer within the case's timeout; the outcome if the case ends."""
+        message = self._receive(self._case.timeout)
+        if answer in message:
+            return None
+        code, printed = message.get("ended"), tail_of(self._folder / "printed", self._mark)
+        found = outcome_of(self._case, code, printed, self._result, time.monotonic() - self._began)
+        if code is None:
+            self.end()
+        return found
+
+    def _ended(self, limit: float) -> int | None:
+        """The exit status of an order, or None if it took too long."""
+        code: int | None = self._receive(limit).get("ended")
+        return code
+
+    def _receive(self, limit: float) -> dict[str, Any]:
+        """The next message; {"ended": status} if the process has ended, None as status for too long."""
+        assert self._process is not None
+        self._socket.settimeout(limit)
+        line = ""
+        try:
+            with contextlib.suppress(ConnectionError):  # as if it had closed its end
+                line = self._incoming.readline()
+            found: dict[str, Any] = json.loads(line) if line else {"ended": self._process.wait(limit)}
+        except (TimeoutError, subprocess.TimeoutExpired):
+            return {"ended": None}
+        return found

@@ -1,0 +1,1 @@
+"""Keeps results: the journal, asv's files, the branch of results."""
