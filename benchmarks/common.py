@@ -5,6 +5,7 @@ from one that has imported the suites.
 """
 
 import ast
+import contextlib
 import ctypes
 import functools
 import gc
@@ -14,12 +15,13 @@ import os
 import timeit
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from asv_runner.benchmarks.mark import SkipNotImplemented
 
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 2048, 8192)
+PEAK_LENGTHS = (2048, 8192)
 LONG_LENGTHS = (2048, 8192, 32768, 65536)
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}  # of the backends that are made for one
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -70,17 +72,20 @@ def version(source: str, revision: int = 1) -> str:
     return f"{revision}-{digest}"
 
 
-def skip(reason: str) -> None:
+def skip(reason: str) -> NoReturn:
     """Leave a benchmark out, for a reason that asv shows."""
     raise SkipNotImplemented(reason)
 
 
-def require(module: str, name: str) -> Any:
-    """`module.name` of the projecta under measurement; skip on commits that do not have it."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        skip(f"this commit has no {module}.{name} ({error})")
+def require(module: str, name: str, formerly: str = "") -> Any:
+    """`module.name` of the projecta under measurement; skip on commits that do not have it.
+
+    `formerly` is the module that held it in older commits.
+    """
+    for home in filter(None, (module, formerly)):
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(home), name)
+    skip(f"this commit has no {module}.{name}")
 
 
 def require_backend(name: str) -> None:

@@ -115,7 +115,7 @@ class _Suite(common.Suite):
 
 
 class ModelPrefill(_Suite):
-    params = (KINDS, (64, 256))
+    params = (KINDS, (256,))
 
     def setup(self, model, length):
         _prefill(model, length)
@@ -149,7 +149,7 @@ class ModelTrain(_Suite):
 
 
 class FullModelPrefill(_Suite):
-    params = (KINDS, (512, 1024))
+    params = (KINDS, (64, 512, 1024))
 
     def setup(self, model, length):
         common.require_full()

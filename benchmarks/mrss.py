@@ -7,7 +7,7 @@ import torch
 from benchmarks import common
 
 THETAS = {"compound, every token": 1e-9, "theta 0.1": 0.1, "theta 0.5": 0.5}
-CASES = ("full scan", *THETAS)
+CASES = ("full scan", "theta 0.1", "theta 0.5")
 VERSION = common.version(__file__)
 
 
@@ -80,11 +80,14 @@ class Mrss(_Case):
 
 
 class MrssPeak(_Case, _Peak):
+    params = (CASES, (8192,))
+
     def track_peak_forward(self, case, length):
         return common.peak_mib(_scan(case, length, self.d, backward=False))
 
 
 class MrssGrad(_Case):
+    params = (CASES, common.PEAK_LENGTHS)
     backward = True
 
     def time_forward_backward(self, case, length):
@@ -94,7 +97,7 @@ class MrssGrad(_Case):
 class _Long(_Case):
     """At the width of mamba-130m, to 65,536 steps."""
 
-    params = (CASES, common.LONG_LENGTHS)
+    params = (("full scan", *THETAS), common.LONG_LENGTHS)
     timeout = 1200
     d = 1536
 

@@ -53,6 +53,8 @@ class S4d(_Forward):
 
 
 class S4dPeak(_Forward):
+    params = (MODES, (8192,))
+
     def setup(self, mode, length):
         common.return_freed_memory()
         _scan(mode, length, self.d)

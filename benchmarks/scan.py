@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import common
 
-BACKENDS = ("reference", "vectorised", "cpu", "triton")
+BACKENDS = ("vectorised", "cpu", "triton")
 STEPS = 64
 OPERATIONS = {"forward": 13, "backward": 21}  # of vectors, per token, 16 channels and state
 VERSION = common.version(__file__)
@@ -86,13 +86,10 @@ class Scan(_Forward):
         _scan(backend, length, self.d, backward=False)()
 
 
-class ScanPeak(_Forward):
-    def setup(self, backend, length):
-        common.return_freed_memory()
-        _scan(backend, length, self.d, backward=False)
+class ScanReference(Scan):
+    """A loop over time, as a user without a kernel would write it: at a short length only."""
 
-    def track_peak_forward(self, backend, length):
-        return common.peak_mib(_scan(backend, length, self.d, backward=False))
+    params = (("reference",), (512,))
 
 
 class ScanGrad(_Forward):
@@ -105,7 +102,24 @@ class ScanGrad(_Forward):
         _scan(backend, length, self.d, backward=True)()
 
 
+class ScanGradReference(ScanGrad):
+    params = (("reference",), (512,))
+
+
+class ScanPeak(_Forward):
+    params = (BACKENDS, common.PEAK_LENGTHS)
+
+    def setup(self, backend, length):
+        common.return_freed_memory()
+        _scan(backend, length, self.d, backward=False)
+
+    def track_peak_forward(self, backend, length):
+        return common.peak_mib(_scan(backend, length, self.d, backward=False))
+
+
 class ScanGradPeak(_Forward):
+    params = (BACKENDS, common.PEAK_LENGTHS)
+
     def setup(self, backend, length):
         common.return_freed_memory()
         _scan(backend, length, self.d, backward=True)
@@ -117,7 +131,7 @@ class ScanGradPeak(_Forward):
 class ScanBound(common.Suite):
     """The least memory that any backend needs, by arithmetic, beside the peaks of the same sizes."""
 
-    params = (common.LENGTHS,)
+    params = (common.PEAK_LENGTHS,)
     param_names = ("length",)
     version = VERSION
     d = 256
@@ -172,8 +186,11 @@ class FullScanLimit(common.Suite):
 def _seconds_per_vector_operation() -> float:
     """Of 16 float32 lanes on one core: twelve independent chains of fused multiply-adds, the best of five."""
     numba = importlib.import_module("numba")
-    vectors = importlib.import_module("projecta.scan._vectors")
-    load, store, fma, width = vectors.load, vectors.store, vectors.fma, 16
+    load, store, fma = (
+        common.require("projecta.scan.cpu.simd", name, formerly="projecta.scan._vectors")
+        for name in ("load", "store", "fma")
+    )
+    width = 16
 
     @numba.njit
     def chains(tile, rounds):
@@ -217,6 +234,23 @@ class _Long(common.Suite):
     version = VERSION
     timeout = 1200
     d = 1536
+
+
+class FullScanReference(_Forward):
+    """The loop over time at longer sequences."""
+
+    params = (("reference",), common.PEAK_LENGTHS)
+
+    def setup(self, backend, length):
+        common.require_full()
+        _scan(backend, length, self.d, backward=True)
+        _scan(backend, length, self.d, backward=False)
+
+    def time_forward(self, backend, length):
+        _scan(backend, length, self.d, backward=False)()
+
+    def time_forward_backward(self, backend, length):
+        _scan(backend, length, self.d, backward=True)()
 
 
 class FullScan(_Long):

@@ -16,13 +16,10 @@ ROWS = {  # what to give Plan, beside keep
     "random": {"score": "random"},
     "merging": {"at": tuple(range(12)), "fuse": "bipartite", "mass": True, "semantics": "flops"},
 }
-CASES = (
-    "full", "input 0.7", "input 0.5", "early 0.7", "early 0.5", "evit3 0.7", "evit3 0.5", "merge 0.7",
-    "merge 0.5",
-)  # fmt: skip
+CASES = ("full", "input 0.7", "input 0.5", "early 0.7", "early 0.5", "merge 0.7", "merge 0.5")
 CONTROLS = (
-    "aligned", "resized 0.7", "resized 0.5", "checkerboard 0.7", "checkerboard 0.5", "random 0.7",
-    "random 0.5", "merging 0.7", "merging 0.5",
+    "evit3 0.7", "evit3 0.5", "aligned", "resized 0.7", "resized 0.5", "checkerboard 0.7", "checkerboard 0.5",
+    "random 0.7", "random 0.5", "merging 0.7", "merging 0.5",
 )  # fmt: skip
 SIDES = {0.7: 192, 0.5: 160}  # of a resized image: 144 and 100 of 196 patches
 VERSION = common.version(__file__)
@@ -84,7 +81,7 @@ def _tokens(case: str) -> tuple[int, tuple[int, ...]]:
 @functools.cache
 def _forward(case: str, batch: int):
     """A call of the tower, checked against the one written out."""
-    prune, plan = common.require("projecta.clip", "prune"), plan_of(case)
+    prune, plan = common.require("projecta.vtp", "prune", formerly="projecta.clip"), plan_of(case)
     model, pixels, options = _tower(), common.photographs(batch), {}
     if case.startswith("resized"):
         side = SIDES[float(case.split()[1])]
@@ -147,16 +144,6 @@ class VtpPeak(_Forward):
         return common.peak_mib(_forward(case, batch))
 
 
-class VtpControl(Vtp):
-    """What pruning must be compared with."""
-
-    params = (CONTROLS, (8,))
-
-
-class VtpControlPeak(VtpPeak):
-    params = (CONTROLS, (8,))
-
-
 class VtpBound(_Forward):
     """The peak by arithmetic: 4 b (c t + (3 c + 3 m) t') bytes; t tokens embedded, at most t' in a block.
 
@@ -164,7 +151,7 @@ class VtpBound(_Forward):
     MLP reads; of the MLP's width m, what its first map gives, the gate of its activation, their product.
     """
 
-    params = ((*CASES, *CONTROLS), (8,))
+    params = (CASES, (8,))
 
     def track_peak_forward(self, case, batch):
         embedded, seen = _tokens(case)
@@ -174,7 +161,7 @@ class VtpBound(_Forward):
 class VtpFlops(common.Suite):
     """Arithmetic of the tower over that of the full one."""
 
-    params = ((*CASES, *CONTROLS),)
+    params = (CASES,)
     param_names = ("case",)
     version = VERSION
     unit = "of the full tower"
@@ -212,3 +199,29 @@ class FullVtpPeak(_Large):
 
     def track_peak_forward(self, case, batch):
         return common.peak_mib(_forward(case, batch))
+
+
+class FullVtpControl(Vtp):
+    """Other plans, and what pruning must be compared with."""
+
+    params = (CONTROLS, (8,))
+
+    def setup(self, case, batch):
+        common.require_full()
+        super().setup(case, batch)
+
+
+class FullVtpControlPeak(VtpPeak):
+    params = (CONTROLS, (8,))
+
+    def setup(self, case, batch):
+        common.require_full()
+        super().setup(case, batch)
+
+
+class FullVtpControlBound(VtpBound):
+    params = (CONTROLS, (8,))
+
+
+class FullVtpControlFlops(VtpFlops):
+    params = (CONTROLS,)

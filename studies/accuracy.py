@@ -4,8 +4,7 @@ Two layers of width 64 and 16 states of transformers' Mamba on projecta's scan, 
 ("full"), with MRSS at theta 0.5 from the initial steps ("trained"), and the full model calibrated afterwards
 ("post hoc", theta 0.1 and others). Seeds are fixed; nothing is tuned on either side.
 
-`python -m benchmarks.tasks` writes results/mrss_accuracy.csv and .png, from what each seed gave. The asv
-suite needs PROJECTA_FULL=1.
+`python -m studies.accuracy` writes results/mrss_accuracy.csv and .png, from what each seed gave.
 """
 
 import csv
@@ -20,13 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import common
-
 SEEDS, JUDGED, BATCH, WIDTH, LAYERS = (0, 1, 2, 3, 4), 5120, 32, 64, 2
 TRAINED, POST_HOC = (0.5,), (0.05, 0.1, 0.25, 0.5)
 TESTED = 256  # tokens of a test of induction heads
 IGNORE = -100  # of cross_entropy: tokens that nobody asks about
-VERSION = common.version(__file__)
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -204,24 +200,6 @@ def compare(name: str, seed: int, steps: int | None = None, count: int = JUDGED)
     return found
 
 
-class FullTasks(common.Suite):
-    """What a model trained with MRSS at theta 0.5 reaches, one seed."""
-
-    params = (tuple(TASKS), ("full", "trained, theta 0.5"))
-    param_names = ("task", "scan")
-    version = VERSION
-    timeout = 3600
-    unit = "per cent right, or bits per byte"
-
-    def setup(self, task, scan):
-        common.require_full()
-        common.require("projecta.mamba", "calibrate")
-
-    def track_reached(self, task, scan):
-        model, _ = train(task, 0, mrss=None if scan == "full" else 0.5)
-        return judge(task, model)
-
-
 def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
     """What each way to scan loses against the full one, by task, every seed a dot."""
     import matplotlib
@@ -251,7 +229,7 @@ def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
 def main() -> None:
     """Every task, seed and way to scan. What a seed gave is written at once and not measured again.
 
-    `python -m benchmarks.tasks [FOLDER] [TASK...]`
+    `python -m studies.accuracy [FOLDER] [TASK...]`
     """
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
     each = folder / "mrss_accuracy_seeds.csv"

@@ -1,7 +1,7 @@
 """What pruning does to a model's answers: DINOv2-S/14, real weights and images, by plan and keep ratio.
 
-`python -m benchmarks.fidelity` writes the table of all rows, results/vtp_fidelity.csv; the asv suite follows
-the presets from commit to commit. Both need what `nox -s fidelity` fetches.
+`python -m studies.fidelity` writes the table of all rows, results/vtp_fidelity.csv. It needs what
+`nox -s fidelity` fetches. The suite benchmarks/fidelity.py follows the presets from commit to commit.
 """
 
 import csv
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, real
+from benchmarks import common
+from studies import real
 
-VERSION = common.version(__file__)
 KEEP = (0.7, 0.5)
 SETS = ("natural", "emoji")
 BATCH = 16
@@ -91,7 +91,8 @@ def _saliency(name: str) -> torch.Tensor:
 def measure(name: str, row: dict, keep: float) -> dict[str, float]:
     """Cosine of the class token to the full model's, its lowest tenth; whether its nearest among the second
     views, seen by the full model, is its own; how many of the most salient patches were kept; FLOPs."""
-    prune, Plan = common.require("projecta.clip", "prune"), common.require("projecta.vtp", "Plan")
+    prune = common.require("projecta.vtp", "prune", formerly="projecta.clip")
+    Plan = common.require("projecta.vtp", "Plan")
     model, pixels, saliency = real.dinov2(), _images(name)[0], None
     options = {k: v for k, v in row.items() if k not in ("resize", "align", "like")}
     if "like" in row:
@@ -131,34 +132,17 @@ def _flops(schedule: tuple[int, ...]) -> float:
     return costs.of(schedule) / costs.of((TOKENS,) * real.BLOCKS)
 
 
-class Fidelity(common.Suite):
-    """Mean cosine of the class token to the full model's, by preset."""
-
-    params = (("input", "early", "evit3", "merge"), KEEP, SETS)
-    param_names = ("preset", "keep", "images")
-    version = VERSION
-    unit = "cosine"
-    timeout = 600
-
-    def setup(self, preset, keep, images):
-        real.onnx_file()
-
-    def track_cosine(self, preset, keep, images):
-        presets = common.require("projecta.vtp", "PRESETS")
-        return measure(images, presets[preset], keep)["cosine"]
-
-
 @torch.inference_mode()
 def picture(path: Path) -> None:
     """One photograph under the preset "early"."""
-    prune, show = (common.require("projecta.clip", name) for name in ("prune", "show"))
+    prune, draw = (common.require("projecta.vtp", name) for name in ("prune", "draw"))
     pixels = _images("natural")[0][:2]
     mean, std = (
         torch.tensor(values, device=pixels.device)[:, None, None] for values in (real.MEAN, real.STD)
     )
     with prune(real.dinov2(), common.require("projecta.vtp", "Plan").preset("early")) as handle:
         real.dinov2()(pixel_values=pixels)
-        show(pixels[1] * std + mean, handle, row=1).savefig(path, dpi=100)
+        draw(pixels[1] * std + mean, handle, row=1).savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
 """How often `projecta gate` is wrong, and what it finds: on identical code, and on commits made slower.
 
-`python -m benchmarks.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
+`python -m studies.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
 repository, HEAD against an empty commit ("same") or one that makes the scan and the pruned tower slower and
 the tower hungrier; `continuous KIND COUNT` has asv continuous judge the same. Every gate is a line of
 results/gate_rates.csv, every pair of processes one of results/gate_pairs.csv. `summary` resamples 2,000 gates
-from the pairs of identical code, as they are and with a factor, and writes results/gate_summary.csv. Holds no
-benchmark.
+from the pairs of identical code, as they are and with a factor, and writes results/gate_summary.csv.
 """
 
 import csv
@@ -22,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-TIMED = {"scan": "scan.Scan.time_forward('cpu', 2048)", "vtp": "clip.Vtp.time_forward('input 0.5', 1)"}
-PEAK = "clip.VtpPeak.track_peak_forward('input 0.5', 8)"
+TIMED = {"scan": "scan.Scan.time_forward('cpu', 2048)", "vtp": "vtp.Vtp.time_forward('input 0.5', 1)"}
+PEAK = "vtp.VtpPeak.track_peak_forward('input 0.5', 8)"
 PATTERN = (
     "^(" + "|".join(label.replace("(", r"\(").replace(")", r"\)") for label in (*TIMED.values(), PEAK)) + ")$"
 )
@@ -74,7 +73,7 @@ _VTP = _PLANT + textwrap.dedent("""
         model.forward = _planted(plain, {share}, {size})
         return handle
 """)
-PLANTS = {"projecta/scan/__init__.py": _SCAN, "projecta/clip.py": _VTP}
+PLANTS = {"projecta/scan/__init__.py": _SCAN, "projecta/vtp/pruning.py": _VTP}
 ONE_PERCENT = round(0.401 * 2**20)  # of the peak, 40.1 MiB
 KINDS = {  # name: share of time, bytes
     "same": (0.0, 0), **{f"+{s} %, +1 % memory": (s / 100, ONE_PERCENT) for s in (3, 5, 10)},
@@ -115,7 +114,7 @@ def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
-    from projecta.regress import machine
+    from projecta.regress.project import machine
 
     path, processor = RESULTS / name, machine.state()["processor"]
     fresh = not path.exists()
@@ -128,8 +127,8 @@ def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
 
 def gates(kind: str, count: int) -> None:
     """Real gates, one after the other."""
-    from projecta.regress.duel import MOST
-    from projecta.regress.processes import Outcome
+    from projecta.regress.run.case import Outcome
+    from projecta.regress.run.pair import MOST
 
     name = f"{MOST} turns"
     folder, base, head = _clone(kind)
@@ -147,7 +146,7 @@ def gates(kind: str, count: int) -> None:
             rows.append([name, kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
             if kind == "same" and label in TIMED.values():
                 both = zip(row["base"], row["head"], strict=False)
-                each = ((Outcome(**b).undisturbed, Outcome(**h).undisturbed) for b, h in both)
+                each = ((Outcome(**b).lower_quartile, Outcome(**h).lower_quartile) for b, h in both)
                 pairs += [[name, label, f"{h / b:.5f}"] for b, h in each if b and h]
         _append("gate_rates.csv", HEADER, rows)
         _append("gate_pairs.csv", ["gate", "benchmark", "ratio"], pairs)
@@ -178,7 +177,7 @@ def continuous(kind: str, count: int) -> None:
 
 def summary() -> None:
     """What real gates said, and 2,000 resampled from pairs of identical code: by processor, gate, factor."""
-    from projecta.regress.gate import REGRESSED, Design, judge_pairs
+    from projecta.regress.gate.statistics import REGRESSED, Design, judge_pairs
 
     pairs: dict[tuple[str, str], dict[str, list[float]]] = {}
     with (RESULTS / "gate_pairs.csv").open(newline="") as file:

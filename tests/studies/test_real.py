@@ -6,7 +6,7 @@ import pytest
 import torch
 from asv_runner.benchmarks.mark import SkipNotImplemented
 
-from benchmarks import real
+from studies import real
 
 if importlib.util.find_spec("onnxruntime") is None:
     pytest.skip("onnxruntime is not installed", allow_module_level=True)
