@@ -101,22 +101,9 @@ def tests(session: nox.Session) -> None:
 
 # The library's tests: what depends on the versions of others. `oldest` has torch 2.9, of which some indexes
 # hold only a build for CUDA (3 GB); the newest torch is the newest of which there is a build for the CPU.
-LIBRARY = sorted(
-    str(path)
-    for room in [
-        "scan",
-        "strides",
-        "derivatives",
-        "triton",
-        "mamba",
-        "mrss",
-        "s4d",
-        "clip*",
-        "vtp",
-        "low_rank",
-    ]
-    for path in Path("tests").glob(f"test_{room}.py")
-)
+LIBRARY = [
+    f"tests/{room}" for room in ["scan", "mamba", "vtp", "test_mrss.py", "test_s4d.py", "test_low_rank.py"]
+]
 NEWEST_TORCH = PINNED[0].removeprefix("torch")
 VERSIONS = {
     "oldest": {name: f"=={low}.*" for name, (low, _) in TESTED.items()},
@@ -151,7 +138,7 @@ def browser(session: nox.Session) -> None:
     session.install("torch==2.13.0", *EXTRAS["bench"], *EXTRAS["dev"], *BROWSER)
     install_project(session)
     named = ("--browser", os.environ.get("CHROMIUM", "chromium"), "--screenshots", ".screenshots")
-    session.run("pytest", "tests/test_browser.py", *named, *session.posargs)
+    session.run("pytest", "tests/regress/test_browser.py", *named, *session.posargs)
 
 
 @nox.session(reuse_venv=True)
@@ -174,10 +161,10 @@ def fidelity(session: nox.Session) -> None:
     if not list(data.glob("emoji-datasource-google-*.tgz")):
         pack = ("npm", "pack", "--silent", "--pack-destination", str(data), "emoji-datasource-google@16.0.0")
         session.run(*pack, external=True)
-    session.run("pytest", "tests/test_real.py")
-    session.run("python", "-m", "benchmarks.fidelity", *session.posargs)
+    session.run("pytest", "tests/studies/test_real.py")
+    session.run("python", "-m", "studies.fidelity", *session.posargs)
     if any(Path(place).exists() for place in ("/usr/share/datasets/fashion-mnist", ".data/fashion-mnist")):
-        session.run("python", "-m", "benchmarks.zero_shot")
+        session.run("python", "-m", "studies.zero_shot")
     else:
         session.warn("zero-shot accuracy is left out: it wants Debian's package dataset-fashion-mnist")
 
@@ -187,7 +174,7 @@ def accuracy(session: nox.Session) -> None:
     """Train small models with the full scan and with MRSS, five seeds a task: hours. Write the table."""
     session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"], "scikit-learn>=1.5")
     install_project(session)
-    session.run("python", "-m", "benchmarks.tasks", *session.posargs)
+    session.run("python", "-m", "studies.accuracy", *session.posargs)
 
 
 @nox.session(reuse_venv=True)
@@ -197,12 +184,12 @@ def rates(session: nox.Session) -> None:
     install_project(session)
     session.run("asv", "machine", "--yes")
     if session.posargs:
-        session.run("python", "-m", "benchmarks.gate_rates", *session.posargs)
+        session.run("python", "-m", "studies.gate_rates", *session.posargs)
         return
     for kind in ("same", "+3 %, +1 % memory", "+5 %, +1 % memory", "+10 %, +1 % memory", "+5 MB"):
-        session.run("python", "-m", "benchmarks.gate_rates", "gates", kind, "20")
-        session.run("python", "-m", "benchmarks.gate_rates", "continuous", kind, "20")
-    session.run("python", "-m", "benchmarks.gate_rates", "summary")
+        session.run("python", "-m", "studies.gate_rates", "gates", kind, "20")
+        session.run("python", "-m", "studies.gate_rates", "continuous", kind, "20")
+    session.run("python", "-m", "studies.gate_rates", "summary")
 
 
 @nox.session(reuse_venv=True)

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-SUITES = ("scan", "s4d", "mrss", "lengths", "models", "clip", "tasks")
+SUITES = ("scan", "s4d", "mrss", "lengths", "mamba", "vtp")
 
 
 def make_scan(

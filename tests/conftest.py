@@ -1,5 +1,7 @@
 """Seeds, NaN in fresh memory, and the `backend` fixture."""
 
+import sys
+
 import pytest
 import torch
 
@@ -57,3 +59,5 @@ def _deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    if "torch._dynamo" in sys.modules:  # what one test compiled must not count against the next
+        torch._dynamo.reset()

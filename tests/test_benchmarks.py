@@ -184,4 +184,4 @@ def test_the_quick_session_finds_its_cases():
     )
     assert done.returncode == 0, done.stdout
     assert "scan.Scan.time_forward(cpu,2048)" in done.stdout
-    assert "clip.Vtp.time_forward(input 0.5,1)" in done.stdout
+    assert "vtp.Vtp.time_forward(input 0.5,1)" in done.stdout

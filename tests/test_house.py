@@ -19,7 +19,6 @@ ARROWS = {  # room: the rooms that it may import
     "low_rank": {"_checks"},
     "s4d": {"_checks", "scan"},
     "vtp": {"_checks"},
-    "clip": {"_checks", "vtp"},
     "regress": {"_checks"},
     "__main__": {"regress"},
     "__init__": {"mamba", "mrss", "scan", "vtp"},  # for type checkers only
@@ -57,11 +56,14 @@ def in_fresh_process(code):
         ("import projecta", {"torch", "numba", "triton", "transformers", "numpy", "asv"}),
         ("import projecta; projecta.selective_scan", {"numba", "transformers", "asv"}),
         (
-            "import projecta.mrss, projecta.mamba, projecta.vtp, projecta.clip",
+            "import projecta.mrss, projecta.mamba, projecta.vtp",
             {"numba", "transformers", "asv"},
         ),
         ("import projecta.regress.cli", {"torch", "numpy", "asv", "matplotlib", "rich"}),
-        ("import projecta.regress.store, projecta.regress.report, projecta.regress.runner", {"torch"}),
+        (
+            "import projecta.regress.store.export, projecta.regress.site.page, projecta.regress.gate.session",
+            {"torch"},
+        ),
         ("import benchmarks.scan, benchmarks.mrss", {"transformers", "skimage"}),
     ],
 )
@@ -71,7 +73,7 @@ def test_imports_stay_light(statement, unwanted):
 
 
 def test_importing_the_suites_starts_nothing():
-    code = "import threading, torch, benchmarks.scan, benchmarks.mrss, benchmarks.clip; "
+    code = "import threading, torch, benchmarks.scan, benchmarks.mrss, benchmarks.vtp; "
     assert in_fresh_process(
         code + "print(threading.active_count(), torch.cuda.is_initialized())"
     ).split() == ["1", "False"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import foreign
+from tests.regress import foreign
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".github/workflows"
 TEXTS = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.yml"))}
 sys.path.insert(0, str(ROOT / ".github"))
