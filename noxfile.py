@@ -1,7 +1,5 @@
-"""Sessions: bench (the main job), tests, compat, browser, quick, fidelity, accuracy, rates, lint.
-
-Workflows also call preflight, fetch, gate, keep and publish; rehearse runs those workflows here. They need
-Python and nox.
+"""Sessions: bench (the main job), tests, lint, docs, compat, browser, quick; studies: against, fidelity,
+accuracy, rates. Workflows also call preflight, pull, gate, push and publish; rehearse runs those here.
 """
 
 import os
@@ -20,6 +18,8 @@ TESTED = SETTINGS["tool"]["projecta"]["tested"]  # package: lowest and highest v
 # The versions that asv measures with, so that tests and benchmarks see the same libraries.
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
 REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
+DOCS = ["mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8"]
+MAMBA_SSM = "mamba-ssm==2.3.2.post1"
 BROWSER = ["playwright>=1.50", "axe-playwright-python>=0.1.4"]
 # Triton's interpreter and compiler need no GPU.
 TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -36,7 +36,7 @@ def install_project(session: nox.Session) -> None:
 
 def run_command(session: nox.Session, command: str, *words: str, **options: Any) -> None:
     """The project's command, in an environment that has no torch: asv installs it where it measures."""
-    session.install(*EXTRAS["bench"])
+    session.install(*EXTRAS["gate"])
     install_project(session)
     session.run("projecta", command, *session.posargs, *words, **options)
 
@@ -50,7 +50,7 @@ def wanted(session: nox.Session) -> tuple[str, ...]:
 
 @nox.session(reuse_venv=True)
 def bench(session: nox.Session) -> None:
-    """Measure HEAD and the commit before it (or the range given), write the pages and results/."""
+    """Measure HEAD and the commit before it (or the range given), print the tables, write the pages."""
     run_command(session, "bench", *wanted(session), **STOPPING)
 
 
@@ -67,15 +67,15 @@ def preflight(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
-def fetch(session: nox.Session) -> None:
-    """Bring the results of all machines here, from their branch."""
-    run_command(session, "fetch")
+def pull(session: nox.Session) -> None:
+    """Fetch the results of all machines from their branch."""
+    run_command(session, "pull")
 
 
 @nox.session(reuse_venv=True)
-def keep(session: nox.Session) -> None:
-    """Put this machine's results on their branch; nothing there is lost."""
-    run_command(session, "keep")
+def push(session: nox.Session) -> None:
+    """Push this machine's results to their branch; what is there stays."""
+    run_command(session, "push")
 
 
 @nox.session(reuse_venv=True)
@@ -86,7 +86,7 @@ def publish(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def rehearse(session: nox.Session) -> None:
-    """Run the workflows here, twice, from a bare clone to published pages; a fork's request is refused."""
+    """Run the sessions that benchmarks.yml calls, from a bare clone to the pages."""
     session.install("pyyaml>=6")
     session.run("python", ".github/rehearse.py", *session.posargs)
 
@@ -94,7 +94,7 @@ def rehearse(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def tests(session: nox.Session) -> None:
     """Everything that must hold: pytest with doctests, every benchmark once."""
-    session.install(*PINNED, TRITON, *EXTRAS["bench"], *EXTRAS["dev"])
+    session.install(*PINNED, TRITON, *EXTRAS["gate"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", *session.posargs)
 
@@ -119,7 +119,7 @@ VERSIONS = {
 def compat(session: nox.Session, versions: dict[str, str]) -> None:
     """The library's tests on the oldest and on the newest torch, transformers, triton and numba."""
     wanted = [name + rule for name, rule in versions.items() if name != "triton"]
-    session.install("--upgrade", *wanted, "scikit-image==0.26.0", *EXTRAS["bench"], *EXTRAS["dev"])
+    session.install("--upgrade", *wanted, "scikit-image==0.26.0", *EXTRAS["gate"], *EXTRAS["dev"])
     session.install("--upgrade", "--no-deps", "triton" + versions["triton"])  # a build for CUDA wants its own
     install_project(session)
     names = ", ".join(map(repr, versions))
@@ -135,7 +135,7 @@ def compat(session: nox.Session, versions: dict[str, str]) -> None:
 @nox.session(reuse_venv=True)
 def browser(session: nox.Session) -> None:
     """The site in a real browser: a Chromium must be there (CHROMIUM names one). Keep screenshots."""
-    session.install("torch==2.13.0", *EXTRAS["bench"], *EXTRAS["dev"], *BROWSER)
+    session.install("torch==2.13.0", *EXTRAS["gate"], *EXTRAS["dev"], *BROWSER)
     install_project(session)
     named = ("--browser", os.environ.get("CHROMIUM", "chromium"), "--screenshots", ".screenshots")
     session.run("pytest", "tests/regress/test_browser.py", *named, *session.posargs)
@@ -144,7 +144,7 @@ def browser(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def quick(session: nox.Session) -> None:
     """The suites' cases under pytest-benchmark, on the working tree; compare with --benchmark-compare."""
-    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"])
+    session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", "tests/test_speed.py", "--benchmark-only", "--benchmark-autosave", *session.posargs)
 
@@ -152,7 +152,7 @@ def quick(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def fidelity(session: nox.Session) -> None:
     """What pruning does to real features: fetch weights and images once (160 MB), check, write tables."""
-    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"], *REAL)
+    session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"], *REAL)
     install_project(session)
     data = Path(".data")
     data.mkdir(exist_ok=True)
@@ -172,7 +172,7 @@ def fidelity(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def accuracy(session: nox.Session) -> None:
     """Train small models with the full scan and with MRSS, five seeds a task: hours. Write the table."""
-    session.install(*PINNED, *EXTRAS["bench"], *EXTRAS["dev"], "scikit-learn>=1.5")
+    session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"], "scikit-learn>=1.5")
     install_project(session)
     session.run("python", "-m", "studies.accuracy", *session.posargs)
 
@@ -180,7 +180,7 @@ def accuracy(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def rates(session: nox.Session) -> None:
     """How often the gate is wrong, and what it finds: 20 real gates of each kind, a day. Or as said."""
-    session.install(*EXTRAS["bench"])
+    session.install(*EXTRAS["gate"])
     install_project(session)
     session.run("asv", "machine", "--yes")
     if session.posargs:
@@ -193,9 +193,38 @@ def rates(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
+def docs(session: nox.Session) -> None:
+    """Build the documentation strictly, into .docs; `-- serve` serves it while it is written."""
+    session.install("torch==2.13.0", "numba==0.68.1", *DOCS)
+    install_project(session)
+    words = session.posargs or ["build", "--strict", "--site-dir", ".docs"]
+    session.run("mkdocs", *words)
+
+
+@nox.session(reuse_venv=True)
+def against(session: nox.Session) -> None:
+    """Time projecta beside transformers and mambapy on the CPU; with --gpu beside mamba-ssm's CUDA kernel."""
+    if "--gpu" in session.posargs:
+        session.install("torch", "triton", "numba>=0.63", "ninja", *EXTRAS["gate"])
+        install_project(session)
+        words = ("--no-deps", "--no-binary", "mamba-ssm", "--no-build-isolation", "--dest", ".data")
+        session.install("setuptools", "wheel", "packaging")
+        skip = {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
+        session.run("pip", "download", "--quiet", *words, MAMBA_SSM, env=skip)
+        (archive,) = Path(".data").glob("mamba_ssm-*.tar.gz")
+        session.run("python", "-m", "tarfile", "-e", str(archive), ".data")
+        csrc = Path(".data", archive.name.removesuffix(".tar.gz"), "csrc/selective_scan")
+        session.run("python", "-m", "studies.against_mamba_ssm", str(csrc))
+        return
+    session.install(*PINNED, "mambapy==1.2.0", *EXTRAS["gate"])
+    install_project(session)
+    session.run("python", "-m", "studies.against_transformers", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Style, types and workflows."""
-    session.install(*EXTRAS["bench"], *EXTRAS["dev"])
+    session.install(*EXTRAS["gate"], *EXTRAS["dev"])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

@@ -26,7 +26,7 @@ NEEDS = [  # what a step does (an action, or a pattern in its commands; a word o
     ("actions/checkout", "", {"contents": "read"}),
     ("actions/download-artifact", "run-id", {"actions": "read"}),
     ("actions/deploy-pages", "", {"pages": "write", "id-token": "write"}),
-    (re.compile(r"\bnox -s keep\b"), "", {"contents": "write"}),
+    (re.compile(r"\bnox -s push\b"), "", {"contents": "write"}),
     (re.compile(r"\bgh api\b.*/(issues|pulls)/", re.S), "", {"pull-requests": "write"}),
 ]
 FETCHES = re.compile(r"\bgit (clone|fetch|pull)\b|\bgh (pr checkout|repo clone|run download)\b|\b(nox|pip)\b")

@@ -8,15 +8,13 @@ from typing import Any, NoReturn
 def fail(
     function: str, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError
 ) -> NoReturn:
-    """Raise `error` with the one-line message; its `told` tells commands that no traceback is needed.
+    """Raise `error` with the one-line message.
 
     >>> fail("prune", "keep", "lie in (0, 1]", 1.5)
     Traceback (most recent call last):
     ValueError: prune: keep must lie in (0, 1]; got 1.5.
     """
-    told = error(f"{function}: {argument} must {rule}; got {value}." + (f" {advice}" if advice else ""))
-    told.told = True
-    raise told
+    raise error(f"{function}: {argument} must {rule}; got {value}." + (f" {advice}" if advice else ""))
 
 
 class Checker:

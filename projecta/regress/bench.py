@@ -5,6 +5,7 @@ as its `rounds` says, at different times of the run; what failed is tried again 
 """
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from projecta.regress.run.launch import Worker
 from projecta.regress.store.export import export
 from projecta.regress.store.journal import BENCH, Journal, Run
 
+GUESS = 2.0  # seconds of a process, where none is known
 _QUICK = {"number": 1, "repeat": 1, "warmup_time": 0, "rounds": 1}
 _BUILDING = Case("(build)", 0, (), "build", "", "", 0.0)  # the row of a commit that does not build
 
@@ -40,7 +42,7 @@ def measure(
                 build.make()
                 found = build.benchmarks()
             except BuildFailed as error:
-                console.print(f"FAILURES: {error}", style="magenta", markup=False, highlight=False)
+                console.print(f"BROKEN: {error}", style="magenta", markup=False, highlight=False)
                 broken += 1
                 if not quick:
                     outcome, facts = Outcome(FAILED, reason=str(error)), journal.provenance(machine.state())
@@ -61,6 +63,11 @@ def _measure_build(
         facts = journal.provenance(machine.state() | {"packages": build.packages()})
     known = {} if quick else journal.known(host, build.commit, build.environment.name, found)
     todo, broken = list(_plan(wanted, found, known, quick)), 0
+    values = len({case for _, case in todo})
+    if todo:
+        _say(console, f"{build.commit[:8]}: {values} values to measure, {estimate(journal, host, todo)}")
+    else:
+        _say(console, f"{build.commit[:8]}: all {len(wanted)} values are measured")
     try:
         for case, outcome in _run(build, todo, quick, console):
             if not quick:
@@ -84,6 +91,15 @@ def _plan(
         missing[case] = 0 if SKIPPED in endings else max(0, rounds - endings.count(OK))
     for round_ in range(max(missing.values(), default=0)):
         yield from ((round_, case) for case in wanted if missing[case] > round_)
+
+
+def estimate(journal: Journal, host: str, todo: Sequence[tuple[int, Case]]) -> str:
+    """How long a plan takes, from what the same benchmarks took on this machine before."""
+    known = journal.durations(host)
+    usual = statistics.median(known.values()) if known else GUESS
+    seconds = sum(known.get((case.name, case.params), usual) for _, case in todo)
+    basis = "from earlier runs" if known else "a guess: nothing was measured on this machine before"
+    return f"about {_minutes(seconds).strip()} minutes ({basis})"
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""The workflows hold to their rules, and each rule is able to say that one does not; the pieces of a rehearsal."""
+"""The workflows keep their rules, each rule catches a broken copy, and the sessions that they call run."""
 
 import doctest
 import json
@@ -22,11 +22,8 @@ sys.path.insert(0, str(ROOT / ".github"))
 try:
     import rehearse
     import rules
-    import stage
 finally:
     sys.path.remove(str(ROOT / ".github"))
-
-Event = stage.Event
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -105,7 +102,7 @@ def test_every_step_calls_a_session_that_there_is():
                     "Install nox", "Note whose table it is, for comment.yml",
                 ), step  # fmt: skip
     assert called <= sessions
-    assert {"preflight", "fetch", "bench", "gate", "keep", "publish", "tests", "lint"} <= called
+    assert {"preflight", "pull", "bench", "gate", "push", "publish", "tests", "lint", "docs"} <= called
 
 
 def test_a_cancelled_job_has_time_to_write_what_it_measured(tmp_path):
@@ -142,9 +139,9 @@ def test_a_machine_more_is_one_line():
     text = TEXTS["benchmarks.yml"]
     more = re.sub(r"\n( +)- t4 .*", r"\g<0>\n\1- a100", text)
     assert len(more.splitlines()) == len(text.splitlines()) + 1
-    choices = dict(stage.jobs_of(yaml.safe_load(more)))["measure"]
-    labels = [stage.fill(job.data["runs-on"], {"matrix": job.matrix}) for job in choices]
-    assert [label.count(name) for label, name in zip(labels, ("t4", "a100"), strict=True)] == [1, 1]
+    measure = yaml.safe_load(more)["jobs"]["measure"]
+    assert measure["strategy"]["matrix"]["machine"] == ["t4", "a100"]
+    assert "${{ matrix.machine }}" in measure["runs-on"]
     assert rules.violations(more) == []
 
 
@@ -157,165 +154,6 @@ def test_lint_looks_at_every_workflow():
         '"vendor.github-workflows"',
     ):
         assert word in noxfile
-
-
-# What a rehearsal is made of.
-
-PULL = Event("pull_request", "1" * 40, "refs/pull/1/merge", {"base_ref": "main"})
-
-
-@pytest.mark.parametrize(
-    ("event", "started"),
-    [
-        (PULL, {"ci.yml"}),
-        (Event("push", "1"), {"benchmarks.yml", "ci.yml"}),
-        (Event("push", "1", "refs/heads/topic"), set()),
-        (Event("schedule", "1"), {"benchmarks.yml", "compat.yml"}),
-        (Event("workflow_dispatch", "1"), {"benchmarks.yml", "compat.yml"}),
-        (Event("issue_comment", "1"), set()),
-        (Event("pull_request_target", "1"), set()),
-        (Event("workflow_run", "1", workflow="ci"), {"comment.yml"}),
-        (Event("workflow_run", "1", workflow="benchmarks"), set()),
-    ],
-)
-def test_what_an_event_starts(event, started):
-    assert {n for n, text in TEXTS.items() if not rehearse.starts(yaml.safe_load(text), event)} == started
-
-
-def test_a_forks_pull_request_is_refused_and_shown(capsys):
-    workflows = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
-    assert rehearse.show_fork(workflows, PULL) == []
-    said = capsys.readouterr().out
-    assert "benchmarks.yml: refused: its events are push, schedule, workflow_dispatch" in said
-    assert "ci.yml: starts, on hosted ones" in said
-    workflows["benchmarks.yml"][True]["pull_request"] = None
-    assert rehearse.show_fork(workflows, PULL) == ["benchmarks.yml: a fork's pull request starts measure"]
-    assert "on OUR machines" in capsys.readouterr().out
-
-
-CONTEXT = {"github": {"event": {"n": 3}, "ref": "main"}, "steps": {"a": {"outcome": "success"}}, "inputs": {}}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("${{ github.ref }}-${{ github.event.n }}", "main-3"),
-        ("${{ inputs.range || 'NEW' }}", "NEW"),
-        ("${{ github.event.nothing.there }}", ""),
-        ("${{ 'it''s' }}", "it's"),
-    ],
-)
-def test_expressions_are_filled_in(text, value):
-    assert stage.fill(text, CONTEXT) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "after", "holds"),
-    [
-        ("always()", ["failure"], True),
-        ("github.ref == 'main'", ["failure"], False),
-        ("github.ref == 'main'", ["success"], True),
-        ("${{ !cancelled() && steps.a.outcome == 'success' }}", ["failure"], True),
-        ("${{ !cancelled() && steps.b.outcome == 'success' }}", ["success"], False),
-        ("failure()", ["skipped"], True),
-        ("success()", [], True),
-    ],
-)
-def test_conditions(text, after, holds):
-    assert stage.condition(text, CONTEXT, stage.status_after(*after)) is holds
-
-
-@pytest.mark.parametrize("text", ["hashFiles('x')", "a ? b", "contains(a, 'b')"])
-def test_what_a_rehearsal_does_not_know_it_refuses(text):
-    with pytest.raises(ValueError, match=r"^rehearse: an? (function|expression) must be one that it knows"):
-        stage.evaluate(text, {})
-
-
-def test_jobs_come_after_those_they_need():
-    order = [name for name, _ in stage.jobs_of(yaml.safe_load(TEXTS["benchmarks.yml"]))]
-    assert order == ["measure", "keep", "pages", "publish"]
-    with pytest.raises(ValueError, match="jobs must not need each other; got a, b"):
-        list(stage.jobs_of({"jobs": {"a": {"needs": "b"}, "b": {"needs": ["a"]}}}))
-
-
-SMALL = """
-    name: small
-    on: {push: {branches: [main]}}
-    jobs:
-      work:
-        runs-on: [self-hosted, "${{ matrix.machine }}"]
-        strategy: {matrix: {machine: [one, two]}}
-        env: {MACHINE: "${{ matrix.machine }}"}
-        steps:
-          - uses: actions/checkout@x
-            with: {fetch-depth: 0}
-          - run: |
-              mkdir tool && printf '#!/bin/sh\\necho tool' > tool/mine && chmod +x tool/mine
-              echo "$PWD/tool" >> "$GITHUB_PATH"
-              echo "count=$(git rev-list --count HEAD)" >> "$GITHUB_OUTPUT"
-            id: count
-          - run: mkdir -p out/$MACHINE && mine > out/$MACHINE/said && echo "$COUNT" > out/all
-            env: {COUNT: "${{ steps.count.outputs.count }}"}
-          - run: nox -s preflight -- --gpu && false | true
-          - run: touch never
-          - if: always()
-            uses: actions/upload-artifact@x
-            with:
-              name: results-${{ matrix.machine }}
-              path: |
-                out/all
-                out/${{ matrix.machine }}
-                out/absent
-      left:
-        needs: work
-        runs-on: ubuntu-24.04
-        steps:
-          - run: exit 1
-      gather:
-        needs: [work]
-        if: always()
-        runs-on: ubuntu-24.04
-        steps:
-          - uses: actions/checkout@x
-          - uses: actions/download-artifact@x
-            with: {pattern: results-*, path: incoming}
-          - run: mkdir html && (cd incoming && find . -type f | sort) > html/index.html && test ! -e out
-          - uses: actions/upload-pages-artifact@x
-            with: {path: html}
-      publish:
-        needs: gather
-        if: ${{ !cancelled() && needs.gather.result == 'success' }}
-        runs-on: ubuntu-24.04
-        steps:
-          - {uses: actions/deploy-pages@x, id: deployment}
-"""
-
-
-def test_a_small_workflow_runs_whole(tmp_path, capfd):
-    """Steps in order with path, outputs and pipefail; a failed job is seen by those that ask; artifacts travel."""
-    source = tmp_path / "source"
-    source.mkdir()
-    stage.git(source, "init", "--quiet", "-b", "main")
-    for message in ("one", "two"):
-        stage.git(source, "commit", "--quiet", "--allow-empty", "-m", message)
-    place = stage.Stage(tmp_path / "room", "some")
-    (place.bin / "nox").write_text('#!/bin/sh\necho "nox got $*, measures $PROJECTA_BENCH"\n')
-    (place.bin / "nox").chmod(0o755)
-    sha = stage.git(source, "rev-parse", "HEAD")
-    place.push(sha, source=source)
-    data = yaml.safe_load(SMALL)
-    ended = place.run(data, Event("push", sha))
-    assert ended == {"work": "failure", "left": "skipped", "gather": "success", "publish": "success"}
-    names = (place.published / "index.html").read_text().split()
-    assert names == [f"./results-{m}/{what}" for m in ("one", "two") for what in ("all", f"{m}/said")]
-    assert (place.artifacts / "results-two/all").read_text() == "2\n"
-    said = capfd.readouterr().out
-    assert "nox got -s preflight -- --load 1000, measures some" in said
-    assert "touch never: skipped" in said
-    assert not place.work.exists()
-    data["jobs"] = {"work": {"steps": [{"uses": "someone/else@x"}], "runs-on": "ubuntu-24.04"}}
-    with pytest.raises(ValueError, match=r"an action must be one of .*; got someone/else"):
-        place.run(data, Event("push", sha))
 
 
 TINY = """
@@ -333,82 +171,30 @@ exec {python} -m projecta $command "$@"
 """
 
 
-def test_the_workflows_run_whole(tmp_path, monkeypatch, capfd):
-    """As `nox -s rehearse` does, but with a tiny project, and nox replaced by the command that it would call."""
-    source = tmp_path / "source"
+def test_the_sessions_of_the_workflow_run_in_their_order(tmp_path, monkeypatch):
+    """As `nox -s rehearse` does, on a tiny project; nox is replaced by the command that it would call."""
+    source, bin_ = tmp_path / "source", tmp_path / "bin"
     source.mkdir()
+    bin_.mkdir()
     foreign.make(source, foreign.textwrap.dedent(TINY))
-    foreign.commit(source, "zero")
-    first = foreign.commit(source, "one")
-    second = rehearse.child(source, first, "two")
-    place = stage.Stage(tmp_path / "room", "")
-    for name, text in (("nox", NOX.format(python=sys.executable)), ("pip", "#!/bin/sh\n")):
-        (place.bin / name).write_text(text)
-        (place.bin / name).chmod(0o755)
+    first, second = foreign.commit(source, "one"), foreign.commit(source, "two")
+    (bin_ / "nox").write_text(NOX.format(python=sys.executable))
+    (bin_ / "nox").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setitem(stage.ACTIONS, "actions/setup-python", lambda *_: None)
-    data = yaml.safe_load(TEXTS["benchmarks.yml"])
-    measure = data["jobs"]["measure"]["steps"]
-    (install,) = (step for step in measure if step.get("name") == "Install nox")
-    measure.remove(install)
-    for commit in (first, second):
-        place.push(commit, source=source)
-        ended = place.run(data, Event("push", commit))
-        assert set(ended.values()) == {"success"}, capfd.readouterr().out
-    assert rehearse.lacks(place.published, [first, second]) == []
-    assert rehearse.lacks(place.published, [second, "f" * 40]) == ["f" * 40]
-    held = stage.git(place.bare, "ls-tree", "-r", "--name-only", "results").split()
-    assert sum(re.match(r"t4/[0-9a-f]{8}-.*\.json$", name) is not None for name in held) == 2
-    assert {"benchmarks.json", "t4/machine.json", "t4/last.gate", "t4/last.preflight"} < set(held)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rehearse.rehearse(source, tmp_path / "room")
+    bare = tmp_path / "room/remote.git"
+    held = rehearse.git(bare, "ls-tree", "-r", "--name-only", "results").split()
+    assert {"benchmarks.json", "t4/machine.json", "t4/last.gate"} < set(held)
     assert not [name for name in held if "journal" in name]
-    gate = json.loads(stage.git(place.bare, "show", "results:t4/last.gate"))
+    gate = json.loads(rehearse.git(bare, "show", "results:t4/last.gate"))
     assert (gate["base"], gate["head"], gate["verdict"]) == (first, second, "PASS")
 
-    forks = rehearse.child(source, second, "a fork's")
-    place.push(forks, "refs/pull/1/head", source)
-    pull = {"base_ref": "main", "pull_request": {"number": 12, "head": {"sha": forks}}}
-    workflows = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
-    assert rehearse.rehearse_pull_request(place, workflows, Event("pull_request", forks, "", pull)) == []
-    said = (place.room / "comment.txt").read_text()
-    assert "gh api --silent --method POST repos/owner/project/issues/12/comments --field body=@body" in said
-    assert f"**PASS: 1 PASS. {second[:8]} to {forks[:8]} on hosted" in said
 
-
-@pytest.mark.parametrize("module", [rehearse, rules, stage])
+@pytest.mark.parametrize("module", [rehearse, rules])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
-
-
-def test_the_working_tree_is_rehearsed_as_it_is(tmp_path):
-    stage.git(tmp_path, "init", "--quiet", "-b", "main")
-    (tmp_path / "file").write_text("one")
-    (tmp_path / ".gitignore").write_text("ignored\n")
-    stage.git(tmp_path, "add", "--all")
-    stage.git(tmp_path, "commit", "--quiet", "-m", "one")
-    head = stage.git(tmp_path, "rev-parse", "HEAD")
-    assert rehearse.snapshot(tmp_path) == head
-    for name in ("file", "new", "ignored"):
-        (tmp_path / name).write_text("two")
-    made = rehearse.snapshot(tmp_path)
-    assert stage.git(tmp_path, "ls-tree", "--name-only", made).split() == [".gitignore", "file", "new"]
-    assert stage.git(tmp_path, "show", f"{made}:file") == "two"
-    assert stage.git(tmp_path, "rev-parse", "HEAD", f"{made}^").split() == [head, head]
-    assert stage.git(tmp_path, "status", "--porcelain").split() == ["M", "file", "??", "new"]
-    further = rehearse.child(tmp_path, made, "more")
-    assert stage.git(tmp_path, "rev-parse", f"{further}^") == made
-
-
-def test_pages_without_one_of_the_commits_are_seen(tmp_path):
-    commits = ["a" * 40, "b" * 40]
-    assert rehearse.lacks(tmp_path, commits) == ["index.html"]
-    (tmp_path / "index.html").write_text("")
-    (tmp_path / "index.json").write_text(json.dumps({"revision_to_hash": {"7": commits[0], "8": commits[1]}}))
-    graph = tmp_path / "graphs/machine-t4/suite.f.json"
-    graph.parent.mkdir(parents=True)
-    graph.write_text("[[7, 0.5], [8, null]]")
-    assert rehearse.lacks(tmp_path, commits) == commits[1:]
-    graph.write_text("[[7, [0.5, null]], [8, [null, 0.25]]]")
-    assert rehearse.lacks(tmp_path, commits) == []
 
 
 # comment.yml, with a `gh` that writes down what it is asked.

@@ -57,44 +57,44 @@ def on_branch(bare):
     return {name: git(bare, "show", f"results:{name}") for name in names}
 
 
-def keep(folder, machine, **options):
+def push(folder, machine, **options):
     project = Project(folder)
-    return branch.keep(project, [(project.results, machine)], branch.Remote(folder), **options)
+    return branch.push(project, [(project.results, machine)], branch.Remote(folder), **options)
 
 
 def test_the_first_run_finds_no_branch_and_makes_it(desks, monkeypatch):
     first, second, bare = desks
-    assert run("fetch", "--machine", "t4") == (0, "0 file(s) of results are new here.\n")
+    assert run("pull", "--machine", "t4") == (0, "Fetched 0 new file(s) of results.\n")
     fill(first, "t4", "a" * 40, f=[[1.0]])
     put(first, "t4/last.gate", {"verdict": "PASS"})
     put(first, "t4/.hidden.json", {})
     put(first, "quarantine/machine.json", {})
     put(first, "nobody/aaaaaaaa-py.json", results_file("a" * 40))
-    code, said = run("keep", "--machine", "t4")
+    code, said = run("push", "--machine", "t4")
     assert (code, said.split(", commit")[0]) == (0, "3 file(s) are on branch results")
     assert set(on_branch(bare)) == {
         "benchmarks.ages", "benchmarks.json", "t4/aaaaaaaa-py.json", "t4/last.gate", "t4/machine.json",
     }  # fmt: skip
     assert git(bare, "log", "--format=%an: %s", "results") == "benchmark results: t4: results\n"
     monkeypatch.chdir(second)
-    assert run("fetch", "--machine", "a100") == (0, "4 file(s) of results are new here.\n")
+    assert run("pull", "--machine", "a100") == (0, "Fetched 4 new file(s) of results.\n")
     for name in ("t4/aaaaaaaa-py.json", "t4/last.gate", "t4/machine.json"):
         assert (second / ".asv/results" / name).read_bytes() == (first / ".asv/results" / name).read_bytes()
     assert not list((second / ".asv/results").glob("*.ages"))
     assert not list((second / ".asv/results").glob(".writing-*"))
-    assert run("fetch", "--machine", "a100") == (0, "0 file(s) of results are new here.\n")
+    assert run("pull", "--machine", "a100") == (0, "Fetched 0 new file(s) of results.\n")
 
 
 def test_nothing_new_makes_no_commit(desks):
     first, _, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
-    before = keep(first, "t4")
-    assert keep(first, "t4") == before
+    before = push(first, "t4")
+    assert push(first, "t4") == before
     assert git(bare, "rev-list", "--count", "results") == "1\n"
 
 
 def test_no_results_is_said(desks):
-    assert run("keep", "--machine", "t4") == (4, "projecta keep: no results of t4 yet: nothing to keep.\n")
+    assert run("push", "--machine", "t4") == (4, "projecta: cannot push: no results of t4 yet.\n")
     assert git(desks[2], "branch", "--list", "results") == ""
 
 
@@ -105,15 +105,15 @@ def test_who_is_second_merges_and_pushes_again(desks, monkeypatch):
     fill(second, "a100", "a" * 40, g=[[2.0]])
     true, waits, raced = branch.Remote.push, [], []
 
-    def push(self, folder, commit):
+    def raced_push(self, folder, commit):
         if not raced:
             raced.append(True)
             monkeypatch.setattr(branch.Remote, "push", true)
-            keep(second, "a100")
+            push(second, "a100")
         return true(self, folder, commit)
 
-    monkeypatch.setattr(branch.Remote, "push", push)
-    keep(first, "t4", pause=waits.append)
+    monkeypatch.setattr(branch.Remote, "push", raced_push)
+    push(first, "t4", pause=waits.append)
     assert len(waits) == 1
     assert 0 <= waits[0] <= 0.5
     held = on_branch(bare)
@@ -130,7 +130,7 @@ def test_two_runners_that_finish_at_once(desks):
         hash_ = f"{count}" * 40
         for machine, folder in machines.items():
             fill(folder, machine, hash_, **{machine: [[float(count)]]})
-        both = [start(folder, "keep", "--machine", machine) for machine, folder in machines.items()]
+        both = [start(folder, "push", "--machine", machine) for machine, folder in machines.items()]
         for process in both:
             said = process.communicate(timeout=60)[0]
             assert process.returncode == 0, said
@@ -145,12 +145,12 @@ def test_a_runner_changes_no_other_machine(desks):
     """What it once fetched of others is stale by now."""
     first, second, bare = desks
     fill(second, "a100", "a" * 40, f=[[1.0]])
-    keep(second, "a100")
-    branch.fetch(Project(first), "t4", branch.Remote(first))
+    push(second, "a100")
+    branch.pull(Project(first), "t4", branch.Remote(first))
     fill(second, "a100", "a" * 40, f=[[2.0]])
-    keep(second, "a100")
+    push(second, "a100")
     fill(first, "t4", "b" * 40, f=[[3.0]])
-    keep(first, "t4")
+    push(first, "t4")
     assert json.loads(on_branch(bare)["a100/aaaaaaaa-py.json"])["results"] == {"f": [[2.0]]}
 
 
@@ -158,24 +158,24 @@ def test_rows_that_only_the_branch_has_stay(desks):
     """A new runner that measured one benchmark, or has lost its disk, takes nothing away."""
     first, second, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]], g=[[1.0]])
-    keep(first, "t4")
+    push(first, "t4")
     fill(second, "t4", "a" * 40, g=[[2.0]])
-    keep(second, "t4")
+    push(second, "t4")
     held = json.loads(on_branch(bare)["t4/aaaaaaaa-py.json"])
     assert held == results_file("a" * 40, f=[[1.0]], g=[[2.0]])
-    branch.fetch(Project(second), "t4", branch.Remote(second))
+    branch.pull(Project(second), "t4", branch.Remote(second))
     assert json.loads((second / ".asv/results/t4/aaaaaaaa-py.json").read_text()) == held
 
 
-def test_what_was_measured_here_is_not_undone_by_a_fetch(desks):
+def test_what_was_measured_here_is_not_undone_by_a_pull(desks):
     first, _, _ = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
-    keep(first, "t4")
+    push(first, "t4")
     fill(first, "t4", "a" * 40, f=[[5.0]])
-    branch.fetch(Project(first), "t4", branch.Remote(first))
+    branch.pull(Project(first), "t4", branch.Remote(first))
     path = first / ".asv/results/t4/aaaaaaaa-py.json"
     assert json.loads(path.read_text())["results"] == {"f": [[5.0]]}
-    branch.fetch(Project(first), "another", branch.Remote(first))
+    branch.pull(Project(first), "another", branch.Remote(first))
     assert json.loads(path.read_text())["results"] == {"f": [[1.0]]}
 
 
@@ -193,7 +193,7 @@ def test_of_two_descriptions_the_newer_commits_wins(desks, newer_first):
         entries = {"both": ENTRY | {"version": version}, name: ENTRY, "version": 2}
         put(folder, "benchmarks.json", entries)
     for folder, machine in [(new, "a100"), (old, "t4")][:: 1 if newer_first else -1]:
-        keep(folder, machine)
+        push(folder, machine)
     held = json.loads(on_branch(bare)["benchmarks.json"])
     assert set(held) == {"both", "gone", "added", "version"}
     assert held["both"]["version"] == "2"
@@ -202,11 +202,11 @@ def test_of_two_descriptions_the_newer_commits_wins(desks, newer_first):
 def test_nothing_is_ever_deleted(desks):
     first, _, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
-    keep(first, "t4")
+    push(first, "t4")
     before = on_branch(bare)
     (first / ".asv/results/t4/aaaaaaaa-py.json").unlink()
     fill(first, "t4", "b" * 40, f=[[2.0]])
-    keep(first, "t4")
+    push(first, "t4")
     assert set(before) < set(on_branch(bare))
     assert on_branch(bare)["t4/aaaaaaaa-py.json"] == before["t4/aaaaaaaa-py.json"]
 
@@ -215,9 +215,9 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(desks):
     first, _, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
     damaged = put(first, "t4/bbbbbbbb-py.json", '{"results": {')
-    code, said = run("keep", "--machine", "t4")
+    code, said = run("push", "--machine", "t4")
     assert code == 2
-    assert said == f"projecta keep: results must be JSON; got {damaged}. All others are kept.\n"
+    assert said == f"projecta: cannot push all results: {damaged} holds no JSON. All others are pushed.\n"
     assert "t4/aaaaaaaa-py.json" in on_branch(bare)
     assert "t4/bbbbbbbb-py.json" not in on_branch(bare)
 
@@ -229,7 +229,7 @@ def test_a_link_is_not_followed(desks, tmp_path):
     secret.write_text('{"secret": 1}')
     (first / ".asv/results/t4/cccccccc-py.json").symlink_to(secret)
     (first / ".asv/results/linked").symlink_to(first / ".asv/results/t4")
-    keep(first, None)
+    push(first, None)
     assert {name.split("/")[0] for name in on_branch(bare)} == {"t4", "benchmarks.json", "benchmarks.ages"}
     assert "secret" not in str(on_branch(bare))
 
@@ -241,7 +241,7 @@ def test_folders_that_machines_bring(desks, tmp_path, monkeypatch):
     for machine in ("t4", "a100"):
         fill(tmp_path / machine, machine, "a" * 40, **{machine: [[1.0]]})
         brought.append(str(tmp_path / machine / ".asv/results"))
-    assert run("keep", *brought)[0] == 0
+    assert run("push", *brought)[0] == 0
     assert git(bare, "log", "--format=%s", "results") == "a100, t4: results\n"
     assert not (first / ".asv/results").exists()
     assert set(json.loads(on_branch(bare)["benchmarks.json"])) == {"t4", "a100", "version"}
@@ -254,8 +254,8 @@ def test_a_remote_that_always_refuses(desks, monkeypatch):
     hook.chmod(0o755)
     fill(first, "t4", "a" * 40, f=[[1.0]])
     waits = []
-    with pytest.raises(ValueError, match=r"take one of 10 pushes; got \[remote rejected\] .*declined"):
-        keep(first, "t4", pause=waits.append)
+    with pytest.raises(ValueError, match=r"10 pushes were refused: \[remote rejected\] .*declined"):
+        push(first, "t4", pause=waits.append)
     assert len(waits) == 10
     assert max(waits) <= 10
 
@@ -263,9 +263,9 @@ def test_a_remote_that_always_refuses(desks, monkeypatch):
 def test_a_remote_that_is_not_there(desks):
     first, _, _ = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
-    code, said = run("keep", "--machine", "t4", "--remote", str(first / "nowhere"))
+    code, said = run("push", "--machine", "t4", "--remote", str(first / "nowhere"))
     assert code == 2
-    assert said.startswith("projecta: the remote must be reachable; got ")
+    assert said.startswith("projecta: cannot reach the remote: ")
     assert said.count("\n") == 1
 
 
@@ -275,7 +275,7 @@ def test_what_a_gate_compares_with(desks):
     hashes = [git(first, "rev-parse", "HEAD").strip()]
 
     def base():
-        assert run("fetch", "--machine", "t4", "--base", ".asv/base")[0] == 0
+        assert run("pull", "--machine", "t4", "--base", ".asv/base")[0] == 0
         return (first / ".asv/base").read_text().strip()
 
     assert base() == hashes[0]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -282,14 +283,33 @@ def test_an_installed_copy_does_not_stand_in_for_the_commit(project):
     assert "pytest is imported from" in text.replace("\n", " ")
 
 
-def test_a_crash_of_its_own_is_no_verdict(project):
-    code = "import sys; sys.modules['scipy.stats'] = None; from projecta.regress.cli import main; main()"
+@pytest.mark.parametrize(
+    ("broken", "code", "line"),
+    [
+        (
+            "sys.modules['scipy.stats'] = None", 2,
+            'projecta: cannot run: scipy is not installed. Install it with: pip install "projecta[gate]"',
+        ),
+        (
+            "import projecta.regress.gate.statistics as s; s.Design.looks = None", 70,
+            r"projecta: crashed: TypeError: .* The traceback is in (/.*\.txt)\. Please report it: https://.*",
+        ),
+    ],
+)  # fmt: skip
+def test_a_missing_package_and_a_crash_are_no_verdict(project, broken, code, line):
+    script = f"import sys; {broken}; from projecta.regress.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "gate", "HEAD^", "--bench", "time_work"], capture_output=True, text=True,
+        [sys.executable, "-c", script, "gate", "HEAD^", "--bench", "time_work"], capture_output=True, text=True,
         cwd=project, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
-    assert done.returncode == 70
-    assert "Traceback" in done.stderr
+    assert done.returncode == code
+    last = done.stderr.splitlines()[-1]
+    if code == 2:
+        assert last == line
+        return
+    found = re.fullmatch(line, last)
+    assert "Traceback" in Path(found[1]).read_text()
+    Path(found[1]).unlink()
 
 
 def test_a_machine_by_another_name_is_described(project):

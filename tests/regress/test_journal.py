@@ -211,7 +211,10 @@ def test_two_runs_at_once_are_told_apart(project):
     with Journal(Project(project)):
         code, text = run("bench", "HEAD", "--machine", "desk")
     assert code == 2
-    assert f"be written by one run at a time; got process {os.getpid()}. Wait for it, or end it." in text
+    assert (
+        f"projecta: cannot write the journal: another run holds it (process {os.getpid()}). Wait for it, or end it."
+        in text
+    )
 
 
 def test_a_full_disk_is_said_and_loses_nothing(project):
@@ -238,7 +241,7 @@ def test_a_full_disk_is_said_and_loses_nothing(project):
                 print(error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert "projecta: the disk must have room; got " in done.stdout, done.stderr
+    assert ": the disk is full (" in done.stdout, done.stderr
     assert "What was measured before is kept; run it again." in done.stdout
     assert kept(project) >= 2
 
@@ -331,7 +334,7 @@ def test_a_damaged_journal_is_set_aside_and_filled_from_asv_s_files(measured):
     path.write_bytes(b"SQLite format 3\0" + os.urandom(5000))
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
     assert code == 2
-    assert "must be a journal" in text
+    assert "it is no journal (" in text
     assert "the journal is damaged" in run("doctor")[1]
     assert run("doctor", "--fix")[0] == 0
     before = json.loads(result_file(measured).read_text())["results"]

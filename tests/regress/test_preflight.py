@@ -1,6 +1,7 @@
 """The pre-flight, against an nvidia-smi that is not one."""
 
 import json
+import re
 import sys
 import textwrap
 
@@ -117,22 +118,22 @@ FACTS = "0, GPU-1, Tesla T4, 560.35.03, 15360, {}, {}"
     [
         (
             {"APPS": "GPU-1, 1234, 900, /usr/bin/python"}, [],
-            "projecta preflight: the GPU must be free; got process 1234 (python), 900 MiB.",
+            "projecta: cannot measure here: process 1234 (python, 900 MiB) uses the GPU. Wait for it, or end it.",
         ),
         (
             {"APPS": "GPU-1, 7, [N/A], a, b"}, [],
-            "projecta preflight: the GPU must be free; got process 7 (a, b), unknown MiB.",
+            "projecta: cannot measure here: process 7 (a, b, unknown MiB) uses the GPU. Wait for it, or end it.",
         ),
         (
             {"GPUS": FACTS.format("9000", "41")}, [],
-            "projecta preflight: the GPU must have at least 13824 MiB free; got 9000 MiB. "
-            "Another container or a display may hold it.",
+            "projecta: cannot measure here: the GPU has 9000 MiB free and 13824 MiB are needed. "
+            "A container or a display may hold it.",
         ),
         (
             {"GPUS": FACTS.format("15095", "83")}, [],
-            "projecta preflight: the GPU must be at most 70 C warm; got 83 C.",
+            "projecta: cannot measure here: the GPU has 83 C, more than 70 C. Let it cool down: --wait SECONDS.",
         ),
-        ({}, ["--temperature", "40"], "projecta preflight: the GPU must be at most 40 C warm; got 41 C."),
+        ({}, ["--temperature", "40"], "projecta: cannot measure here: the GPU has 41 C, more than 40 C. Let it cool down: --wait SECONDS."),
     ],
 )  # fmt: skip
 def test_what_is_refused_in_one_line(nvidia_smi, answers, words, message):
@@ -147,8 +148,8 @@ def test_two_gpus_are_told_apart(nvidia_smi):
     lines = (FACTS.format("15095", "41"), FACTS.format("15095", "90").replace("0, GPU-1", "1, GPU-2"))
     nvidia_smi(GPUS="\n".join(lines), APPS="GPU-2, 9, 5, x")
     assert run(*IDLE)[1].splitlines()[-2:] == [
-        "projecta preflight: GPU 1 must be free; got process 9 (x), 5 MiB.",
-        "projecta preflight: GPU 1 must be at most 70 C warm; got 90 C.",
+        "projecta: cannot measure here: process 9 (x, 5 MiB) uses GPU 1. Wait for it, or end it.",
+        "projecta: cannot measure here: GPU 1 has 90 C, more than 70 C. Let it cool down: --wait SECONDS.",
     ]
 
 
@@ -159,9 +160,13 @@ def test_disk_and_load(nvidia_smi, monkeypatch):
     code, said = run("preflight", "--disk", "1e9")
     assert code == 3
     disk, load = said.splitlines()[-2:]
-    assert disk.startswith("projecta preflight: the disk must have 1e+09 GiB free; got ")
+    assert re.fullmatch(
+        r"projecta: cannot measure here: the disk has [\d.]+ GiB free, less than 1e\+09 GiB\. Free some space\.",
+        disk,
+    )
     assert load == (
-        "projecta preflight: the load must be at most 0.5 runnable processes per processor; got 1.50."
+        "projecta: cannot measure here: the load is 1.50 runnable processes per processor, more than 0.5. "
+        "End what runs beside."
     )
 
 
@@ -171,7 +176,7 @@ def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
     assert (code, said.splitlines()[0]) == (0, "GPU: none (no nvidia-smi)")
     code, said = run(*IDLE, "--gpu", "--lock")
     assert (code, said.splitlines()[-1]) == (
-        3, "projecta preflight: the machine must have a GPU that nvidia-smi knows; got no nvidia-smi.",
+        3, "projecta: cannot measure here: no GPU (no nvidia-smi). Install the driver, or leave out --gpu.",
     )  # fmt: skip
 
 

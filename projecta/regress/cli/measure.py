@@ -6,31 +6,38 @@ from typing import Any
 
 import click
 
-from projecta.regress.cli.errors import BROKEN, NOT_MEASURED, RESULTS, machine_option, one_line, project_at
+from projecta.regress.cli.errors import (
+    BROKEN,
+    NOT_MEASURED,
+    bench_option,
+    machine_option,
+    one_line,
+    project_at,
+)
 from projecta.regress.cli.results import write_pages, write_report
 
 
 @click.command()
 @click.argument("range", required=False, metavar="[RANGE]")
 @machine_option
-@click.option("-b", "--bench", "regex", metavar="REGEX", help="Only benchmarks whose name matches.")
-@click.option(
-    "--quick", is_flag=True, help="Run each benchmark once, to see that it works; nothing is stored."
-)
+@bench_option
+@click.option("--quick", is_flag=True, help="Run each benchmark once to see that it works; store nothing.")
 @one_line
 def bench(range: str | None, machine: str | None, regex: str | None, quick: bool) -> None:
-    """Measure commits, write the pages and the report.
+    """Measure commits, print the tables and write the pages.
 
-    RANGE is a commit, a range A..B, or NEW (every commit without results); HEAD and the commit before it by
-    default. What has a result already is not measured again.
+    RANGE is a commit, a range A..B, or NEW (every commit since the last one with results). Default: HEAD and
+    the commit before it. What has a result already is not measured again.
+
+    Example: projecta bench v1.0..v1.1 --bench time_forward
     """
     from rich.console import Console
 
     from projecta.regress.bench import measure
     from projecta.regress.project.config import check_pattern, find_root, short_suites
-    from projecta.regress.project.git import find_commits, uncommitted
+    from projecta.regress.project.git import find_commits
     from projecta.regress.project.machine import machine_name, register_machine
-    from projecta.regress.run.group import stopped_by_sigterm
+    from projecta.regress.run.group import interruptible
     from projecta.regress.store.journal import Journal
     from projecta.regress.store.results import list_commits
 
@@ -39,36 +46,39 @@ def bench(range: str | None, machine: str | None, regex: str | None, quick: bool
     project = project_at(root)
     name = machine_name(machine)
     commits = find_commits(project.repository, range, list_commits(project, name))
-    if regex is not None:
-        check_pattern(regex)
-    changed = uncommitted(root) if project.inside or project.repository == project.folder.resolve() else []
-    if changed:
-        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        console.print(
-            f"Not measured: uncommitted changes in {len(changed)} file(s): {shown}",
-            markup=False,
-            highlight=False,
-        )
-    wanted = short_suites(root) if regex is None else regex
+    wanted = short_suites(root) if regex is None else check_pattern(regex)
+    _warn(project, console)
     if wanted is not None and regex is None:
-        console.print("Left out: suites for large machines; PROJECTA_FULL=1 runs them.", highlight=False)
+        console.print("Left out: suites for large machines. PROJECTA_FULL=1 runs them.", highlight=False)
     register_machine(name)
     try:
-        with Journal(project) as journal, stopped_by_sigterm():
+        with Journal(project) as journal, interruptible():
             broken = measure(project, journal, name, commits, wanted, quick, console)
         if not quick and _has_values(project):
-            write_report(root, name, Path(RESULTS))
+            write_report(project, name)
             console.print(write_pages(project), highlight=False)
     except KeyboardInterrupt:
         if quick:
             raise
-        raise KeyboardInterrupt(
-            "what was measured so far is stored; `projecta bench` goes on from there"
-        ) from None
+        kept = "what was measured is stored, and `projecta bench` goes on from there"
+        raise KeyboardInterrupt(kept) from None
     if broken:
         others = " The others are stored." if not quick and _has_values(project) else ""
-        click.echo(f"{broken} failed; why stands above.{others}", err=True)
+        click.echo(f"{broken} failed, with the reasons above.{others}", err=True)
         sys.exit(BROKEN)
+
+
+def _warn(project: Any, console: Any) -> None:
+    """Name the files that differ from HEAD and so are not measured."""
+    from projecta.regress.project.git import uncommitted
+
+    if not project.inside and project.repository != project.folder.resolve():
+        return  # another repository is measured
+    changed = uncommitted(project.folder)
+    if changed:
+        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+        line = f"Not measured: uncommitted changes in {len(changed)} file(s): {shown}"
+        console.print(line, markup=False, highlight=False)
 
 
 def _has_values(project: Any) -> bool:
@@ -78,46 +88,40 @@ def _has_values(project: Any) -> bool:
     return any(m.measured for machine in list_machines(project) for m in read_measurements(project, machine))
 
 
-_bench = click.option("-b", "--bench", "regex", metavar="REGEX", help="Only benchmarks whose name matches.")
-
-
 _budget = click.option(
     "--budget", metavar="MINUTES", type=click.FloatRange(min=0), default=9.0, show_default=True,
     help="Time to measure; building is not counted.",
 )  # fmt: skip
+_file = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
 @click.argument("base")
 @click.argument("head", default="HEAD")
 @machine_option
-@_bench
+@bench_option
 @_budget
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), default=0.03, show_default=True,
-    help="How much slower a timing may be, as a share.",
+    help="Slow-down that still passes, as a share of the time.",
 )  # fmt: skip
 @click.option(
     "--memory-tolerance", type=click.FloatRange(min=0), default=0.005, show_default=True,
-    help="How much larger any other metric may be.",
+    help="Growth of any other metric that still passes, as a share.",
 )  # fmt: skip
-@click.option(
-    "--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here."
-)
-@click.option(
-    "--markdown",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a comment for a pull request here.",
-)
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the pairs here (PNG).")
+@click.option("--json", "as_json", type=_file, help="Write everything to this file, samples included.")
+@click.option("--markdown", type=_file, help="Write a comment for a pull request to this file.")
+@click.option("--plot", type=_file, help="Draw the pairs to this PNG file.")
 @one_line
 def gate(
     base: str, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
     memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """Say whether HEAD is slower or hungrier than BASE.
+    """Say whether HEAD is slower or needs more memory than BASE.
 
     Exit codes: 0 PASS, 1 REGRESSED, 2 usage, 3 BROKEN, 4 NOT MEASURED, 5 INCONCLUSIVE.
+
+    Example: projecta gate main HEAD --tolerance 0.05
     """
     from rich.console import Console
 
@@ -138,18 +142,23 @@ def gate(
 
 @click.command()
 @machine_option
-@_bench
+@bench_option
 @_budget
 @click.option(
-    "--pairs", type=click.IntRange(min=3), default=12, show_default=True, help="Of processes to run."
+    "--pairs", type=click.IntRange(min=3), default=12, show_default=True, help="Pairs of processes to run."
 )
 @click.option(
     "--tolerance", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True,
-    help="Of the gate that this is for.",
+    help="Slow-down that the gate is to let pass, as a share of the time.",
 )  # fmt: skip
 @one_line
 def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int, tolerance: float) -> None:
-    """Measure HEAD against itself: how noisy each benchmark is here, and what a gate can see of it."""
+    """Measure HEAD against itself: the noise of each benchmark on this machine.
+
+    The gate uses it to choose how many pairs to run.
+
+    Example: projecta calibrate --budget 20
+    """
     from rich.console import Console
 
     from projecta.regress.gate import output, statistics
@@ -161,7 +170,8 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
     for row in broken:
         click.echo(f"BROKEN: {row.label}: {row.judgement.reason}", err=True)
     if not measured and not broken:
-        click.echo("projecta calibrate: no timing was measured often enough (3 pairs).", err=True)
+        reason = "no timing was measured in 3 pairs. Raise --budget, or widen --bench"
+        click.echo(f"projecta: cannot calibrate: {reason}.", err=True)
         sys.exit(NOT_MEASURED)
     if measured:
         Console().print(output.noise_table(measured, noise, result.design))
@@ -173,43 +183,31 @@ def _run_gate(
     machine: str | None, base: str, head: str, regex: str | None, design: Any, budget: float,
     pairs: int | None = None,
 ) -> tuple[Any, dict[str, tuple[str, float, int]]]:  # fmt: skip
-    """What base and head gave against each other, and the noise that is known of this machine."""
-    from dataclasses import replace
-
+    """Measure base and head in pairs; return the result, and the known noise of this machine."""
     from rich.console import Console
 
     from projecta.regress.gate import output
-    from projecta.regress.gate.session import join_results, run_session
+    from projecta.regress.gate.session import judge_environments
     from projecta.regress.project.config import check_pattern, find_root, gate_pattern
     from projecta.regress.project.git import find_commit
     from projecta.regress.project.machine import machine_name
-    from projecta.regress.run.build import Build, BuildFailed, environment_labels
-    from projecta.regress.run.group import stopped_by_sigterm
+    from projecta.regress.run.build import BuildFailed
+    from projecta.regress.run.group import interruptible
     from projecta.regress.store.journal import Journal
 
     console = Console(stderr=True)
+
+    def log(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     root = find_root(Path.cwd())
     project = project_at(root)
     name = machine_name(machine)
-    before, after = (find_commit(project.repository, word) for word in (base, head))
+    commits = {side: find_commit(project.repository, word) for side, word in (("base", base), ("head", head))}
     pattern = gate_pattern(root) if regex is None else check_pattern(regex)
-    with Journal(project) as journal, stopped_by_sigterm():
-        labels, results = environment_labels(project), []
+    with Journal(project) as journal, interruptible():
         try:
-            for i, label in enumerate(labels):  # they share the time and the rate of error
-                if label:
-                    console.print(
-                        f"environment {i + 1} of {len(labels)}: {label}", markup=False, highlight=False
-                    )
-                builds = {
-                    "base": Build(project, before, "base", which=i), "head": Build(project, after, which=i)
-                }  # fmt: skip
-                results.append(run_session(
-                    builds, pattern, replace(design, error=design.error / len(labels)),
-                    60 * budget / len(labels), journal, name,
-                    lambda line: console.print(line, markup=False, highlight=False), pairs, label,
-                ))  # fmt: skip
-            result = join_results(results)
+            result = judge_environments(project, commits, pattern, design, budget, journal, name, log, pairs)
         except BuildFailed as error:
             click.echo(f"BROKEN: {error}", err=True)
             sys.exit(BROKEN)

@@ -1,4 +1,4 @@
-"""Commands that look at results: report, publish, preview, doctor."""
+"""Commands that show results: report, publish, preview, doctor."""
 
 import sys
 from pathlib import Path
@@ -7,37 +7,41 @@ from typing import Any
 import click
 
 from projecta._checks import fail
-from projecta.regress.cli.errors import BROKEN, NOT_MEASURED, RESULTS, machine_option, one_line, project_at
+from projecta.regress.cli.errors import BROKEN, NOT_MEASURED, machine_option, one_line, project_at
+from projecta.regress.errors import UsageError
 
 
 @click.command()
 @machine_option
 @click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path(RESULTS),
-    show_default=True,
-    help="Folder to write.",
-)
+    "--into", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+    help="Folder to write, for example results. Default: report, beside asv's results.",
+)  # fmt: skip
 @one_line
-def report(machine: str | None, out: Path) -> None:
-    """Write CSV tables and plots of the newest commit measured, and print the tables."""
+def report(machine: str | None, into: Path | None) -> None:
+    """Print the tables of the newest commit measured, and write them as CSV and PNG.
+
+    Example: projecta report --into results
+    """
     from projecta.regress.project.config import find_root
 
-    write_report(find_root(Path.cwd()), machine, out)
+    project = project_at(find_root(Path.cwd()))
+    write_report(project, machine, into)
 
 
 @click.command()
 @one_line
 def publish() -> None:
-    """Write the pages with the historical charts."""
+    """Write the pages: verdict, change points, tables and charts.
+
+    Example: projecta publish && projecta preview
+    """
     from projecta.regress.project.config import find_root
     from projecta.regress.store.results import list_machines
 
-    root = find_root(Path.cwd())
-    project = project_at(root)
+    project = project_at(find_root(Path.cwd()))
     if not list_machines(project):
-        click.echo("projecta publish: no results yet. Run `projecta bench` first.", err=True)
+        click.echo("projecta: cannot write the pages: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)
     click.echo(write_pages(project))
 
@@ -48,14 +52,19 @@ def publish() -> None:
 )
 @one_line
 def preview(port: int) -> None:
-    """Serve the pages on this machine, until Ctrl-C."""
+    """Serve the pages on this machine, until Ctrl-C.
+
+    Example: projecta preview --port 8000
+    """
     from projecta.regress.project.config import find_root
     from projecta.regress.site.publish import HISTORY, serve
 
     project = project_at(find_root(Path.cwd()))
     folder = project.folder / project.config.html_dir
     if not (folder / HISTORY).is_file():
-        click.echo("projecta preview: no pages yet. Run `projecta publish` first.", err=True)
+        click.echo(
+            "projecta: cannot serve the pages: there are none. Run `projecta publish` first.", err=True
+        )
         sys.exit(NOT_MEASURED)
     with serve(folder, port) as server:
         click.echo(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)")
@@ -63,12 +72,14 @@ def preview(port: int) -> None:
 
 
 @click.command()
-@click.option("--fix", is_flag=True, help="Put right, or aside, what can be.")
+@click.option("--fix", is_flag=True, help="Repair what can be repaired, and set aside what cannot be read.")
 @one_line
 def doctor(fix: bool) -> None:
     """Look for damaged, orphaned and doubled results. Nothing is ever deleted.
 
-    Exit codes: 0 all is well, or was put right; 3 something is wrong.
+    Exit codes: 0 no problem, or all repaired; 3 problems.
+
+    Example: projecta doctor --fix
     """
     from projecta.regress.project.config import find_root
     from projecta.regress.store.doctor import examine_results
@@ -83,33 +94,41 @@ def doctor(fix: bool) -> None:
     if fixable and not fix:
         click.echo("`projecta doctor --fix` does so.")
         sys.exit(BROKEN)
-    click.echo("No problems." if not found else f"{fixable} put right, {len(found) - fixable} left to you.")
+    click.echo("No problems." if not found else f"{fixable} repaired, {len(found) - fixable} left to you.")
 
 
 def write_pages(project: Any) -> str:
     """Write the site; return where it is."""
     from projecta.regress.site.publish import publish as write_site
 
-    write_site(project, project.folder / RESULTS)
-    return f"Pages: {project.config.html_dir}/index.html (served by `projecta preview`)"
+    write_site(project)
+    return f"Pages: {project.config.html_dir}/index.html (`projecta preview` serves them)"
 
 
-def write_report(root: Path, machine: str | None, out: Path) -> None:
-    """Write the tables and plots of the newest commit, and print the tables."""
+def write_report(project: Any, machine: str | None, into: Path | None = None) -> None:
+    """Write the tables and charts of the newest commit, and print the tables."""
     from projecta.regress.project.git import list_history
     from projecta.regress.site import tables
     from projecta.regress.store.results import list_machines, read_measurements
 
-    project = project_at(root)
-    machines = list_machines(project)
+    machines, root = list_machines(project), project.folder
     if machine is not None and machine not in machines:
         rule = f"be one of {', '.join(machines) or 'none yet'}"
-        fail("projecta report", "--machine", rule, repr(machine))
+        fail("projecta report", "--machine", rule, repr(machine), error=UsageError)
     found = list(read_measurements(project, machine or machines[0])) if machines else []
     newest = tables.newest_commit(found, list_history(project.repository))
     if not newest:
-        click.echo("projecta report: no results yet. Run `projecta bench` first.", err=True)
+        click.echo("projecta: cannot report: no results yet. Run `projecta bench` first.", err=True)
         sys.exit(NOT_MEASURED)
-    click.echo(f"\nMachine {newest[0].machine}, commit {newest[0].commit[:8]}\n\n{tables.summary(newest)}\n")
-    for path in tables.write_report(newest, root / out):
-        click.echo(f"Wrote {path.relative_to(root) if path.is_relative_to(root) else path}")
+    source, sections = tables.Source(newest, root), tables.load_sections(root)
+    click.echo(f"\nMachine {newest[0].machine}, commit {newest[0].commit[:8]}\n")
+    for title, rows in tables.summaries(source, sections):
+        click.echo(f"{title}\n\n{tables.markdown(rows)}\n")
+    folder = project.report if into is None else root / into
+    if into is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").write_text("*\n")
+    written = tables.write_report(source, sections, folder)
+    if written:
+        shown = folder.relative_to(root) if folder.is_relative_to(root) else folder
+        click.echo(f"Wrote {len(written)} tables and charts into {shown}")

@@ -3,7 +3,7 @@
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import stdev
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from projecta.regress.gate import statistics
 from projecta.regress.gate.statistics import Design, Judgement
 from projecta.regress.project import machine
-from projecta.regress.run.build import Build, BuildFailed, cases
+from projecta.regress.project.config import Project
+from projecta.regress.run.build import Build, BuildFailed, cases, environment_labels
 from projecta.regress.run.case import FAILURES, SKIPPED, Case, Outcome, select
 from projecta.regress.run.launch import Worker
 from projecta.regress.run.pair import measure_pair
@@ -208,8 +209,25 @@ def _matched(
     return both, [row for row, _ in one]
 
 
-def join_results(results: Sequence[Result]) -> Result:
-    """The results of several environments as one."""
+def judge_environments(
+    project: Project, commits: Mapping[str, str], pattern: str | None, design: Design, budget: float,
+    journal: Journal, host: str, log: Callable[[str], None], pairs: int | None = None,
+) -> Result:  # fmt: skip
+    """Judge base and head in every environment of the project's matrix.
+
+    The environments share the `budget` (minutes) and the gate's rate of error.
+    """
+    labels, results = environment_labels(project), []
+    share = replace(design, error=design.error / len(labels))
+    for i, label in enumerate(labels):
+        if label:
+            log(f"environment {i + 1} of {len(labels)}: {label}")
+        builds = {
+            "base": Build(project, commits["base"], "base", which=i),
+            "head": Build(project, commits["head"], which=i),
+        }  # fmt: skip
+        seconds = 60 * budget / len(labels)
+        results.append(run_session(builds, pattern, share, seconds, journal, host, log, pairs, label))
     first = results[0]
     return replace(
         first, rows=[row for result in results for row in result.rows],

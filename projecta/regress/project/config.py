@@ -9,16 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from projecta._checks import Checker, fail
+from projecta._checks import fail
+from projecta.regress.errors import UsageError, cannot
 
 
 def find_root(folder: Path) -> Path:
     """The folder of the asv project around `folder`: the nearest with an asv.conf.json, or git's top."""
-    check = Checker("projecta")
     done = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--show-toplevel"], capture_output=True, text=True
     )
-    check.that(done.returncode == 0, "the current folder", "be inside a git repository", str(folder))
+    if done.returncode:
+        cannot(
+            "find the project", f"{folder} is not inside a git repository", "Change to the project's folder."
+        )
     top, here = Path(done.stdout.strip()), folder.resolve()
     around = [place for place in (here, *here.parents) if place == top or top in place.parents]
     return next((place for place in around if (place / "asv.conf.json").is_file()), top)
@@ -37,18 +40,14 @@ class Project:
 
         self.folder = folder
         path = folder / "asv.conf.json"
-        check = Checker("projecta")
-        check.that(
-            path.is_file(),
-            "the current folder",
-            "hold an asv.conf.json",
-            str(folder),
-            "Run it at the top of an asv project.",
-        )
+        if not path.is_file():
+            cannot(
+                "read the project", f"{folder} holds no asv.conf.json", "Run it at the top of an asv project."
+            )
         try:
             self.config = Config.load(str(path))
         except (UserError, ValueError) as error:
-            check.that(False, "asv.conf.json", "be readable", " ".join(str(error).split()))
+            cannot("read asv.conf.json", error)
         self.results = folder / self.config.results_dir
         self._load_plugins()
 
@@ -62,7 +61,12 @@ class Project:
                     plugin_manager.import_plugin(name)
             except Exception as error:
                 reason = f"{name!r}: {type(error).__name__}: {error}"
-                fail("projecta", "plugins of asv.conf.json", "be importable", reason)
+                cannot("import a plugin of asv.conf.json", reason)
+
+    @property
+    def report(self) -> Path:
+        """Where `projecta report` writes by default, beside asv's results; git ignores it."""
+        return self.results.parent / "report"
 
     @functools.cached_property
     def repository(self) -> Path:
@@ -75,12 +79,7 @@ class Project:
                 return Path(get_repo(self.config)._path).resolve()
         except (UserError, ProcessError, OSError) as error:
             lines = str(getattr(error, "stderr", "") or error).strip().splitlines() or ["no reason given"]
-            fail(
-                "projecta",
-                "repo of asv.conf.json",
-                "be a git repository",
-                f"{self.config.repo!r}: {lines[-1]}",
-            )
+            cannot("open the repository of asv.conf.json", f"{self.config.repo!r}: {lines[-1]}")
 
     @functools.cached_property
     def inside(self) -> str:
@@ -99,13 +98,14 @@ def check_pattern(regex: str) -> str:
     try:
         re.compile(regex)
     except re.error as error:
-        fail("projecta", "--bench", "be a regular expression", f"{regex!r}: {error}")
+        fail("projecta", "--bench", "be a regular expression", f"{regex!r}: {error}", error=UsageError)
     return regex
 
 
 def gate_pattern(root: Path) -> str | None:
     """What the project gates: `gate` of [tool.projecta] in pyproject.toml; None is everything."""
-    return _setting(root, "gate")
+    regex = read_setting(root, "gate")
+    return None if regex is None else check_pattern(regex)
 
 
 def short_suites(root: Path) -> str | None:
@@ -113,12 +113,14 @@ def short_suites(root: Path) -> str | None:
 
     Those suites would skip themselves: a skip must not pass for a result.
     """
-    long = _setting(root, "long")
-    return None if long is None or os.environ.get("PROJECTA_FULL") == "1" else f"^(?!.*(?:{long}))"
+    long = read_setting(root, "long")
+    if long is None or os.environ.get("PROJECTA_FULL") == "1":
+        return None
+    return f"^(?!.*(?:{check_pattern(long)}))"
 
 
-def _setting(root: Path, name: str) -> str | None:
-    """A regular expression among the project's settings."""
+def read_setting(root: Path, name: str) -> str | None:
+    """A setting of [tool.projecta] in pyproject.toml."""
     import tomllib
 
     path = root / "pyproject.toml"
@@ -127,9 +129,9 @@ def _setting(root: Path, name: str) -> str | None:
             tomllib.loads(path.read_text()).get("tool", {}).get("projecta", {}) if path.is_file() else {}
         )
     except tomllib.TOMLDecodeError as error:
-        fail("projecta", "pyproject.toml", "be readable", str(error))
-    found = settings.get(name)
-    return None if found is None else check_pattern(found)
+        cannot("read pyproject.toml", error)
+    found: str | None = settings.get(name)
+    return found
 
 
 def asv_command(root: Path, *words: str) -> list[str]:

@@ -4,7 +4,8 @@ import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
-from projecta._checks import Checker, fail
+from projecta._checks import fail
+from projecta.regress.errors import UsageError, cannot
 
 
 def run_git(folder: Path, *words: str) -> str:
@@ -12,7 +13,7 @@ def run_git(folder: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["unknown reason"])[0].removeprefix("fatal: ")
-        fail("projecta", f"git {words[0]}", "succeed", reason)
+        cannot(f"run git {words[0]}", reason)
     return done.stdout.rstrip()
 
 
@@ -23,7 +24,6 @@ def find_commits(root: Path, revisions: str | None, measured: Collection[str] = 
     the current branch since the last one that has results (HEAD if none has); anything else one commit.
     `measured` are the first eight digits of commits that have results.
     """
-    check = Checker("projecta bench")
     if revisions is None:
         return run_git(root, "rev-list", "--first-parent", "--max-count=2", "HEAD").splitlines()
     if revisions == "NEW":
@@ -34,14 +34,11 @@ def find_commits(root: Path, revisions: str | None, measured: Collection[str] = 
     done = subprocess.run(
         ["git", "-C", str(root), "rev-list", "--first-parent", *words, "--"], capture_output=True, text=True
     )
-    check.that(
-        done.returncode == 0 and not revisions.startswith("-"),
-        "RANGE",
-        "name commits of this repository",
-        repr(revisions),
-    )
+    if done.returncode or revisions.startswith("-"):
+        fail("projecta bench", "RANGE", "name commits of this repository", repr(revisions), error=UsageError)
     commits = done.stdout.split()
-    check.that(bool(commits), "RANGE", "hold at least one commit", repr(revisions))
+    if not commits:
+        fail("projecta bench", "RANGE", "hold at least one commit", repr(revisions), error=UsageError)
     return commits
 
 
@@ -49,17 +46,15 @@ def find_commit(root: Path, revision: str) -> str:
     """The hash of one commit."""
     words = ["rev-parse", "--verify", "--quiet", "--end-of-options", revision + "^{commit}"]
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-    Checker("projecta gate").that(
-        done.returncode == 0, "a revision", "name a commit of this repository", repr(revision)
-    )
+    if done.returncode:
+        rule = "name a commit of this repository"
+        fail("projecta gate", "a revision", rule, repr(revision), error=UsageError)
     return done.stdout.strip()
 
 
 def uncommitted(root: Path) -> list[str]:
-    """Files that differ from HEAD, and so are not measured; the report's own are left out."""
-    lines = run_git(
-        root, "status", "--porcelain", "--untracked-files=all", "--", ":/", ":(exclude)results"
-    ).splitlines()
+    """Files that differ from HEAD, and so are not measured."""
+    lines = run_git(root, "status", "--porcelain", "--untracked-files=all", "--", ":/").splitlines()
     return [line[3:] for line in lines]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from projecta._checks import Checker
+from projecta._checks import fail
+from projecta.regress.errors import UsageError
 
 LOAD = 0.5  # runnable processes per processor above which a machine is busy
 HOT = 10.0  # degrees above those at calibration
@@ -104,9 +105,8 @@ def _gpu() -> str | None:
 def machine_name(name: str | None) -> str:
     """The name under which results are stored: the given one, or the host's."""
     name = socket.gethostname() if name is None else name
-    Checker("projecta bench").that(
-        bool(re.fullmatch(r"[\w.-]+", name)), "--machine", "be letters, digits, '.', '_' or '-'", repr(name)
-    )
+    if not re.fullmatch(r"[\w.-]+", name):
+        fail("projecta", "--machine", "be letters, digits, '.', '_' or '-'", repr(name), error=UsageError)
     return name
 
 

@@ -85,26 +85,35 @@ class Findings:
         """Why nothing should be measured here now, one line each."""
         found = []
 
-        def refuse(what: str, rule: str, value: str, advice: str = "") -> None:
-            advice = f" {advice}" if advice else ""
-            found.append(f"projecta preflight: {what} must {rule}; got {value}.{advice}")
+        def refuse(reason: str, remedy: str) -> None:
+            found.append(f"projecta: cannot measure here: {reason}. {remedy}")
 
         if demanded and not self.gpus:
-            refuse("the machine", "have a GPU that nvidia-smi knows", self.missing)
+            refuse(f"no GPU ({self.missing})", "Install the driver, or leave out --gpu.")
         for gpu in self.gpus:
             what = "the GPU" if len(self.gpus) == 1 else f"GPU {gpu.index}"
             for number, name, size in gpu.processes:
-                refuse(what, "be free", f"process {number} ({name}), {_amount(size, 'MiB')}")
+                used = f"process {number} ({name}, {_amount(size, 'MiB')})"
+                refuse(f"{used} uses {what}", "Wait for it, or end it.")
             if gpu.free is not None and gpu.memory and gpu.free < limits.free * gpu.memory:
-                rule = f"have at least {limits.free * gpu.memory:.0f} MiB free"
-                refuse(what, rule, f"{gpu.free:.0f} MiB", "Another container or a display may hold it.")
+                least = f"{limits.free * gpu.memory:.0f} MiB are needed"
+                refuse(
+                    f"{what} has {gpu.free:.0f} MiB free and {least}",
+                    "A container or a display may hold it.",
+                )
             if gpu.temperature is not None and gpu.temperature > limits.temperature:
-                refuse(what, f"be at most {limits.temperature:g} C warm", f"{gpu.temperature:.0f} C")
+                limit = f"more than {limits.temperature:g} C"
+                refuse(f"{what} has {gpu.temperature:.0f} C, {limit}", "Let it cool down: --wait SECONDS.")
         if self.disk < limits.disk:
-            refuse("the disk", f"have {limits.disk:g} GiB free", f"{self.disk:.1f} GiB")
+            refuse(
+                f"the disk has {self.disk:.1f} GiB free, less than {limits.disk:g} GiB", "Free some space."
+            )
         if self.load is not None and self.load > limits.load:
-            rule = f"be at most {limits.load:g} runnable processes per processor"
-            refuse("the load", rule, f"{self.load:.2f}")
+            limit = f"more than {limits.load:g}"
+            refuse(
+                f"the load is {self.load:.2f} runnable processes per processor, {limit}",
+                "End what runs beside.",
+            )
         return found
 
 

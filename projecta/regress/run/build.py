@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from projecta._checks import fail
+from projecta.regress.errors import cannot
 from projecta.regress.project.config import Project
 from projecta.regress.run.case import Case, higher_is_better
 
@@ -300,7 +300,7 @@ def _environments(project: Project, config: Any) -> list[Any]:
             log.warning = warning
     if not found:
         got = " ".join(" ".join(reasons).split()).rstrip(".") or "none"
-        fail("projecta", "asv.conf.json", "describe an environment that this machine can make", got)
+        cannot("make an environment of asv.conf.json", got)
     return found
 
 

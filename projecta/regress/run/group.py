@@ -91,12 +91,26 @@ def _signal_group(group: int, number: int) -> None:
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C: what runs is ended, what was measured is kept."""
+def interruptible() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, and so is the end of this process's parent: workers end, results are kept.
+
+    A process that ignores SIGHUP (nohup) goes on without its parent.
+    """
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    done, parent = threading.Event(), os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if done.wait(1.0):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent > 1 and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
+        done.set()
         signal.signal(signal.SIGTERM, previous)
 
 

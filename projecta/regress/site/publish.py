@@ -14,7 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
-from projecta._checks import fail
+from projecta.regress.errors import cannot
 from projecta.regress.project.config import Project, asv_command, gate_pattern
 from projecta.regress.project.git import list_history
 from projecta.regress.site.page import write_pages
@@ -32,20 +32,21 @@ ASSETS = {  # how the address ends: the file
     "bootstrap.min.js": "bootstrap.min.js",
     "bootstrap.min.css": "bootstrap.min.css",
 }
+_REMEDY = "Install the asv that `projecta[gate]` names."
 _TAG = re.compile(r'(src|href)="https?://[^"]*?/([^"/]+)"\s+integrity="[^"]+"(\s+crossorigin="[^"]*")?')
 _LOADED = re.compile(r'<(?:script|link|img)\b[^>]*\b(?:src|href)="(https?:)?//[^"]*"')
 
 
-def publish(project: Project, extra: Path | None = None) -> Path:
+def publish(project: Project) -> Path:
     """Write the whole site; return its folder. ValueError if asv cannot write its pages."""
     root, folder = project.folder, project.folder / project.config.html_dir
     done = subprocess.run(asv_command(root, "publish"), cwd=root, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        fail("projecta publish", "asv publish", "succeed", lines[-1])
+        cannot("write the pages", f"asv publish failed: {lines[-1]}")
     (folder / "index.html").replace(folder / HISTORY)
     make_self_contained(folder)
-    write_pages(project, folder, list_history(project.repository), extra, gate_pattern(root))
+    write_pages(project, folder, list_history(project.repository), gate_pattern(root))
     return folder
 
 
@@ -71,7 +72,7 @@ def make_self_contained(folder: Path) -> list[Path]:
     def local(match: re.Match[str]) -> str:
         attribute, name = match[1], match[2]
         if name not in ASSETS:
-            fail("projecta publish", "asv's page", "load what projecta ships", name)
+            cannot("write the pages", f"asv's page loads {name}, which projecta does not ship", _REMEDY)
         data = files("projecta.regress").joinpath("site", "vendor", ASSETS[name]).read_bytes()
         target = folder / FOLDER / ASSETS[name]
         target.parent.mkdir(exist_ok=True)
@@ -82,7 +83,7 @@ def make_self_contained(folder: Path) -> list[Path]:
     text = _TAG.sub(local, page.read_text(encoding="utf-8"))
     left = _LOADED.search(text)
     if left is not None:
-        fail("projecta publish", "asv's page", "load what projecta ships", left[0])
+        cannot("write the pages", f"asv's page loads {left[0]}, which projecta does not ship", _REMEDY)
     if copied:
         licences = folder / FOLDER / "LICENSES.txt"
         licences.write_bytes(

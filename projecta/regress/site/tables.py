@@ -1,89 +1,209 @@
-"""Tables and plots of one machine's newest results: CSV, PNG and Markdown.
+"""Tables and charts of a machine's newest results, as the project declares them.
 
-What goes into which table is said by `TABLES`: a benchmark of the suites belongs to a table by its name.
+`tables` of [tool.projecta] in pyproject.toml names a Python file. Its function `sections()` returns a
+sequence of `Section`: what stands in the report, in the CSV files and on the front page, in this order.
+Without such a file there are no tables; histories and change points are shown all the same.
 """
 
 import csv
+import datetime
+import importlib.util
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from projecta.regress.errors import cannot
+from projecta.regress.project.config import read_setting
+from projecta.regress.site import charts
+from projecta.regress.store.provenance import record_provenance
 from projecta.regress.store.results import Measurement
 
-Row = dict[str, str | float | None]
+Row = dict[str, Any]
+BOUND = "lower bound"  # the line of benchmarks that lack the parameter `by`
 
 
 @dataclass(frozen=True)
-class Table:
-    """One CSV and one plot: `value` against `length`, one line for each `by` and benchmark."""
+class Source:
+    """What tables are made of: the newest commit's measurements, and the project's folder."""
+
+    measurements: Sequence[Measurement]
+    root: Path
+
+    def read_csv(self, path: str) -> list[dict[str, str]]:
+        """The rows of a CSV file of the project; none if it is missing."""
+        if not (self.root / path).is_file():
+            return []
+        with (self.root / path).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+class Table(Protocol):
+    """A table and its chart.
+
+    `name` is that of its CSV file. `file` is a CSV of the project that holds the rows already, if any.
+    """
 
     name: str
     title: str
-    value: str  # column, with the unit
-    scale: float  # from asv's unit to the column's
-    by: str  # the parameter that tells the lines apart
-    benchmarks: dict[str, str]  # asv's name: what the table calls it
-    slopes: bool = False  # whether each line's growth with length is fitted
+    file: str
+
+    def rows(self, source: Source) -> list[Row]:
+        """The numbers; none if nothing of it was measured."""
+
+    def note(self, rows: Sequence[Row]) -> str:
+        """One or two sentences for the page."""
+
+    def draw(self, rows: Sequence[Row], style: charts.Style) -> Any:
+        """A matplotlib figure, or None."""
+
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows as the terminal shows them."""
 
 
-TABLES = (
-    Table("scan_time", "Selective scan: time", "time_ms", 1e3, "backend", {
-        "scan.Scan.time_forward": "forward",
-        "scan.ScanGrad.time_forward_backward": "forward+backward",
-        "scan.FullScan.time_forward": "forward, d 1536",
-    }),
-    Table("scan_memory", "Selective scan: peak memory over inputs", "memory_mib", 1.0, "backend", {
-        "scan.ScanPeak.track_peak_forward": "forward",
-        "scan.ScanGradPeak.track_peak_forward_backward": "forward+backward",
-        "scan.FullScanPeak.track_peak_forward": "forward, d 1536",
-        "scan.ScanBound.track_peak_forward": "forward",
-        "scan.ScanBound.track_peak_forward_backward": "forward+backward",
-    }),
-    Table("s4d_time", "S4D: time", "time_ms", 1e3, "mode", {"s4d.S4d.time_forward": "forward"}),
-    Table("s4d_memory", "S4D: peak memory over inputs", "memory_mib", 1.0, "mode", {
-        "s4d.S4dPeak.track_peak_forward": "forward",
-    }),
-    Table("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "case", {
-        "mrss.Mrss.time_forward": "forward", "mrss.FullMrss.time_forward": "forward, d 1536",
-        "mrss.MrssGrad.time_forward_backward": "forward+backward",
-    }),
-    Table("mrss_memory", "Multi-resolution scan: peak memory over inputs", "memory_mib", 1.0, "case", {
-        "mrss.MrssPeak.track_peak_forward": "forward",
-        "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
-    }),
-    Table("length_time", "A layer's time against length", "time_ms", 1e3, "layer", {
-        "lengths.Lengths.time_forward": "forward", "lengths.FullLengths.time_forward": "forward",
-    }, slopes=True),
-    Table("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
-        "mamba.ModelPrefill.time_prefill": "prefill", "mamba.FullModelPrefill.time_prefill": "prefill",
-        "mamba.ModelDecode.time_decode": "decode",
-        "mamba.ModelTrain.time_step": "training step", "mamba.FullModelTrain.time_step": "training step",
-    }),
-)  # fmt: skip
-VTP_TIME = ("vtp.Vtp.time_forward", "vtp.VtpControl.time_forward", "vtp.FullVtp.time_forward")
-VTP_MEMORY = (
-    "vtp.VtpPeak.track_peak_forward", "vtp.VtpControlPeak.track_peak_forward",
-    "vtp.FullVtpPeak.track_peak_forward",
-)  # fmt: skip
-VTP_BOUND = ("vtp.VtpBound.track_peak_forward",)
-VTP_FLOPS = "vtp.VtpFlops.track_flops_ratio"
-T4 = {
-    1.0: (81.0, 420.0),
-    0.7: (63.0, 400.0),
-    0.5: (46.0, 380.0),
-}  # keep: ms and MiB, the figures to beat, batch 8
-BOUND = "lower bound"
-SCAN, SCAN_D, SCAN_N = "scan.Scan.time_forward", 256, 16
-SCAN_OPERATIONS = 13  # per token, channel and state, an exponential as what it takes (docs/gpu.md)
+@dataclass(frozen=True)
+class Section:
+    """Tables under one heading of the front page."""
+
+    name: str
+    title: str
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A measured value against a numeric parameter: one line for each value of another parameter.
+
+    Args:
+        name, title: of the table.
+        value: the column's name, with its unit, like "time_ms". scale: from asv's unit to the column's.
+        by: the parameter that tells the lines apart. x: the numeric one.
+        benchmarks: asv's name of each benchmark, and the name of its panel.
+        against: the line that the others are compared with, in parentheses, as "times as fast".
+        slopes: whether each line's growth is fitted, as a power of x.
+    """
+
+    name: str
+    title: str
+    value: str
+    scale: float
+    by: str
+    benchmarks: Mapping[str, str]
+    x: str = "length"
+    against: str = ""
+    slopes: bool = False
+    file: str = ""
+
+    def rows(self, source: Source) -> list[Row]:
+        found = [
+            {
+                "pass": self.benchmarks[m.benchmark], self.by: m.params.get(self.by, BOUND),
+                self.x: int(m.params[self.x]), self.value: round(m.value * self.scale, 4),
+            }
+            for m in source.measurements if m.benchmark in self.benchmarks and m.value is not None
+        ]  # fmt: skip
+        return sorted(found, key=lambda row: (row["pass"], row[self.by], row[self.x]))
+
+    def note(self, rows: Sequence[Row]) -> str:
+        if not self.slopes:
+            return f"By {self.by}."
+        powers = [
+            f"{line} {power}"
+            for line in dict.fromkeys(row[self.by] for row in rows)
+            if (power := self._slope([row for row in rows if row[self.by] == line])) is not None
+        ]
+        return f"By {self.by}. Power of {self.x} that it grows by, from 1,024 on: {', '.join(powers)}."
+
+    def draw(self, rows: Sequence[Row], style: charts.Style) -> Any:
+        """A panel for each pass; bars where there is one x only."""
+        panels: dict[str, charts.Panel] = {}
+        for title in dict.fromkeys(row["pass"] for row in rows):
+            own = [row for row in rows if row["pass"] == title]
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in own:
+                lines.setdefault(row[self.by], []).append((row[self.x], row[self.value]))
+            panels[title] = lines
+        label = self.value.replace("_ms", " (ms)").replace("_mib", " (MiB)")
+        return charts.lines(panels, self.x, label, style, dashed=[BOUND])
+
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        """One row for each line, with a column for each x."""
+        made: dict[tuple[str, str], Row] = {}
+        places = sorted({row[self.x] for row in rows})
+        known = {(row["pass"], row[self.by], row[self.x]): row[self.value] for row in rows}
+        for kind, line in dict.fromkeys((row["pass"], row[self.by]) for row in rows):
+            cells: Row = {"pass": kind, self.by: line}
+            for x in places:
+                value, other = known.get((kind, line, x)), known.get((kind, self.against, x))
+                times = f" ({other / value:.3g}x)" if value and other and line != self.against else ""
+                cells[f"{self.x} {x}"] = "" if value is None else f"{value:.4g}{times}"
+            if self.slopes:
+                own = [row for row in rows if (row["pass"], row[self.by]) == (kind, line)]
+                cells[f"power of {self.x}"] = self._slope(own)
+            made[kind, line] = cells
+        return list(made.values())
+
+    def _slope(self, rows: Sequence[Row]) -> float | None:
+        return slope((row[self.x], row[self.value]) for row in rows)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A table that functions of the project make.
+
+    Args:
+        find: the rows, from a `Source`. chart: the figure, from the rows and a `charts.Style`.
+        text: the note, or a function of the rows.
+        columns: those that the terminal shows; all if empty.
+        file: the CSV of the project that holds the rows already; the report does not write it again.
+    """
+
+    name: str
+    title: str
+    find: Callable[[Source], list[Row]]
+    text: str | Callable[[Sequence[Row]], str]
+    chart: Callable[[Sequence[Row], charts.Style], Any] | None = None
+    columns: Sequence[str] = ()
+    file: str = ""
+
+    def rows(self, source: Source) -> list[Row]:
+        return self.find(source)
+
+    def note(self, rows: Sequence[Row]) -> str:
+        return self.text if isinstance(self.text, str) else self.text(rows)
+
+    def draw(self, rows: Sequence[Row], style: charts.Style) -> Any:
+        return None if self.chart is None else self.chart(rows, style)
+
+    def summary(self, rows: Sequence[Row]) -> list[Row]:
+        return [{name: row[name] for name in self.columns or row} for row in rows]
+
+
+def load_sections(root: Path) -> Sequence[Section]:
+    """What the project's file of tables declares; nothing if it names none."""
+    name = read_setting(root, "tables")
+    if name is None:
+        return ()
+    path = root / name
+    spec = importlib.util.spec_from_file_location("projecta_tables", path)
+    try:
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sections: Sequence[Section] = module.sections()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        cannot("read the tables", f"{name}: {reason}", "Mend `tables` of [tool.projecta] or that file.")
+    return sections
 
 
 def newest_commit(measurements: Iterable[Measurement], history: Sequence[str]) -> list[Measurement]:
     """The measurements of the newest commit that has any; `history` lists commits, newest first.
 
-    Commits that are not in it (of another branch, say) come behind, by their date.
+    Commits that are not in it (of another branch, say) come last, by their date.
     """
     done = [m for m in measurements if m.measured]
     place = {commit: i for i, commit in enumerate(history)}
@@ -91,104 +211,46 @@ def newest_commit(measurements: Iterable[Measurement], history: Sequence[str]) -
     return [m for m in done if newest is not None and m.commit == newest.commit]
 
 
-def write_report(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
-    """Write every table that has rows, and its plots; return the files."""
+def write_report(source: Source, sections: Sequence[Section], folder: Path) -> list[Path]:
+    """Write each table that has rows as CSV, its chart as PNG, and their provenance; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    rows = vtp_rows(measurements)
-    if rows:
-        written += [write_csv(folder / "clip_vtp_results.csv", rows)]
-        written += [
-            _plot_vtp(folder / "clip_vtp_latency.png", rows, "latency_ms", "latency (ms)", measurements),
-            _plot_vtp(
-                folder / "clip_vtp_memory.png",
-                rows,
-                "memory_mib",
-                "peak memory over the resident (MiB)",
-                measurements,
-            ),
-        ]
-    for table in TABLES:
-        rows = length_rows(table, measurements)
-        if rows:
-            written += [write_csv(folder / f"{table.name}.csv", rows)]
-            written += [_plot_lengths(folder / f"{table.name}.png", table, rows, measurements)]
+    origin = source.measurements[0]
+    caption = f"{origin.machine}, commit {origin.commit[:8]}"
+    for section in sections:
+        for table in section.tables:
+            rows = table.rows(source)
+            if not rows or table.file:
+                continue
+            written.append(write_csv(folder / f"{table.name}.csv", rows))
+            figure = table.draw(rows, charts.PRINT)
+            if figure is not None:
+                written.append(charts.save(figure, folder / f"{table.name}.png", f"{table.title}. {caption}"))
+    record_provenance(written, provenance_of(origin))
     return written
 
 
-def vtp_rows(measurements: Iterable[Measurement]) -> list[Row]:
-    """One row per batch and case: variant, plan, keep_ratio, flops_ratio, latency_ms, latency_change against
-    the full tower, throughput_img_s, memory_mib, measured and by arithmetic; beside pruning before block 0,
-    what a T4 was to reach."""
-    time: dict[tuple[int, str], float] = {}
-    memory: dict[tuple[int, str], float] = {}
-    bound: dict[tuple[int, str], float] = {}
-    flops: dict[str, float] = {}
-    for m in measurements:
-        if m.value is None:
-            continue
-        if m.benchmark == VTP_FLOPS:
-            flops[str(m.params["case"])] = m.value
-        for names, found in ((VTP_TIME, time), (VTP_MEMORY, memory), (VTP_BOUND, bound)):
-            if m.benchmark in names:
-                found[int(m.params["batch"]), str(m.params["case"])] = m.value
-    rows: list[Row] = []
-    for batch, case in sorted(time, key=lambda key: key[0]):  # in the order measured, within a batch
-        plan, _, ratio = case.partition(" ")
-        keep = float(ratio) if ratio else 1.0
-        seconds, full = time[batch, case], time.get((batch, "full"))
-        t4 = T4.get(keep, (None, None)) if batch == 8 and plan in ("full", "input") else (None, None)
-        rows.append({
-            "variant": f"{'baseline' if plan == 'full' else plan}_b{batch}", "plan": plan, "keep_ratio": keep,
-            "flops_ratio": round(flops[case], 4) if case in flops else None,
-            "latency_ms": round(seconds * 1e3, 3),
-            "latency_change": round(seconds / full - 1, 4) if full else None,
-            "throughput_img_s": round(batch / seconds, 3),
-            "memory_mib": round(memory[batch, case], 3) if (batch, case) in memory else None,
-            "memory_by_formula_mib": round(bound[batch, case], 3) if (batch, case) in bound else None,
-            "t4_latency_ms": t4[0], "t4_memory_mib": t4[1],
-        })  # fmt: skip
-    return rows
+def provenance_of(origin: Measurement) -> dict[str, Any]:
+    """Where a measurement comes from, as `provenance.json` keeps it."""
+    known = dict(origin.state)
+    date = datetime.datetime.fromtimestamp((origin.at or origin.date) / 1000, datetime.UTC).date().isoformat()
+    processor = known.get("processor") or known.get("cpu", "")
+    versions = {n: known[n] for n in ("python", "torch", "numba", "triton", "transformers") if n in known}
+    facts = {"commit": origin.commit, "date": date, "machine": origin.machine, "processor": processor}
+    return {**facts, **({"gpu": known["gpu"]} if "gpu" in known else {}), "versions": versions}
 
 
-def length_rows(table: Table, measurements: Iterable[Measurement]) -> list[Row]:
-    """One row per line and length of a table."""
-    rows: list[Row] = []
-    for m in measurements:
-        if m.benchmark in table.benchmarks and m.value is not None:
-            line = m.params.get(table.by, BOUND)
-            value = round(m.value * table.scale, 4)
-            rows.append(
-                {
-                    "pass": table.benchmarks[m.benchmark],
-                    table.by: line,
-                    "length": int(m.params["length"]),
-                    table.value: value,
-                }
-            )
-    return sorted(rows, key=lambda row: (str(row["pass"]), str(row[table.by]), float(row["length"] or 0)))
-
-
-def roofline_rows(measurements: Iterable[Measurement]) -> list[Row]:
-    """One row per backend and length of the forward scan: its operations per byte, and 10^9 of them a second.
-
-    What is moved at least: u, delta, z, B and C read and y written, once, in float32.
-    """
-    rows: list[Row] = []
-    for m in measurements:
-        if m.benchmark == SCAN and m.value:
-            length = int(m.params["length"])
-            operations = SCAN_OPERATIONS * SCAN_D * SCAN_N * length
-            moved = 4 * (4 * SCAN_D + 2 * SCAN_N) * length
-            rows.append({
-                "backend": m.params["backend"], "length": length, "intensity": round(operations / moved, 3),
-                "gops": round(operations / m.value / 1e9, 3),
-            })  # fmt: skip
-    return sorted(rows, key=lambda row: (str(row["backend"]), float(row["length"] or 0)))
+def summaries(source: Source, sections: Sequence[Section]) -> Iterator[tuple[str, list[Row]]]:
+    """Title and rows of each table that has any, as the terminal shows them."""
+    for section in sections:
+        for table in section.tables:
+            rows = table.rows(source)
+            if rows:
+                yield table.title, table.summary(rows)
 
 
 def slope(points: Iterable[tuple[Any, Any]], least: int = 1024) -> float | None:
-    """The power of the length that a time grows by: the slope of the log-log points from `least` steps on.
+    """The power of x that a value grows by: the slope of the log-log points from `least` on.
 
     >>> slope([(1024, 1.0), (2048, 2.0), (4096, 4.0)])
     1.0
@@ -209,40 +271,19 @@ def markdown(rows: Sequence[Row]) -> str:
     """
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    lines += ["| " + " | ".join(_cell(row[name]) for name in head) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(row.get(name)) for name in head) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def summary(measurements: Sequence[Measurement]) -> str:
-    """The report's tables in Markdown: the lengths side by side."""
-    parts = []
-    rows = vtp_rows(measurements)
-    if rows:
-        parts.append("CLIP ViT-B/16 vision tower, by plan and keep ratio\n\n" + markdown(rows))
-    for table in TABLES:
-        wide: dict[tuple[object, object], Row] = {}
-        for row in length_rows(table, measurements):
-            start: Row = {"pass": row["pass"], table.by: row[table.by]}
-            wide.setdefault((row["pass"], row[table.by]), start)[f"l = {row['length']}"] = row[table.value]
-        if wide:
-            head = list(dict.fromkeys(name for row in wide.values() for name in row))
-            head[2:] = sorted(head[2:], key=lambda name: int(name.removeprefix("l = ")))
-            if table.slopes:
-                for row in wide.values():
-                    points = [(int(n[4:]), float(row[n] or 0)) for n in head[2:] if row.get(n) is not None]
-                    row["power of l"] = slope(points)
-                head.append("power of l")
-            parts.append(
-                f"{table.title}, {table.value}\n\n"
-                + markdown([{n: row.get(n) for n in head} for row in wide.values()])
-            )
-    return "\n\n".join(parts)
+def cell(value: Any) -> str:
+    """A number with four digits, as text.
 
-
-def _cell(value: str | float | None) -> str:
+    >>> cell(None), cell(12.0), cell(8)
+    ('', '12', '8')
+    """
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -252,79 +293,4 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    return path
-
-
-def _plot_lengths(path: Path, table: Table, rows: Sequence[Row], measurements: Sequence[Measurement]) -> Path:
-    """One panel per pass: against length, log-log, one line per `by`; bars if there is one length only."""
-    passes = list(dict.fromkeys(str(row["pass"]) for row in rows))
-    figure, panels = _figure(len(passes), measurements)
-    for axes, name in zip(panels, passes, strict=True):
-        mine = [row for row in rows if row["pass"] == name]
-        axes.set_title(f"{table.title}, {name}" if len(passes) == 1 else name)
-        if len({row["length"] for row in mine}) == 1:  # bars, that begin at 0
-            bars = axes.bar(
-                [str(row[table.by]) for row in mine], [row[table.value] for row in mine], width=0.6
-            )
-            axes.bar_label(bars, fmt="%.4g", padding=2)
-            axes.margins(y=0.15)
-            axes.set_xlabel(f"length {mine[0]['length']}")
-            continue
-        for line in dict.fromkeys(str(row[table.by]) for row in mine):
-            points = [(row["length"], row[table.value]) for row in mine if row[table.by] == line]
-            style = {"color": "0.5", "linestyle": "--"} if line == BOUND else {"marker": "o"}
-            label = f"{line}: l^{slope(points)}" if table.slopes else line
-            axes.loglog(*zip(*points, strict=True), label=label, base=2, **style)
-        axes.set_yscale("log", base=10)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlabel("length (steps)")
-        axes.legend(title=table.by)
-    panels[0].set_ylabel(table.value.replace("_ms", " (ms)").replace("_mib", " (MiB)"))
-    if len(passes) > 1:
-        figure.suptitle(table.title)
-    return _save(figure, path)
-
-
-def _plot_vtp(
-    path: Path, rows: Sequence[Row], value: str, label: str, measurements: Sequence[Measurement]
-) -> Path:
-    """Bars by case, one panel per batch, each with its change against the full tower."""
-    batches = list(dict.fromkeys(str(row["variant"]).rpartition("_b")[2] for row in rows))
-    figure, panels = _figure(len(batches), measurements)
-    for axes, batch in zip(panels, batches, strict=True):
-        mine = [row for row in rows if str(row["variant"]).endswith(f"_b{batch}") and row[value] is not None]
-        heights = [float(row[value] or 0) for row in mine]
-        names = [f"{row['plan']} {row['keep_ratio']}" if row["plan"] != "full" else "full" for row in mine]
-        bars = axes.barh(names, heights, height=0.7)
-        full = next((h for row, h in zip(mine, heights, strict=True) if row["plan"] == "full"), 0.0)
-        changes = [f"{h:.4g}" + (f" ({h / full - 1:+.0%})" if full and h != full else "") for h in heights]
-        axes.bar_label(bars, changes, padding=3, fontsize="small")
-        axes.invert_yaxis()
-        axes.margins(x=0.3)
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", alpha=0.3)
-        axes.set(title=f"batch {batch}", xlabel=label)
-    figure.suptitle("CLIP ViT-B/16 vision tower, by plan and keep ratio")
-    return _save(figure, path)
-
-
-def _figure(panels: int, measurements: Sequence[Measurement]) -> tuple[Any, list[Any]]:
-    """A row of panels, marked with where the numbers come from."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for panel in axes:
-        panel.grid(axis="y", alpha=0.3)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    origin = measurements[0]
-    figure.supxlabel(f"{origin.machine}, commit {origin.commit[:8]}", fontsize="small", color="0.4")
-    return figure, list(axes)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
     return path

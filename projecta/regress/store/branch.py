@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from projecta._checks import fail
+from projecta.regress.errors import cannot
 from projecta.regress.project.config import Project
 from projecta.regress.project.git import run_git
 from projecta.regress.store.doctor import QUARANTINE
@@ -62,7 +62,7 @@ class Remote:
     def must(self, folder: Path, *words: str) -> str:
         done = self.git(folder, *words)
         if done.returncode:
-            fail("projecta", f"git {words[0]}", "succeed", _reason(done))
+            cannot(f"run git {words[0]} on the branch of results", _reason(done))
         return done.stdout.strip()
 
     def checkout(self, folder: Path) -> str:
@@ -72,7 +72,7 @@ class Remote:
         if asked.returncode == 2:
             return ""
         if asked.returncode:
-            fail("projecta", "the remote", "be reachable", _reason(asked))
+            cannot("reach the remote", _reason(asked), f"Check its address, and the token in {TOKEN}.")
         self.must(folder, "fetch", "--quiet", "--depth=1", "--", self.address, self.reference)
         self.must(folder, "checkout", "--quiet", "--detach", "FETCH_HEAD")
         return self.must(folder, "rev-parse", "HEAD")
@@ -90,11 +90,11 @@ class Remote:
         done = self.git(folder, "push", "--porcelain", "--", self.address, f"{commit}:{self.reference}")
         refused = [line for line in done.stdout.splitlines() if line.startswith("!")]
         if done.returncode and not refused:
-            fail("projecta keep", "git push", "succeed", _reason(done))
+            cannot("push the results", _reason(done))
         return " ".join(refused[0].split()[2:]) if done.returncode else ""
 
 
-def keep(
+def push(
     project: Project, sources: Sequence[tuple[Path, str | None]], remote: Remote,
     pause: Callable[[float], None] = time.sleep,
 ) -> tuple[str, int]:  # fmt: skip
@@ -127,13 +127,13 @@ def keep(
         if not refused:
             if damaged:
                 what = ", ".join(map(str, damaged))
-                fail("projecta keep", "results", "be JSON", what, "All others are kept.")
+                cannot("push all results", f"{what} holds no JSON", "All others are pushed.")
             return commit, len(taken)
         pause(random.uniform(0, min(LONGEST, 0.5 * 2**attempt)))
-    fail("projecta keep", "the branch", f"take one of {ATTEMPTS} pushes", refused, "Run it again.")
+    cannot("push the results", f"{ATTEMPTS} pushes were refused: {refused}", "Run it again.")
 
 
-def fetch(project: Project, machine: str, remote: Remote) -> list[Path]:
+def pull(project: Project, machine: str, remote: Remote) -> list[Path]:
     """Bring what the branch holds into the results folder; return the files that changed.
 
     Of this machine's results those that lie here already are the newer ones. No branch: a first run.

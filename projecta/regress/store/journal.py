@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from projecta._checks import fail
+from projecta.regress.errors import cannot
 from projecta.regress.project.config import Project
 from projecta.regress.project.machine import LASTING
 from projecta.regress.run.case import OK, Case, Combination, Outcome
@@ -32,6 +32,7 @@ MOVES = -1  # the place of a combination, which a change of `params` moves: not 
 BENCH = "bench"  # the purpose of runs that become asv's results; those of gates name the gate and the side
 
 
+_DOCTOR = "`projecta doctor --fix` sets it aside."
 _TABLES = """
 create table if not exists provenance (id integer primary key, facts text unique not null);
 create table if not exists runs (
@@ -76,8 +77,7 @@ class Journal:
             self._lock.seek(0)
             other = self._lock.read().strip()
             self._lock.close()
-            rule = "be written by one run at a time"
-            fail("projecta", "the results", rule, f"process {other}", "Wait for it, or end it.")
+            cannot("write the journal", f"another run holds it (process {other})", "Wait for it, or end it.")
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -90,10 +90,12 @@ class Journal:
             self._lock.close()
             name = getattr(error, "sqlite_errorname", "")
             if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
-                fail(
-                    "projecta", str(self.path), "be a journal", str(error), "`projecta doctor` puts it aside."
+                cannot(
+                    f"read {self.path}",
+                    f"it is no journal ({error})",
+                    "`projecta doctor --fix` sets it aside.",
                 )
-            _tell_of_the_disk(self.path, error)
+            _explain(self.path, error)
             raise
 
     def __enter__(self) -> "Journal":
@@ -128,7 +130,7 @@ class Journal:
                 row,
             )
         except sqlite3.OperationalError as error:
-            _tell_of_the_disk(self.path, error)
+            _explain(self.path, error)
             raise
 
     def runs(self, machine: str, commit: str, environment: str, purpose: str = BENCH) -> list[Run]:
@@ -153,6 +155,15 @@ class Journal:
                 found.setdefault((run.benchmark, run.params), []).append(run)
         return found
 
+    def durations(self, machine: str) -> dict[tuple[str, Combination], float]:
+        """Seconds that a process of each benchmark took on a machine, on average, by name and parameters."""
+        rows = self.base.execute(
+            "select benchmark, params, avg(seconds) from runs"
+            " where machine = ? and status = ? and purpose = ? group by benchmark, params",
+            [machine, OK, BENCH],
+        )
+        return {(name, _tuple(params)): seconds for name, params, seconds in rows}
+
     def places(self, machine: str, commit: str, environment: str) -> set[tuple[str, str, int, Combination]]:
         """(benchmark, version, place, parameters) of rows by which older versions wrote asv's file."""
         found = self.base.execute(
@@ -176,7 +187,9 @@ class Journal:
             results = Results.load(str(path), machine_name=machine)
         except (UserError, ValueError, KeyError) as error:  # a UnicodeDecodeError is a ValueError
             reason = " ".join(str(error).split())
-            fail("projecta", str(path), "be asv's JSON", reason, "`projecta doctor` puts it aside.")
+            cannot(
+                f"read {path}", f"it is not asv's JSON ({reason})", "`projecta doctor --fix` sets it aside."
+            )
         known = {(run.benchmark, run.version) for run in self.runs(machine, commit, environment.name)}
         facts = self.provenance({"taken from": "asv's results"})
         for name in results.get_all_result_keys():
@@ -247,13 +260,13 @@ def _tuple(text: str) -> tuple[Any, ...]:
     return tuple(json.loads(text))
 
 
-def _tell_of_the_disk(path: Path, error: sqlite3.Error) -> None:
-    """Say in one line what a user can put right; anything else is left to be raised."""
+def _explain(path: Path, error: sqlite3.Error) -> None:
+    """Raise a UsageError for what the user can put right; return for anything else."""
     name = getattr(error, "sqlite_errorname", "")
     kept = "What was measured before is kept; run it again."
     if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
-        fail("projecta", "the disk", "have room", str(error), kept)
+        cannot(f"write {path}", f"the disk is full ({error})", f"Free some space. {kept}")
     if name in ("SQLITE_BUSY", "SQLITE_LOCKED"):
-        fail("projecta", str(path), "be free", str(error), f"End the program that has it open. {kept}")
+        cannot(f"write {path}", f"another program has it open ({error})", f"End that program. {kept}")
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
-        fail("projecta", str(path), "be writable", str(error), kept)
+        cannot(f"write {path}", f"it may not be written ({error})", f"Change its permissions. {kept}")

@@ -33,6 +33,7 @@ class Measurement:
     label: str = ""  # the benchmark and its parameters as asv writes them, and as gates name them
     state: Mapping[str, str] = field(default_factory=dict)  # what it was measured in: machine, versions
     higher_is_better: bool = False
+    at: int = 0  # when it was measured, milliseconds since 1970; 0: unknown
 
     @property
     def measured(self) -> bool:
@@ -90,6 +91,7 @@ def read_measurements(project: Project, machine: str) -> Iterator[Measurement]:
                 yield Measurement(
                     machine, result.env_name, result.commit_hash, result.date, name, params, value,
                     benchmarks[name]["unit"], label, state, higher_is_better(benchmarks[name]),
+                        result.started_at.get(name) or 0,
                 )  # fmt: skip
 
 

@@ -1,0 +1,18 @@
+"""The one exception that commands expect: what the user can put right. Any other is a crash."""
+
+from typing import NoReturn
+
+
+class UsageError(ValueError):
+    """Something that the user can put right: a command prints it in one line and exits with 2."""
+
+
+def cannot(do: str, reason: object, remedy: str = "") -> NoReturn:
+    """Raise a UsageError about the world: what cannot be done, why, and what helps.
+
+    >>> cannot("write the journal", "the disk is full", "Free some space.")
+    Traceback (most recent call last):
+    projecta.regress.errors.UsageError: projecta: cannot write the journal: the disk is full. Free some space.
+    """
+    words = " ".join(str(reason).split()).rstrip(".")
+    raise UsageError(f"projecta: cannot {do}: {words}." + (f" {remedy}" if remedy else ""))
