@@ -1,7 +1,7 @@
 """What pruning does to a model's answers: DINOv2-S/14, real weights and images, by plan and keep ratio.
 
 `python -m studies.fidelity` writes the table of all rows, results/vtp_fidelity.csv. It needs what
-`nox -s fidelity` fetches. The suite benchmarks/fidelity.py follows the presets from commit to commit.
+`nox -s fidelity` fetches.
 """
 
 import csv
