@@ -23,6 +23,7 @@ from asv_runner.benchmarks.mark import SkipNotImplemented
 LENGTHS = (512, 2048, 8192)
 PEAK_LENGTHS = (2048, 8192)
 LONG_LENGTHS = (2048, 8192, 32768, 65536)
+FULL = os.environ.get("PROJECTA_FULL") == "1"
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}  # of the backends that are made for one
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -35,14 +36,14 @@ class Suite:
     """Attributes of every timing suite.
 
     Each sample is one call; `repeat` bounds the samples of a process: (least, most, seconds).
-    Two processes measure each case, at different times of the run.
+    One process measures each case; with PROJECTA_FULL=1 two do, at different times of the run.
     """
 
     number = 1
     repeat = (1, 10, 0.5)
     min_run_count = 1
     warmup_time = 0.0  # setup has run the call already
-    rounds = 2
+    rounds = 2 if FULL else 1
     unit = "MiB"
 
     @staticmethod
@@ -101,7 +102,7 @@ def require_backend(name: str) -> None:
 
 def require_full() -> None:
     """Skip unless PROJECTA_FULL=1: for sizes that want a large machine."""
-    if os.environ.get("PROJECTA_FULL") != "1":
+    if not FULL:
         skip("long; set PROJECTA_FULL=1 to run it")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
-VTP_TIME = ("vtp.Vtp.time_forward", "vtp.FullVtpControl.time_forward", "vtp.FullVtp.time_forward")
+VTP_TIME = tuple(f"vtp.{name}.time_forward" for name in ("Vtp", "VtpSingle", "FullVtpControl", "FullVtp"))
 VTP_MEMORY = (
     "vtp.VtpPeak.track_peak_forward", "vtp.FullVtpControlPeak.track_peak_forward",
     "vtp.FullVtpPeak.track_peak_forward",

@@ -120,7 +120,7 @@ def _forward(case: str, batch: int):
 class _Forward(common.Suite):
     """Float32. "full" is the unpruned tower; other cases are a plan and its keep ratio."""
 
-    params = (CASES, (1, 8))
+    params = (CASES, (8,))
     param_names = ("case", "batch")
     version = VERSION
 
@@ -133,8 +133,14 @@ class Vtp(_Forward):
         _forward(case, batch)()
 
 
+class VtpSingle(Vtp):
+    """One image."""
+
+    params = (("full", "input 0.5", "merge 0.5"), (1,))
+
+
 class VtpPeak(_Forward):
-    params = (CASES, (8,))
+    params = (("full", "input 0.7", "input 0.5", "merge 0.5"), (8,))
 
     def setup(self, case, batch):
         common.return_freed_memory()
@@ -150,8 +156,6 @@ class VtpBound(_Forward):
     The embedding's output lives as long as the encoder runs. In a block: its input, its residual and what the
     MLP reads; of the MLP's width m, what its first map gives, the gate of its activation, their product.
     """
-
-    params = (CASES, (8,))
 
     def track_peak_forward(self, case, batch):
         embedded, seen = _tokens(case)

@@ -77,7 +77,7 @@ def model_calls(kind: str) -> dict[str, Call]:
         "training step": (mamba._train, 32),
         "decoding": (mamba._decode, 16),
     }[kind]
-    return {OURS: make("accelerated", length), "transformers": make("stock", length)}
+    return {OURS: make("accelerated", length, 24), "transformers": make("stock", length, 24)}
 
 
 def compare(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-TIMED = {"scan": "scan.Scan.time_forward('cpu', 2048)", "vtp": "vtp.Vtp.time_forward('input 0.5', 1)"}
+TIMED = {"scan": "scan.Scan.time_forward('cpu', 2048)", "vtp": "vtp.VtpSingle.time_forward('input 0.5', 1)"}
 PEAK = "vtp.VtpPeak.track_peak_forward('input 0.5', 8)"
 PATTERN = (
     "^(" + "|".join(label.replace("(", r"\(").replace(")", r"\)") for label in (*TIMED.values(), PEAK)) + ")$"

@@ -47,7 +47,7 @@ def test_every_benchmark_runs(suite, kind, method):
 
 
 def test_long_suites_skip_with_their_reason(monkeypatch):
-    monkeypatch.delenv("PROJECTA_FULL", raising=False)
+    monkeypatch.setattr(common, "FULL", False)
     with pytest.raises(common.SkipNotImplemented, match="set PROJECTA_FULL=1"):
         scan.FullScan().setup("vectorised", 2048)
 
@@ -184,4 +184,4 @@ def test_the_quick_session_finds_its_cases():
     )
     assert done.returncode == 0, done.stdout
     assert "scan.Scan.time_forward(cpu,2048)" in done.stdout
-    assert "vtp.Vtp.time_forward(input 0.5,1)" in done.stdout
+    assert "vtp.VtpSingle.time_forward(input 0.5,1)" in done.stdout

@@ -1,0 +1,382 @@
+"""Writes the figures of README.md and docs/ from the files under results/, so that none is typed by hand.
+
+`python -m studies.figures` rewrites each table between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is a
+function of this module. With --check it changes nothing and fails if a table is out of date.
+"""
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from projecta.regress.store.provenance import read_provenance
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
+Rows = list[dict[str, str]]
+
+
+def read(name: str) -> Rows:
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+
+
+def ms(value: str | float) -> str:
+    """
+    >>> ms(0.5012), ms(1234.5)
+    ('0.501 ms', '1.23 s')
+    """
+    value = float(value)
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+
+
+def mean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    return math.exp(statistics.mean(map(math.log, values)))
+
+
+def _against(case: str, name: str) -> dict[str, str]:
+    (row,) = (r for r in read("against_transformers.csv") if (r["case"], r["implementation"]) == (case, name))
+    return row
+
+
+def headline() -> str:
+    """What a user has today, and projecta."""
+    rows = []
+    for case, name, label in (
+        ("scan, forward", "transformers", "Selective scan of a mamba-130m layer, CPU, forward"),
+        ("scan, forward + backward", "mambapy", "the same with gradients"),
+    ):
+        theirs, ours = _against(case, name), _against(case, "projecta")
+        times = f"{float(theirs['times_as_fast']):.0f} times as fast"
+        rows.append([label, f"{name}: {ms(theirs['median_ms'])}", f"{ms(ours['median_ms'])}: {times}"])
+    gpu = read("against_mamba_ssm.csv")
+    both = " and ".join(
+        f"{mean(float(r[f'{kind}_times_as_fast']) for r in gpu):.2f}" for kind in ("forward", "both")
+    )
+    label = f"Selective scan, GPU, {len(gpu)} shapes, forward and with gradients"
+    rows.append([label, "mamba-ssm's CUDA kernel", f"{both} times as fast (geometric means)"])
+    tower = {row["variant"]: row for row in read("clip_vtp_results.csv")}
+    full, half = tower["baseline_b8"], tower["merge_0.5_b8"]
+    change = f"{100 * float(half['latency_change']):+.0f} % time"
+    rows.append(
+        [
+            "CLIP ViT-B/16 tower, CPU, batch 8, half of the FLOPs",
+            f"the full tower: {ms(full['latency_ms'])}",
+            f"{ms(half['latency_ms'])}: {change}, cosine {_fidelity('merge', '0.5', 'natural')}",
+        ]
+    )
+    wrong, gates = _false_alarms("asv 0.6.6")
+    ours_wrong, ours_gates = _false_alarms("turns")
+    rows.append(
+        [
+            "A gate on identical code: false alarms",
+            f"asv continuous: {wrong} of {gates}",
+            f"{ours_wrong} of {ours_gates}",
+        ]
+    )
+    return table(["", "today", "projecta"], rows)
+
+
+def cpu_against() -> str:
+    """The scan and whole models on a CPU."""
+    rows = []
+    for row in read("against_transformers.csv"):
+        if row["implementation"] != "projecta":
+            times = (
+                f"{float(row['times_as_fast']):.3g} ({float(row['least']):.3g} to {float(row['most']):.3g})"
+            )
+            ours = _against(row["case"], "projecta")["median_ms"]
+            rows.append([row["case"], row["implementation"], ms(row["median_ms"]), ms(ours), times])
+    return table(["case", "today", "its time", "projecta", "times as fast (least to most)"], rows)
+
+
+def cpu_scan() -> str:
+    """The scan by backend and length."""
+    times, peaks = read("scan_time.csv"), read("scan_memory.csv")
+    lengths = sorted({int(row["length"]) for row in times})
+    peak = {(r["pass"], r["backend"]): r["memory_mib"] for r in peaks if r["length"] == str(lengths[-1])}
+    found = {(r["pass"], r["backend"], int(r["length"])): r["time_ms"] for r in times}
+    rows = [
+        [
+            kind,
+            backend,
+            *(ms(found[kind, backend, l]) if (kind, backend, l) in found else "" for l in lengths),
+            f"{float(peak[kind, backend]):.0f} MiB" if (kind, backend) in peak else "",
+        ]
+        for kind, backend in sorted({key[:2] for key in found})
+    ]
+    bounds = {kind: value for (kind, backend), value in peak.items() if backend == "lower bound"}
+    rows += [
+        [kind, "least possible", *[""] * len(lengths), f"{float(v):.0f} MiB"]
+        for kind, v in sorted(bounds.items())
+    ]
+    return table(["pass", "backend", *(f"l = {l}" for l in lengths), f"peak memory at {lengths[-1]}"], rows)
+
+
+def lengths() -> str:
+    """Time of a layer against length."""
+    found = read("length_time.csv")
+    columns = sorted({int(row["length"]) for row in found})
+    cells = {(row["layer"], int(row["length"])): ms(row["time_ms"]) for row in found}
+    rows = [
+        [layer, *(cells.get((layer, l), "") for l in columns)]
+        for layer in dict.fromkeys(r["layer"] for r in found)
+    ]
+    return table(["layer", *(f"l = {l}" for l in columns)], rows)
+
+
+def gpu_means() -> str:
+    """mamba-ssm's kernel over projecta's, geometric means by dtype."""
+    found, rows = read("against_mamba_ssm.csv"), []
+    for title, column in (
+        ("forward: times as fast", "forward_times_as_fast"),
+        ("forward + backward: times as fast", "both_times_as_fast"),
+        ("forward: memory ratio", "forward_memory_ratio"),
+        ("forward + backward: memory ratio", "both_memory_ratio"),
+    ):
+        cells = [
+            f"{mean(float(r[column]) for r in found if r['dtype'] == d):.2f}"
+            for d in ("float16", "bfloat16", "float32")
+        ]
+        values = [float(r[column]) for r in found]
+        rows.append([title, *cells, f"{mean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"])
+    return table(["projecta / mamba-ssm", "float16", "bfloat16", "float32", "all", "range"], rows)
+
+
+def gpu_scan() -> str:
+    """Every shape: kernel times."""
+    rows = [
+        [
+            row["dtype"],
+            f"{row['b']}, {row['d']}, {row['l']}",
+            row["mamba_ssm_forward_ms"],
+            row["projecta_forward_ms"],
+            f"{float(row['forward_times_as_fast']):.2f}",
+            row["mamba_ssm_both_ms"],
+            row["projecta_both_ms"],
+            f"{float(row['both_times_as_fast']):.2f}",
+        ]
+        for row in read("against_mamba_ssm.csv")
+    ]
+    head = ["dtype", "b, d, l", "forward: mamba-ssm (ms)", "projecta (ms)", "times as fast"]
+    return table([*head, "both: mamba-ssm (ms)", "projecta (ms)", "times as fast"], rows)
+
+
+def _fidelity(preset: str, keep: str, images: str) -> str:
+    rows = {
+        "input": "norm, drop, block 0",
+        "early": "cls, squeeze, block 4",
+        "evit3": "preset evit3",
+        "merge": "equal FLOPs: bipartite, blocks 0 2 4 6 8 10",
+    }
+    key = (rows[preset], keep, images)
+    (cosine,) = (r["cosine"] for r in read("vtp_fidelity.csv") if (r["row"], r["keep"], r["images"]) == key)
+    return f"{float(cosine):.3f}"
+
+
+def vtp() -> str:
+    """Plans of the CLIP tower, batch 8."""
+    rows = []
+    for row in read("clip_vtp_results.csv"):
+        if row["batch"] != "8" or row["plan"] not in ("full", "input", "early", "merge"):
+            continue
+        cosines = ["1", "1"]
+        if row["plan"] != "full":
+            cosines = [_fidelity(row["plan"], row["keep_ratio"], images) for images in ("natural", "emoji")]
+        change = f"{100 * float(row['latency_change']):+.0f} %" if row["plan"] != "full" else ""
+        rows.append(
+            [
+                row["plan"],
+                row["keep_ratio"],
+                f"{float(row['flops_ratio']):.2f}",
+                ms(row["latency_ms"]),
+                change,
+                f"{float(row['throughput_img_s']):.1f}",
+                f"{float(row['memory_mib']):.0f} MiB",
+                *cosines,
+            ]
+        )
+    head = ["plan", "keep", "FLOPs", "latency", "change", "images/s", "peak memory"]
+    return table([*head, "cosine, photographs", "cosine, emoji"], rows)
+
+
+def fidelity() -> str:
+    """Selected rows of the study of fidelity."""
+    chosen = (
+        "control: resized image",
+        "control: checkerboard, block 0",
+        "control: random, block 0",
+        "norm, drop, block 0",
+        "distance, squeeze, block 4",
+        "received, squeeze, block 4",
+        "cls, squeeze, block 4",
+        "cls, squeeze without mass, block 4",
+        "preset evit3",
+        "equal FLOPs: cls, squeeze, block 3",
+        "equal FLOPs: bipartite, blocks 0 2 4 6 8 10",
+        "as many FLOPs as cls, squeeze, block 4: bipartite, blocks 0 2 4 6 8 10",
+    )
+    found = {(r["row"], r["keep"], r["images"]): r for r in read("vtp_fidelity.csv")}
+    rows = []
+    for name in chosen:
+        flops = ", ".join(f"{float(found[name, keep, 'natural']['FLOPs']):.2f}" for keep in ("0.7", "0.5"))
+        cells = [
+            f"{float(found[name, keep, images]['cosine']):.3f}"
+            for images in ("natural", "emoji")
+            for keep in ("0.7", "0.5")
+        ]
+        rows.append([name, flops, *cells])
+    return table(["plan", "FLOPs at 0.7, 0.5", "photographs 0.7", "0.5", "emoji 0.7", "0.5"], rows)
+
+
+def zero_shot() -> str:
+    """Zero-shot accuracy of a small CLIP before and after pruning."""
+    rows = [
+        [
+            row["row"],
+            row["keep"],
+            f"{float(row['FLOPs']):.2f}",
+            f"{row['accuracy']} %",
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(
+                *(float(row[name]) for name in ("change", "change, worst seed", "change, best seed"))
+            ),
+        ]
+        for row in read("vtp_zero_shot.csv")
+    ]
+    return table(["plan", "keep", "FLOPs", "accuracy", "change in points (worst to best seed)"], rows)
+
+
+def mrss_accuracy() -> str:
+    """Small models with the full scan, and the change with MRSS."""
+    found = read("mrss_accuracy.csv")
+    ways = ["post hoc, theta 0.1", "post hoc, theta 0.5", "trained, theta 0.5"]
+    cells = {(r["task"], r["scan"]): r for r in found}
+    rows = []
+    for task in dict.fromkeys(r["task"] for r in found):
+        full = cells[task, "full"]
+        changes = [
+            f"{float(cells[task, way]['change']):+.2f}" if (task, way) in cells else "" for way in ways
+        ]
+        rows.append([task, full["unit"], f"{float(full['mean']):.2f}", *changes])
+    return table(["task", "unit", "full scan", *ways], rows)
+
+
+def mrss_time() -> str:
+    """Time of MRSS beside the full scan."""
+    found = read("mrss_time.csv")
+    columns = sorted({int(row["length"]) for row in found})
+    cells = {(r["pass"], r["case"], int(r["length"])): ms(r["time_ms"]) for r in found}
+    rows = [
+        [kind, case, *(cells.get((kind, case, l), "") for l in columns)]
+        for kind, case in dict.fromkeys((r["pass"], r["case"]) for r in found)
+    ]
+    return table(["pass", "scan", *(f"l = {l}" for l in columns)], rows)
+
+
+def _false_alarms(tool: str) -> tuple[int, int]:
+    """REGRESSED of identical code, and gates, by gate_rates.csv: one row a benchmark, several rows a gate."""
+    by_gate: dict[tuple[str, str], list[str]] = {}
+    last: dict[str, int] = {}
+    for row in read("gate_rates.csv"):
+        if row["planted"] != "same" or tool not in row["gate"]:
+            continue
+        if tool != "turns":
+            if row["benchmark"] == "asv continuous":
+                by_gate[row["gate"], str(len(by_gate))] = [row["verdict"]]
+            continue
+        key = row["benchmark"]
+        last[key] = last.get(key, -1) + 1
+        by_gate.setdefault((tool, str(last[key])), []).append(row["verdict"])
+    return sum("REGRESSED" in verdicts for verdicts in by_gate.values()), len(by_gate)
+
+
+def gate_rates() -> str:
+    """Gates resampled from pairs of identical code, by processor and planted slow-down."""
+    found = [r for r in read("gate_summary.csv") if r["gates"] == "resampled" and r["benchmark"] == "any"]
+    rows = []
+    for key in dict.fromkeys((r["processor"], r["gate"]) for r in found):
+        own = {
+            r["planted"]: f"{r['count']} of {r['of']}" for r in found if (r["processor"], r["gate"]) == key
+        }
+        rows.append(
+            [
+                key[0],
+                key[1].replace("turns", "samples"),
+                *(own.get(p, "") for p in ("+0 %", "+3 %", "+5 %", "+10 %")),
+            ]
+        )
+    return table(
+        ["processor", "samples a side", "identical code", "+3 %, the tolerance", "+5 %", "+10 %"], rows
+    )
+
+
+def provenance() -> str:
+    """Where each file under results/ comes from."""
+    rows = []
+    for name, entry in read_provenance(RESULTS).items():
+        versions = ", ".join(f"{package} {version}" for package, version in entry.get("versions", {}).items())
+        machine = entry.get("gpu") or entry.get("processor", "")
+        rows.append([f"`{name}`", entry["commit"][:8], entry["date"], machine, versions, entry.get("by", "")])
+    return table(["file", "commit", "date", "processor or GPU", "versions", "repeat with"], rows)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        headline,
+        cpu_against,
+        cpu_scan,
+        lengths,
+        gpu_means,
+        gpu_scan,
+        vtp,
+        fidelity,
+        zero_shot,
+        mrss_accuracy,
+        mrss_time,
+        gate_rates,
+        provenance,
+    )
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with its tables as results/ has them now."""
+    return BLOCK.sub(lambda block: block[1] + FIGURES[block[2]]() + block[3], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    check, stale = parser.parse_args().check, []
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    print(
+        "\n".join(f"{'out of date' if check else 'wrote'}: {name}" for name in stale)
+        or "All figures are up to date."
+    )
+    sys.exit(bool(stale and check))
+
+
+if __name__ == "__main__":
+    main()
