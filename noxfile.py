@@ -1,4 +1,4 @@
-"""Sessions: bench (the main job), tests, lint, docs, compat, browser, quick; studies: against, fidelity,
+"""Sessions: bench (main job), tests, lint, docs, build, compat, browser, quick; studies: against, fidelity,
 accuracy, rates. Workflows also call preflight, pull, gate, push and publish; rehearse runs those here.
 """
 
@@ -202,6 +202,17 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
+def build(session: nox.Session) -> None:
+    """Build the distributions into dist; fail if TAG, a variable, is not the version."""
+    tag, version = os.environ.get("TAG"), SETTINGS["project"]["version"]
+    if tag not in (None, f"v{version}"):
+        session.error(f"the tag must be v{version}, the version of pyproject.toml; got {tag}")
+    session.install("build", "twine")
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, Path("dist").glob("*")))
+
+
+@nox.session(reuse_venv=True)
 def against(session: nox.Session) -> None:
     """Time projecta beside transformers and mambapy on the CPU; with --gpu beside mamba-ssm's CUDA kernel."""
     if "--gpu" in session.posargs:
@@ -229,6 +240,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("python", ".github/rules.py")
     session.run("zizmor", "--offline", "--persona", "pedantic", ".github/workflows")

@@ -26,6 +26,7 @@ NEEDS = [  # what a step does (an action, or a pattern in its commands; a word o
     ("actions/checkout", "", {"contents": "read"}),
     ("actions/download-artifact", "run-id", {"actions": "read"}),
     ("actions/deploy-pages", "", {"pages": "write", "id-token": "write"}),
+    ("pypa/gh-action-pypi-publish", "", {"id-token": "write"}),
     (re.compile(r"\bnox -s push\b"), "", {"contents": "write"}),
     (re.compile(r"\bgh api\b.*/(issues|pulls)/", re.S), "", {"pull-requests": "write"}),
 ]

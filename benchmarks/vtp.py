@@ -78,9 +78,31 @@ def _tokens(case: str) -> tuple[int, tuple[int, ...]]:
     return embedded, (embedded,) * 12 if plan is None else plan.schedule(197, 12)
 
 
+def _check(case: str, plan, got, pixels) -> None:
+    """`got` is what the tower, pruned once, gives these pixels when it is written out."""
+    prune = common.require("projecta.vtp", "prune", formerly="projecta.clip")
+    model, batch = _tower(), len(pixels)
+    with prune(model, plan) as handle, torch.inference_mode():
+        model(pixel_values=pixels)
+    if plan.score == "norm":  # the longest, by another way
+        with torch.inference_mode():
+            tokens = model.vision_model.pre_layrnorm(model.vision_model.embeddings(pixels))
+        longest = tokens[:, 1:].norm(dim=-1).topk(handle.tokens[-1] - 1).indices.sort().values + 1
+        if not torch.equal(longest, handle.trace[:, 1:]):
+            raise common.WrongResult(f"{case}: the tokens kept are not the longest")
+    kept = handle.trace.shape[1]
+    owner = handle.trace.new_full((batch, 197), -1)
+    owner = owner.scatter(1, handle.trace, torch.arange(kept, device=owner.device).expand(batch, kept))
+    masses = owner.new_ones(batch, kept)
+    if plan.fuse != "drop":
+        owner, masses = handle.owner, handle.mass
+    truth = _written_out(model, pixels, plan.at, handle.trace, owner, masses, masses.max() > 1)
+    common.check_close(case, got, truth, 1e-4)
+
+
 @functools.cache
 def _forward(case: str, batch: int):
-    """A call of the tower, checked against the one written out."""
+    """A call of the tower; two of its images are checked against the tower written out."""
     prune, plan = common.require("projecta.vtp", "prune", formerly="projecta.clip"), plan_of(case)
     model, pixels, options = _tower(), common.photographs(batch), {}
     if case.startswith("resized"):
@@ -97,21 +119,7 @@ def _forward(case: str, batch: int):
 
     got = run()
     if plan is not None and len(plan.stages) == 1:
-        with prune(model, plan) as handle, torch.inference_mode():
-            model(pixel_values=pixels)
-        if plan.score == "norm":  # the longest, by another way
-            tokens = model.vision_model.pre_layrnorm(model.vision_model.embeddings(pixels))
-            longest = tokens[:, 1:].norm(dim=-1).topk(handle.tokens[-1] - 1).indices.sort().values + 1
-            if not torch.equal(longest, handle.trace[:, 1:]):
-                raise common.WrongResult(f"{case}: the tokens kept are not the longest")
-        kept = handle.trace.shape[1]
-        owner = handle.trace.new_full((batch, 197), -1)
-        owner = owner.scatter(1, handle.trace, torch.arange(kept, device=owner.device).expand(batch, kept))
-        masses = owner.new_ones(batch, kept)
-        if plan.fuse != "drop":
-            owner, masses = handle.owner, handle.mass
-        truth = _written_out(model, pixels, plan.at, handle.trace, owner, masses, masses.max() > 1)
-        common.check_close(case, got, truth, 1e-4)
+        _check(case, plan, got[:2], pixels[:2])
     elif not torch.isfinite(got).all():
         raise common.WrongResult(f"{case}: not finite")
     return run

@@ -127,6 +127,14 @@ def mrss_scan(
         ]
         y, last = _OnCpu.apply(in_vectors, decay == "exact", delta_softplus, *tensors)
         return (y, last) if return_last_state else y
+    y, last = _scan_sequences(u, *shape, first, cu_seqlens, table, decay, backend)
+    return (y, last) if return_last_state else y
+
+
+def _scan_sequences(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, first, cu_seqlens, table, decay, backend
+) -> tuple[Tensor, Tensor]:
+    """y and the last states, one sequence after another, by the reference or vectorised over time."""
     scan_one, each = _scan_vectorised, lambda function, *along: function(*along)
     if backend == "reference":
         scan_one, each = _scan_reference, reference.by_token
@@ -145,8 +153,7 @@ def mrss_scan(
         gate = None if z is None else z[..., start:stop]
         ys.append(each(lambda y, x, z: reference.skip_and_gate(y, x, D, z), y, x, gate).to(u.dtype))
         states.append(h)
-    y = torch.cat(ys, -1)
-    return (y, torch.cat(states)) if return_last_state else y
+    return torch.cat(ys, -1), torch.cat(states)
 
 
 def mrss_update(

@@ -16,3 +16,16 @@ def cannot(do: str, reason: object, remedy: str = "") -> NoReturn:
     """
     words = " ".join(str(reason).split()).rstrip(".")
     raise UsageError(f"projecta: cannot {do}: {words}." + (f" {remedy}" if remedy else ""))
+
+
+# Of the extra `gate`.
+PACKAGES = ("asv", "asv_runner", "click", "jinja2", "matplotlib", "numpy", "rich", "scipy", "virtualenv")
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install for a package that cannot be imported, in one line; None if no extra has it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in PACKAGES:
+        return None
+    install = 'pip install "projecta[gate]"'
+    return f"projecta: cannot run: {package} is not installed. Install it with: {install}"

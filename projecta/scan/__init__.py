@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from projecta._checks import Checker
-from projecta.scan._arguments import FLOATS, WIDE, canonical_arguments, state_dtype
+from projecta.scan._arguments import canonical_arguments, check_step, state_dtype
 from projecta.scan._operator import Inputs
 
 SAVE_EVERY = (8, 16, 32)
@@ -105,18 +105,15 @@ def selective_scan(
     >>> selective_scan(u, delta, A, B, C)[0, 0]
     tensor([1.0000, 1.3679, 1.5032])
     """
-    kind = None
+    given, kind = (u, delta, A, B, C, D, z, delta_bias, initial_state), None
     if not torch.compiler.is_compiling() and _may_replay(backend, u, cu_seqlens):
-        given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         kind = _loaded["triton"].replay.kind_of(given, bool(delta_softplus), save_every)
         launch = None if kind is None else _loaded["triton"].replay.known(kind[0])
         if kind is not None and launch is not None:
             found = launch(u, A, kind[1])
             return found if return_last_state else found[0]
     check = Checker("selective_scan")
-    A, B, C, initial_state = canonical_arguments(
-        check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
-    )
+    A, B, C, initial_state = canonical_arguments(check, *given, cu_seqlens)
     check.one_of("save_every", save_every, SAVE_EVERY)
     module = _choose(check, backend, u, A.dtype)
     y, last_state = module.selective_scan(
@@ -172,48 +169,11 @@ def selective_state_update(
     (tensor([[1., 1.]]), tensor([1., 1.]))
     """
     check = Checker("selective_state_update")
-    check.tensor("x", x)
-    check.dtype("x", x, FLOATS)
-    check.that(x.dim() in (2, 3), "x", "have shape (b, d) or (b, h, d)", tuple(x.shape))
-    b, heads = x.shape[0], tuple(x.shape[1:])  # heads: (d,) or (h, d)
-    axes = "d" if len(heads) == 1 else "h, d"
-    check.tensor("A", A, x.device)
-    check.dtype("A", A, WIDE)
-    check.that(A.shape[:-1] == heads, "A", f"have shape ({axes}, n) with ({axes}) = {heads}", tuple(A.shape))
-    n = A.shape[-1]
-    d = heads[0] if len(heads) == 1 else heads[0] * heads[1]
-    check.tensor("state", state, x.device)
-    if state_batch_indices is None:
-        check.shape("state", state, (b, *heads, n), f"(b, {axes}, n)")
-    else:
-        _check_indices(check, state_batch_indices, state, (*heads, n), f"({axes}, n)", b)
-    check.that(
-        state.is_complex() == A.is_complex(),
-        "state",
-        "be complex where A is, and only there",
-        state.dtype,
-        error=TypeError,
-    )
-    for name, t, shape, names in (
-        ("dt", dt, (b, *heads), f"(b, {axes})"), ("z", z, (b, *heads), f"(b, {axes})"),
-        ("D", D, heads, f"({axes})"), ("dt_bias", dt_bias, heads, f"({axes})"),
-    ):  # fmt: skip
-        if t is not None or name == "dt":
-            check.tensor(name, t, x.device)
-            check.shape(name, t, shape, names)
-    for name, t in (("B", B), ("C", C)):
-        check.tensor(name, t, x.device)
-        g = t.shape[1] if t.dim() == 3 else 1
-        check.that(
-            tuple(t.shape) in ((b, n), (b, g, n)),
-            name,
-            f"have shape (b, n) = {(b, n)} or (b, g, n)",
-            tuple(t.shape),
-        )
-        check.that(g > 0 and d % g == 0, name, f"have a number of groups that divides {d}", g)
+    check_step(check, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    heads = x.dim() - 1  # axes that become channels
 
-    def flat(t, axes=1):  # heads become channels
-        return t if t is None else t.flatten(axes, axes + len(heads) - 1)
+    def flat(t, axis=1):
+        return t if t is None else t.flatten(axis, axis + heads - 1)
 
     def grouped(t):  # (b, g, n)
         return t[:, None] if t.dim() == 2 else t
@@ -235,23 +195,6 @@ def selective_state_update(
 def _flattens(state: Tensor) -> bool:
     """Whether a state's heads and channels are one axis without a copy."""
     return state.dim() == 3 or state.stride(1) == state.shape[2] * state.stride(2)
-
-
-def _check_indices(
-    check: Checker, indices: Tensor, state: Tensor, each: tuple[int, ...], axes: str, b: int
-) -> None:
-    """`state` is a pool of states of shape `each`, and `indices` names b of them."""
-    name = "state_batch_indices"
-    rule = f"have shape (N, *{axes}) with {axes} = {each}"
-    check.that(state.shape[1:] == each, "state", rule, tuple(state.shape))
-    check.tensor(name, indices, state.device)
-    check.dtype(name, indices, (torch.int32, torch.int64))
-    check.shape(name, indices, (b,), "(b,)")
-    if state.device.type == "cpu" and not torch.compiler.is_compiling():
-        found = indices.tolist()
-        inside = all(0 <= i < len(state) for i in found)
-        check.that(inside, name, f"lie in 0...N - 1 = {len(state) - 1}", found)
-        check.that(len(set(found)) == b, name, "differ from each other", found)
 
 
 def _may_replay(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -1,6 +1,7 @@
 """Checks the arguments of a scan and brings them into the canonical form that the backends take."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -92,6 +93,54 @@ def _check_bounds(check, cu_seqlens, device, l) -> int:
             rises and bounds[0] == 0 and bounds[-1] == l, "cu_seqlens", f"rise from 0 to l = {l}", bounds
         )
     return len(cu_seqlens) - 1
+
+
+def check_step(check, state, x, dt, A, B, C, D, z, dt_bias, indices) -> None:
+    """Check every argument of a step, whose channels may be (d,) or (h, d)."""
+    check.tensor("x", x)
+    check.dtype("x", x, FLOATS)
+    check.that(x.dim() in (2, 3), "x", "have shape (b, d) or (b, h, d)", tuple(x.shape))
+    b, heads = x.shape[0], tuple(x.shape[1:])
+    axes = "d" if len(heads) == 1 else "h, d"
+    check.tensor("A", A, x.device)
+    check.dtype("A", A, WIDE)
+    check.that(A.shape[:-1] == heads, "A", f"have shape ({axes}, n) with ({axes}) = {heads}", tuple(A.shape))
+    n, d = A.shape[-1], math.prod(heads)
+    check.tensor("state", state, x.device)
+    if indices is None:
+        check.shape("state", state, (b, *heads, n), f"(b, {axes}, n)")
+    else:
+        _check_indices(check, indices, state, (*heads, n), f"({axes}, n)", b)
+    alike, rule = state.is_complex() == A.is_complex(), "be complex where A is, and only there"
+    check.that(alike, "state", rule, state.dtype, error=TypeError)
+    for name, t, shape, names in (
+        ("dt", dt, (b, *heads), f"(b, {axes})"), ("z", z, (b, *heads), f"(b, {axes})"),
+        ("D", D, heads, f"({axes})"), ("dt_bias", dt_bias, heads, f"({axes})"),
+    ):  # fmt: skip
+        if t is not None or name == "dt":
+            check.tensor(name, t, x.device)
+            check.shape(name, t, shape, names)
+    for name, t in (("B", B), ("C", C)):
+        check.tensor(name, t, x.device)
+        g = t.shape[1] if t.dim() == 3 else 1
+        shapes = f"have shape (b, n) = {(b, n)} or (b, g, n)"
+        check.that(tuple(t.shape) in ((b, n), (b, g, n)), name, shapes, tuple(t.shape))
+        check.that(g > 0 and d % g == 0, name, f"have a number of groups that divides {d}", g)
+
+
+def _check_indices(check, indices, state, each, axes, b) -> None:
+    """`state` is a pool of states of shape `each`, and `indices` names b of them."""
+    name = "state_batch_indices"
+    rule = f"have shape (N, *{axes}) with {axes} = {each}"
+    check.that(state.shape[1:] == each, "state", rule, tuple(state.shape))
+    check.tensor(name, indices, state.device)
+    check.dtype(name, indices, (torch.int32, torch.int64))
+    check.shape(name, indices, (b,), "(b,)")
+    if state.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = indices.tolist()
+        inside = all(0 <= i < len(state) for i in found)
+        check.that(inside, name, f"lie in 0...N - 1 = {len(state) - 1}", found)
+        check.that(len(set(found)) == b, name, "differ from each other", found)
 
 
 def state_dtype(u: Tensor, A: Tensor) -> torch.dtype:

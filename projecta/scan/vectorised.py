@@ -189,11 +189,7 @@ def _backward(
     scan = _Scan(inputs, delta_softplus)
     initial = None if inputs.initial_state is None else scan.states(inputs.initial_state)
     dlast = scan.states(grad_last)
-    dA, dB0, dC0 = (
-        torch.zeros_like(scan.A),
-        torch.zeros_like(scan.A),
-        torch.zeros_like(scan.A),
-    )  # B0, C0: constant B, C
+    dA, dB0, dC0 = (torch.zeros_like(scan.A) for _ in range(3))  # B0, C0: constant B, C
     dD, dbias = scan.A.new_zeros(2, *scan.A.shape[:2], dtype=scan.real)
     dinitial = None
     if grads.initial_state is not None:
@@ -213,18 +209,11 @@ def _backward(
         decay = scan.decay(delta, room_decay)
         carry = saved[i].view(scan.b, *scan.A.shape) if i else None
         h = scan.hidden(room_a[: len(x)].copy_(decay), v, initial, carry, start, stop)
-        before = room_before[: len(x)]  # the state before each step
-        before[1:] = h[:-1]
-        before[0] = 0 if carry is None else carry
-        for s, t in scan.starts(start, stop):
-            before[t] = 0 if initial is None else initial[s]
+        before = _before(room_before[: len(x)], h, carry, initial, scan.starts(start, stop))
 
         if inputs.z is not None and grads.z is not None:
-            z = scan.channels(inputs.z, start, stop)
-            sigma = torch.sigmoid(z)
-            y = scan.read_out(h, C, x)
-            _put(grads.z, start, stop, dy * y * sigma * (1 + z * (1 - sigma)))
-            dy = dy * z * sigma
+            dz, dy = _ungate(scan.channels(inputs.z, start, stop), scan.read_out(h, C, x), dy)
+            _put(grads.z, start, stop, dz)
         dx = torch.zeros_like(x)
         if inputs.D is not None:
             dD += (dy * x).sum((0, 1))
@@ -244,11 +233,12 @@ def _backward(
             if t:
                 a_next[t - 1] = 0
         g = linear_recurrence_(a_next, g, reverse=True)
-        begun = [(s, t, decay[t].conj() * g[t]) for s, t in scan.starts(start, stop)]
-        if dinitial is not None:
-            for s, _, grad in begun:
-                dinitial[s] = grad
-        later = None if any(t == 0 for _, t, _ in begun) else decay[0].conj() * g[0]
+        later = decay[0].conj() * g[0]
+        for s, t in scan.starts(start, stop):
+            if dinitial is not None:
+                dinitial[s] = decay[t].conj() * g[t]
+            if t == 0:
+                later = None
 
         dC = torch.einsum(f"tbgkn,tbgk->{scan.axes_C}", h.conj(), dy)
         dB = torch.einsum(f"tbgkn,tbgk->{scan.axes_B}", g, p.to(g.dtype))
@@ -266,10 +256,25 @@ def _backward(
                 constant += part
             else:
                 grad[..., start:stop] = part.permute(1, 2, 3, 0)
-    wholes = ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB0), (grads.C, dC0))
-    for whole, total in wholes:
+    totals = ((grads.A, dA), (grads.D, dD), (grads.delta_bias, dbias), (grads.B, dB0), (grads.C, dC0))
+    for whole, total in totals:
         if whole is not None and whole.dim() < 4:
             whole.copy_(total.view(whole.shape))
+
+
+def _before(room: Tensor, h: Tensor, carry: Tensor | None, initial: Tensor | None, starts) -> Tensor:
+    """The state before each step, in `room`."""
+    room[1:] = h[:-1]
+    room[0] = 0 if carry is None else carry
+    for s, t in starts:
+        room[t] = 0 if initial is None else initial[s]
+    return room
+
+
+def _ungate(z: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the gate and of y, from that of y silu(z)."""
+    sigma = torch.sigmoid(z)
+    return dy * y * sigma * (1 + z * (1 - sigma)), dy * z * sigma
 
 
 def _saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:

@@ -245,27 +245,16 @@ def _compile(kernel, element, architecture, constants):
     names = [p.name for p in function.params]
     own = {"u", "delta", "z", "y", "ungated", "grad_y", "du", "ddelta", "dz", "x", "dt"}
     wide = {
-        "A",
-        "D",
-        "bias",
-        "last",
-        "saved",
-        "start",
-        "grad_last",
-        "sums",
-        "totals",
-        "carried",
-        "spans",
-        "state",
-    }
-    wide |= {"B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start"}
+        "A", "D", "bias", "last", "saved", "start", "grad_last", "sums", "totals", "carried", "spans", "state",
+        "B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start",
+    }  # fmt: skip
 
     def kind(name):
         if name in constants:
             return "constexpr"
         if name in own or (name in {"B", "C", "dB", "dC"} and _module_of(kernel) == "pack_and_step"):
             return "*" + element
-        return "*fp32" if name in wide else "i32"
+        return "*fp32" if name in wide else "*i32" if name == "bounds" else "i32"
 
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: kind(name) for name in names}
@@ -319,11 +308,11 @@ def _check_launches():
             return lambda *arguments: log.append(("built", grid, arguments))
 
     class Kernel:
-        arg_names = ("x", "y", "n", "N", "BLOCK")
+        arg_names = ["x", "y", "n", "N", "BLOCK"]
 
         def __getitem__(self, grid):
-            def run(*arguments, **options):
-                log.append(("compiled", grid, arguments, options))
+            def run(**arguments):
+                log.append(("compiled", grid, arguments))
                 return Built()
 
             return run
@@ -331,10 +320,29 @@ def _check_launches():
     x, options, kernel = torch.zeros(9), {"BLOCK": 4, "N": 2, "num_warps": 1}, Kernel()
     for tensor in (x, x + 1, x.half(), x[1:], x):
         launches = layout.recall(dict, (tensor, None), "kind")
-        layout.start_kernel(launches, kernel, (tensor, None), lambda: ((7,), (3,), options))
+        tensors = {"x": tensor, "y": None}
+        layout.start_kernel(launches, kernel, tensors, lambda: ((7,), {"n": 3}, options))
     assert [entry[0] for entry in log] == ["compiled", "built", "compiled", "compiled", "built"]
-    assert log[0][1:] == ((7,), (x, None, 3), options)
+    assert log[0][1:] == ((7,), {"x": x, "y": None, "n": 3} | options)
     assert log[4][1:] == ((7, 1, 1), (x.data_ptr(), None, 3, 2, 4))
+
+
+class _Recorded:
+    """Stands for a kernel; writes down each launch, and what it is given in the kernel's order."""
+
+    def __init__(self, kernel, log):
+        self.name, self.arg_names, self.log = kernel.__name__, kernel.arg_names, log
+
+    def __getitem__(self, grid):
+        def compile_(**given):
+            given = {n: t.data_ptr() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+            self.log.append((f"compiled {self.name}", tuple(given[name] for name in self.arg_names)))
+            return {grid if len(grid) == 3 else (*grid, 1, 1)[:3]: self.run}
+
+        return compile_
+
+    def run(self, *arguments):
+        self.log.append((self.name, arguments))
 
 
 def _check_repeats():
@@ -343,22 +351,6 @@ def _check_repeats():
     from projecta.scan.triton import forward, layout, pack_and_step, replay
 
     log = []
-
-    class Kernel:
-        def __init__(self, kernel):
-            self.name, self.arg_names = kernel.__name__, kernel.arg_names
-
-        def __getitem__(self, grid):
-            def compile_(*arguments, **options):
-                at = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in arguments]
-                rest = [options[name] for name in self.arg_names[len(at) :]]
-                log.append((f"compiled {self.name}", (*at, *rest)))
-                return {grid if len(grid) == 3 else (*grid, 1, 1)[:3]: self.run}
-
-            return compile_
-
-        def run(self, *arguments):
-            log.append((self.name, arguments))
 
     def inputs(b=1, d=1536, l=64, n=16, dtype=HALF, constant=False):
         u, delta, z = (torch.randn(b, d, l).to(dtype) for _ in range(3))
@@ -374,7 +366,7 @@ def _check_repeats():
         return found, list(log)
 
     names = {"pack_weights": pack_and_step, "forward_times": forward, "forward_states": forward}
-    stubs = {name: Kernel(getattr(module, name)) for name, module in names.items()}
+    stubs = {name: _Recorded(getattr(module, name), log) for name, module in names.items()}
     available_backends()  # loads this one
     with contextlib.ExitStack() as patches:
         for name, module in names.items():
@@ -470,6 +462,10 @@ def test_every_kernel_compiles_from_the_t4_on(compiler, kernel):
         for architecture in ARCHITECTURES
         if element == "bf16" or architecture == 75
     }
+    given = {name: value for name, value in KERNELS[kernel].items() if value is not None}
+    if given != KERNELS[kernel]:  # every optional array, and constant B
+        given |= {"WIDE": False, "WHOLE": False, "STEADY_B": True}
+        jobs["fp16", 90] = compiler.submit(_compile, kernel, "fp16", 90, given)
     for (element, architecture), job in jobs.items():
         ptx, shared, registers, stack = job.result(timeout=600)
         name = f"{kernel} {element} sm_{architecture}"

@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from projecta.__main__ import missing_extra
-from projecta.regress.errors import UsageError
+from projecta.regress.errors import UsageError, missing_extra
 
 OK, FAILED, USAGE, BROKEN, NOT_MEASURED, CRASHED, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130  # docs/gate.md has all
 ISSUES = "https://github.com/projecta/projecta/issues"

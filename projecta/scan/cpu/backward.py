@@ -6,6 +6,9 @@ chunk in reverse.
 """
 
 import math
+from typing import NamedTuple
+
+import numpy as np
 
 from projecta.scan.cpu import lazy
 from projecta.scan.cpu.layout import CHUNK, UNROLL
@@ -34,30 +37,23 @@ from projecta.scan.cpu.tiles import (
     clear_vectors,
     exponent_unit,
     fetch_rows,
-    index,
     limits_of,
     look_ahead,
     read,
     write,
+    write_rows,
 )
 
 
 @inner
-def retrace(
-    T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, carry, dA,
-    dB, pb, tb, dC, pc, tc, clamp, rotate, steady_B, steady_C, ahead, look, next_states,
+def _recompute(
+    T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, clamp, rotate, steady_B, steady_C, ahead,
+    look
 ):  # fmt: skip
-    """One chunk and four rows of states: form the states again, then go back through them.
-
-    T holds the tiles of a block, from `o` on: S delta, X delta u, G the gradient of y before the gate, Y = C
-    h, and DX and DS, the gradients of X and, over log 2, of S. A, carry and dA of the block begin at a, the
-    states before the chunk at H[own]. dB and dC collect at pb + t tb and pc + t tc.
-
-        g_t = C_t dy_t + a_{t+1} g_{t+1},  dC_t = dy_t h_t,  dB_t = g_t x_t,  d(delta A)_t = a_t g_t h_{t-1}
-    """
+    """The states of a chunk again, into hs, with their decays; C h is added to Y."""
     width = lanes(T)
     area = (TILE + SKEW) * width
-    S, X, G, Y, DX, DS = o, o + area, o + 2 * area, o + 3 * area, o + 4 * area, o + 5 * area
+    S, X, Y = o, o + area, o + 3 * area
     b, k = a + q * width, own + q * width
     A0, A1, A2, A3 = load(A, b), load(A, b + width), load(A, b + 2 * width), load(A, b + 3 * width)
     h0, h1, h2, h3 = load(H, k), load(H, k + width), load(H, k + 2 * width), load(H, k + 3 * width)
@@ -94,6 +90,19 @@ def retrace(
         store(hs, put4 + 5 * width, h1)
         store(hs, put4 + 6 * width, h2)
         store(hs, put4 + 7 * width, h3)
+
+
+@inner
+def _go_back(
+    T, o, first, steps, A, a, B, C, w, n, q, hs, decays, carry, dA, dB, pb, tb, dC, pc, tc, rotate, steady_B,
+    steady_C, next_states,
+):  # fmt: skip
+    """Go back through the chunk: gradients of X, S, B and C, the carried gradient and dA."""
+    width = lanes(T)
+    area = (TILE + SKEW) * width
+    S, X, G, DX, DS = o, o + area, o + 2 * area, o + 4 * area, o + 5 * area
+    b = a + q * width
+    A0, A1, A2, A3 = load(A, b), load(A, b + width), load(A, b + 2 * width), load(A, b + 3 * width)
     c0, c1, c2 = load(carry, b), load(carry, b + width), load(carry, b + 2 * width)
     c3 = load(carry, b + 3 * width)
     e0, e1, e2, e3 = load(dA, b), load(dA, b + width), load(dA, b + 2 * width), load(dA, b + 3 * width)
@@ -142,6 +151,34 @@ def retrace(
 
 
 @inner
+def retrace(
+    tile, first, steps, A, a, weights, place, states, carry, dA, sinks, clamp, rotate, steady_B, steady_C,
+    looks
+):  # fmt: skip
+    """One chunk and four rows of states: form the states again, then go back through them.
+
+    T holds the tiles of a block, from `o` on: S delta, X delta u, G the gradient of y before the gate, Y = C
+    h, and DX and DS, the gradients of X and, over log 2, of S. A, carry and dA of the block begin at a, the
+    states before the chunk at H[own]. dB and dC collect at pb + t tb and pc + t tc.
+
+    tile: T, o. weights: B, C. place: w, n, q. states: H, own, hs, decays. sinks: dB, pb, tb, dC, pc, tc.
+    looks: ahead, look, next_states.
+
+        g_t = C_t dy_t + a_{t+1} g_{t+1},  dC_t = dy_t h_t,  dB_t = g_t x_t,  d(delta A)_t = a_t g_t h_{t-1}
+    """
+    (T, o), (B, C), (w, n, q), (H, own, hs, decays) = tile, weights, place, states
+    (dB, pb, tb, dC, pc, tc), (ahead, look, next_states) = sinks, looks
+    _recompute(
+        T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, clamp, rotate, steady_B, steady_C,
+        ahead, look
+    )  # fmt: skip
+    _go_back(
+        T, o, first, steps, A, a, B, C, w, n, q, hs, decays, carry, dA, dB, pb, tb, dC, pc, tc, rotate,
+        steady_B, steady_C, next_states,
+    )  # fmt: skip
+
+
+@inner
 def backward_room(n, size):
     """Vectors that a thread of `backward` works in, for `size` blocks.
 
@@ -151,174 +188,289 @@ def backward_room(n, size):
     return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 7 * size
 
 
+class States(NamedTuple):
+    """Flat states of the sequences, empty where there is none; `spans` takes the sums of delta."""
+
+    spans: np.ndarray
+    last_grad: np.ndarray
+    saved: np.ndarray
+    start_grad: np.ndarray
+
+
+class Grads(NamedTuple):
+    """Gradients (b, d, l) as flat memory and strides."""
+
+    du: np.ndarray
+    du_strides: np.ndarray
+    ddelta: np.ndarray
+    ddelta_strides: np.ndarray
+    dz: np.ndarray
+    dz_strides: np.ndarray
+
+
+class Sums(NamedTuple):
+    """Sums over each sequence, of dB and dC if B and C are constant; else B and C over each superblock."""
+
+    dA: np.ndarray
+    dD: np.ndarray
+    dbias: np.ndarray
+    dB: np.ndarray
+    dC: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+
+
+@inner
+def _prepare(T, o, area, steps, ends, e, softplus, has_z):
+    """Turn what was read into S, X, G and the slopes of softplus and gate; whether exponents are safe."""
+    width, inside = lanes(T), True
+    biases, span, limits = load(ends, e), load(ends, e + 4 * width), load(ends, e + 5 * width)
+    for t in range(o, o + steps * width, width):
+        s = load(T, t) + biases
+        if softplus:
+            s, slope = softplus_and_slope(s)
+            store(T, t + 8 * area, slope)
+        inside = inside and magnitude_below(s, limits)
+        span = span + s
+        store(T, t, s)
+        store(T, t + area, s * load(T, t + 6 * area))
+        if has_z:
+            gate, grad = load(T, t + 7 * area), load(T, t + 2 * area)
+            open_ = sigmoid(gate)
+            store(T, t + 2 * area, grad * gate * open_)
+            store(T, t + 9 * area, grad * open_ * (1.0 + gate * (1.0 - open_)))
+        for clear in range(3, 6):
+            store(T, t + clear * area, zero(T))
+    store(ends, e + 4 * width, span)
+    return inside
+
+
+@inner
+def _finish(T, o, area, steps, ends, e, unit, softplus, has_z):
+    """Turn the gradients of S, X and y into those of delta, u and z; add up those of D and the bias."""
+    width = lanes(T)
+    skips = load(ends, e + width)
+    sum_D, sum_bias = load(ends, e + 2 * width), load(ends, e + 3 * width)
+    for t in range(o, o + steps * width, width):
+        s, grad, x_grad = load(T, t), load(T, t + 2 * area), load(T, t + 4 * area)
+        value = load(T, t + 6 * area)
+        grad_delta = fma(x_grad, value, load(T, t + 5 * area) * (1.0 / unit))
+        if softplus:
+            grad_delta = grad_delta * load(T, t + 8 * area)
+        sum_D, sum_bias = fma(grad, value, sum_D), sum_bias + grad_delta
+        if has_z:
+            ungated = fma(skips, value, load(T, t + 3 * area))
+            store(T, t + 7 * area, load(T, t + 9 * area) * ungated)
+        store(T, t + 6 * area, fma(x_grad, s, skips * grad))
+        store(T, t, grad_delta)
+    store(ends, e + 2 * width, sum_D)
+    store(ends, e + 3 * width, sum_bias)
+
+
+@inner
+def _retrace(
+    tile, area, at, steps, rates, own, weights, place, n, saved, before, hs, decays, carries, sums_A, sinks,
+    fits, rotate, steady_B, steady_C, periods, block, exact, looks,
+):  # fmt: skip
+    """All rows of states of a block over a chunk, in the way that the call and its exponents allow."""
+    for q in range(0, n, UNROLL):
+        here = place, n, q
+        if periods is not None:
+            lazy.retrace(
+                (tile[0], tile[1], area), at, steps, rates, own, weights, here, (saved, before, hs), carries,
+                sums_A, sinks, periods[(block * n + q) // UNROLL], exact, steady_B, steady_C, looks,
+            )  # fmt: skip
+        elif rotate is not None:
+            retrace(
+                tile, at, steps, rates, own, weights, here, (saved, before, hs, decays), carries, sums_A,
+                sinks, 1, 1, steady_B, steady_C, looks,
+            )  # fmt: skip
+        elif fits:
+            retrace(
+                tile, at, steps, rates, own, weights, here, (saved, before, hs, decays), carries, sums_A,
+                sinks, None, None, steady_B, steady_C, looks,
+            )  # fmt: skip
+        else:
+            retrace(
+                tile, at, steps, rates, own, weights, here, (saved, before, hs, decays), carries, sums_A,
+                sinks, 1, None, steady_B, steady_C, looks,
+            )  # fmt: skip
+
+
+@inner
+def _retrace_chunk(
+    tile, at, steps, rates, weights, place, n, count, first, states, carries, sums_A, sinks, fits, rotate,
+    steady_B, steady_C, periods, exact, ahead, sums, to,
+):  # fmt: skip
+    """All blocks of a superblock over a chunk, and their sums of dB and dC, lane by lane.
+
+    `first` is the first block; its states lie behind those of the `chunk` blocks before it.
+    """
+    (T, tiles, area), (saved, chunk, blocks, hs, decays) = tile, states
+    collect_B, held_B, collect_C, held_C = sinks
+    width = lanes(T)
+    held = n * width
+    if steady_B is None:
+        clear_vectors(collect_B, 0, steps * n)
+    if steady_C is None:
+        clear_vectors(collect_C, 0, steps * n)
+    for i in range(count):
+        own, before = i * held, (chunk + first + i) * held
+        looks = ahead, 16 * i, address(saved, before - blocks * held)
+        sink_B, pb, tb = (collect_B, 0, held) if steady_B is None else (held_B, own, 0)
+        sink_C, pc, tc = (collect_C, 0, held) if steady_C is None else (held_C, own, 0)
+        _retrace(
+            (T, i * tiles), area, at, steps, rates, own, weights, place, n, saved, before, hs, decays,
+            carries, sums_A, (sink_B, pb, tb, sink_C, pc, tc), fits[i] > 0, rotate, steady_B, steady_C,
+            periods, first + i, exact, looks,
+        )  # fmt: skip
+    for j in range(steps * n):
+        if steady_B is None:
+            put(sums.B, to + j, sum_lanes(load(collect_B, j * width)))
+        if steady_C is None:
+            put(sums.C, to + j, sum_lanes(load(collect_C, j * width)))
+
+
+@inner
+def _channels(group, k, block, width):
+    """The first channel of a block of a group, and how many it has."""
+    lane = block * width
+    return group * k + lane, min(width, k - lane)
+
+
+@inner
+def _begin_block(
+    weights, channel, channels, rows, n, unit, turn, rates, own_B, own_C, own, ends, e, steady_B, steady_C
+):
+    """A, D, the bias, and B and C if they are constant, of a block's channels as vectors."""
+    width = lanes(ends)
+    fetch_rows(weights.A, channel * rows, channels, rows, n, unit, turn, rates, own)
+    store(ends, e + 5 * width, limits_of(rates, own, n))
+    fetch_rows(weights.bias, channel, channels, 1, 1, 1.0, 1.0, ends, e)
+    fetch_rows(weights.D, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
+    if steady_B is not None:
+        fetch_rows(weights.B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, own)
+    if steady_C is not None:
+        fetch_rows(weights.C, channel * rows, channels, rows, n, 1.0, 1.0, own_C, own)
+
+
+@inner
+def _end_block(
+    sums, states, place, channels, rows, sums_A, held_B, held_C, carries, own, ends, e, steady_B, steady_C
+):  # fmt: skip
+    """Write a block's sums over its sequence; `place` is that of its first channel among all sequences'."""
+    width = lanes(ends)
+    write_rows(sums.dA, place * rows, channels, rows, sums_A, own)
+    write_rows(sums.dD, place, channels, 1, ends, e + 2 * width)
+    write_rows(sums.dbias, place, channels, 1, ends, e + 3 * width)
+    if states.spans.size:
+        write_rows(states.spans, place, channels, 1, ends, e + 4 * width)
+    if states.start_grad.size:
+        write_rows(states.start_grad, place * rows, channels, rows, carries, own)
+    if steady_B is not None:
+        write_rows(sums.dB, place * rows, channels, rows, held_B, own)
+    if steady_C is not None:
+        write_rows(sums.dC, place * rows, channels, rows, held_C, own)
+
+
+@inner
+def _begin_tile(work, x, T, o, area, row, channel, channels, t0, steps, ends, e, ahead, i):
+    """Read a tile of a block and prepare it; whether its exponents are safe."""
+    read(x.delta, x.delta_strides, row, channel, channels, t0, steps, T, o)
+    read(x.u, x.u_strides, row, channel, channels, t0, steps, T, o + 6 * area)
+    read(x.y, x.y_strides, row, channel, channels, t0, steps, T, o + 2 * area)
+    if work.has_z:
+        read(x.z, x.z_strides, row, channel, channels, t0, steps, T, o + 7 * area)
+    inside = _prepare(T, o, area, steps, ends, e, work.softplus, work.has_z)
+    look_ahead(ahead, i, x.delta, x.delta_strides, row, channel, t0 - TILE)
+    look_ahead(ahead, i + 4, x.u, x.u_strides, row, channel, t0 - TILE)
+    look_ahead(ahead, i + 8, x.y, x.y_strides, row, channel, t0 - TILE)
+    look_ahead(ahead, i + 12, x.z, x.z_strides, row, channel, t0 - TILE)
+    return inside
+
+
+@inner
+def _end_tile(work, grads, T, o, area, row, channel, channels, t0, steps, ends, e, unit):
+    """Finish a tile of a block and write its gradients."""
+    _finish(T, o, area, steps, ends, e, unit, work.softplus, work.has_z)
+    write(grads.ddelta, grads.ddelta_strides, row, channel, channels, t0, steps, T, o)
+    write(grads.du, grads.du_strides, row, channel, channels, t0, steps, T, o + 6 * area)
+    if work.has_z:
+        write(grads.dz, grads.dz_strides, row, channel, channels, t0, steps, T, o + 7 * area)
+
+
 @compiled
 def backward(
-    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, dy, sdy, A, B, C, D, bias, room, looks, periods, exact, spans, last_grad, saved,
-    du, sdu, ddelta, sdd, dz, sdz, start_grad, dA, dD, dbias, dB, dC, sums_B, sums_C,
+    counter, items, work, x, weights, states, grads, sums, rotate, steady_B, steady_C, periods, exact
 ):  # fmt: skip
-    """Item i is superblock i % supers of sequence i // supers.
-
-    dA, dD, dbias, and dB and dC if B and C are constant, take the sums over each sequence; sums_B and sums_C
-    else those over each superblock.
-    """
+    """Item i is superblock i % supers of sequence i // supers."""
+    sizes, saved = work.sizes, states.saved
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     size, supers = sizes[6], sizes[7]
-    width, blocks, d, per_super = lanes(bias), g * per_group, g * k, supers // g
+    width, blocks, d, per_super = lanes(weights.bias), g * per_group, g * k, supers // g
     area, held = (TILE + SKEW) * width, n * width
     tiles, each = 10 * area, size * held  # S X G Y DX DS U Z slope Q
     thread = claim(counter[1:])
-    T = room[thread * backward_room(n, size) * width :]
+    T = work.room[thread * backward_room(n, size) * width :]
     hs, own = T[size * tiles :], T[size * tiles + 4 * (CHUNK + 1) * width :]
     decays, collect_B = own, own[4 * CHUNK * width :]
     collect_C, own = collect_B[CHUNK * held :], collect_B[2 * CHUNK * held :]
     rates, own_B, own_C, carries = own, own[each:], own[2 * each :], own[3 * each :]
     sums_A, held_B, held_C, ends = own[4 * each :], own[5 * each :], own[6 * each :], own[7 * each :]
     fits = ends[6 * size * width :]
-    B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
-    ahead = looks[16 * size * thread :]
+    B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
+    ahead = work.looks[16 * size * thread :]
     unit = exponent_unit(periods, exact)
     turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
     while item < items:
         sequence, superblock = item // supers, item % supers
-        row, group = sequences[sequence], superblock // per_super
+        row, group = work.sequences[sequence], superblock // per_super
         block0 = superblock % per_super * size  # in the group
         count = min(size, per_group - block0)
-        start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
+        start, end = work.bounds[2 * sequence], work.bounds[2 * sequence + 1]
         w = (row * g + group) * l * n
         clear_vectors(sums_A, 0, 3 * size * n)  # held_B and held_C as well
         clear_vectors(ends, 0, 6 * size)
         for i in range(count):
-            lane, own, e = (block0 + i) * width, i * held, 6 * i * width
-            channel, channels = group * k + lane, min(width, k - lane)
-            fetch_rows(A, channel * rows, channels, rows, n, unit, turn, rates, own)
-            store(ends, e + 5 * width, limits_of(rates, own, n))
-            fetch_rows(last_grad, (sequence * d + channel) * rows, channels, rows, n, 1.0, 1.0, carries, own)
-            fetch_rows(bias, channel, channels, 1, 1, 1.0, 1.0, ends, e)
-            fetch_rows(D, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
-            if steady_B is not None:
-                fetch_rows(B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, own)
-            if steady_C is not None:
-                fetch_rows(C, channel * rows, channels, rows, n, 1.0, 1.0, own_C, own)
+            channel, channels = _channels(group, k, block0 + i, width)
+            _begin_block(
+                weights, channel, channels, rows, n, unit, turn, rates, own_B, own_C, i * held, ends,
+                6 * i * width, steady_B, steady_C,
+            )  # fmt: skip
+            place = (sequence * d + channel) * rows
+            fetch_rows(states.last_grad, place, channels, rows, n, 1.0, 1.0, carries, i * held)
         total = (end - start + TILE - 1) // TILE
         for tile in range(total - 1, -1, -1):
             t0 = start + tile * TILE
             steps = min(TILE, end - t0)
             for i in range(count):
-                lane, o = (block0 + i) * width, i * tiles
-                channel, channels = group * k + lane, min(width, k - lane)
-                e = 6 * i * width
-                biases, span, limits = load(ends, e), load(ends, e + 4 * width), load(ends, e + 5 * width)
-                read(delta, index(sd, row, channel, t0), sd[1], sd[2], channels, steps, T, o)
-                read(u, index(su, row, channel, t0), su[1], su[2], channels, steps, T, o + 6 * area)
-                read(dy, index(sdy, row, channel, t0), sdy[1], sdy[2], channels, steps, T, o + 2 * area)
-                if has_z:
-                    read(z, index(sz, row, channel, t0), sz[1], sz[2], channels, steps, T, o + 7 * area)
-                inside = True
-                for t in range(o, o + steps * width, width):
-                    s = load(T, t) + biases
-                    if softplus:
-                        s, slope = softplus_and_slope(s)
-                        store(T, t + 8 * area, slope)
-                    inside = inside and magnitude_below(s, limits)
-                    span = span + s
-                    store(T, t, s)
-                    store(T, t + area, s * load(T, t + 6 * area))
-                    if has_z:
-                        gate, grad = load(T, t + 7 * area), load(T, t + 2 * area)
-                        open_ = sigmoid(gate)
-                        store(T, t + 2 * area, grad * gate * open_)
-                        store(T, t + 9 * area, grad * open_ * (1.0 + gate * (1.0 - open_)))
-                    for clear in range(3, 6):
-                        store(T, t + clear * area, zero(T))
+                channel, channels = _channels(group, k, block0 + i, width)
+                inside = _begin_tile(
+                    work, x, T, i * tiles, area, row, channel, channels, t0, steps, ends, 6 * i * width,
+                    ahead, 16 * i
+                )  # fmt: skip
                 fits[i] = 1 if inside else 0
-                store(ends, e + 4 * width, span)
-                look_ahead(ahead, 16 * i, delta, index(sd, row, channel, t0 - TILE), sd[1], sd[2])
-                look_ahead(ahead, 16 * i + 4, u, index(su, row, channel, t0 - TILE), su[1], su[2])
-                look_ahead(ahead, 16 * i + 8, dy, index(sdy, row, channel, t0 - TILE), sdy[1], sdy[2])
-                look_ahead(ahead, 16 * i + 12, z, index(sz, row, channel, t0 - TILE), sz[1], sz[2])
             for at in range((steps - 1) // CHUNK * CHUNK, -1, -CHUNK):
-                here = min(CHUNK, steps - at)
-                if steady_B is None:
-                    clear_vectors(collect_B, 0, here * n)
-                if steady_C is None:
-                    clear_vectors(collect_C, 0, here * n)
-                for i in range(count):
-                    block, own = group * per_group + block0 + i, i * held
-                    before = ((chunks[sequence] + (t0 - start + at) // CHUNK) * blocks + block) * held
-                    ahead_states = address(saved, before - blocks * held)
-                    sink_B, pb, tb = (collect_B, 0, held) if steady_B is None else (held_B, own, 0)
-                    sink_C, pc, tc = (collect_C, 0, held) if steady_C is None else (held_C, own, 0)
-                    for q in range(0, n, UNROLL):
-                        if periods is not None:
-                            lazy.retrace(
-                                T, i * tiles, area, at, here, rates, own, B_here, C_here,
-                                w + (t0 + at) * n, n, q, saved, before, hs, carries, sums_A,
-                                sink_B, pb, tb, sink_C, pc, tc, periods[(block * n + q) // UNROLL], exact,
-                                steady_B, steady_C, ahead, 16 * i, ahead_states,
-                            )  # fmt: skip
-                        elif rotate is not None:
-                            retrace(
-                                T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
-                                saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                1, 1, steady_B, steady_C, ahead, 16 * i, ahead_states,
-                            )  # fmt: skip
-                        elif fits[i] > 0:
-                            retrace(
-                                T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
-                                saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                None, None, steady_B, steady_C, ahead, 16 * i, ahead_states,
-                            )  # fmt: skip
-                        else:
-                            retrace(
-                                T, i * tiles, at, here, rates, own, B_here, C_here, w + (t0 + at) * n, n, q,
-                                saved, before, hs, decays, carries, sums_A, sink_B, pb, tb, sink_C, pc, tc,
-                                1, None, steady_B, steady_C, ahead, 16 * i, ahead_states,
-                            )  # fmt: skip
+                chunk = (work.chunks[sequence] + (t0 - start + at) // CHUNK) * blocks
                 to = ((row * supers + superblock) * l + t0 + at) * n
-                for j in range(here * n):
-                    if steady_B is None:
-                        put(sums_B, to + j, sum_lanes(load(collect_B, j * width)))
-                    if steady_C is None:
-                        put(sums_C, to + j, sum_lanes(load(collect_C, j * width)))
+                _retrace_chunk(
+                    (T, tiles, area), at, min(CHUNK, steps - at), rates, (B, C), w + (t0 + at) * n, n, count,
+                    group * per_group + block0, (saved, chunk, blocks, hs, decays), carries, sums_A,
+                    (collect_B, held_B, collect_C, held_C), fits, rotate, steady_B, steady_C, periods, exact,
+                    ahead, sums, to,
+                )  # fmt: skip
             for i in range(count):
-                lane, o, e = (block0 + i) * width, i * tiles, 6 * i * width
-                channel, channels = group * k + lane, min(width, k - lane)
-                skips = load(ends, e + width)
-                sum_D, sum_bias = load(ends, e + 2 * width), load(ends, e + 3 * width)
-                for t in range(o, o + steps * width, width):
-                    s, grad, x_grad = load(T, t), load(T, t + 2 * area), load(T, t + 4 * area)
-                    value = load(T, t + 6 * area)
-                    grad_delta = fma(x_grad, value, load(T, t + 5 * area) * (1.0 / unit))
-                    if softplus:
-                        grad_delta = grad_delta * load(T, t + 8 * area)
-                    sum_D, sum_bias = fma(grad, value, sum_D), sum_bias + grad_delta
-                    if has_z:
-                        ungated = fma(skips, value, load(T, t + 3 * area))
-                        store(T, t + 7 * area, load(T, t + 9 * area) * ungated)
-                    store(T, t + 6 * area, fma(x_grad, s, skips * grad))
-                    store(T, t, grad_delta)
-                store(ends, e + 2 * width, sum_D)
-                store(ends, e + 3 * width, sum_bias)
-                write(ddelta, index(sdd, row, channel, t0), sdd[1], sdd[2], channels, steps, T, o)
-                write(du, index(sdu, row, channel, t0), sdu[1], sdu[2], channels, steps, T, o + 6 * area)
-                if has_z:
-                    write(dz, index(sdz, row, channel, t0), sdz[1], sdz[2], channels, steps, T, o + 7 * area)
+                channel, channels = _channels(group, k, block0 + i, width)
+                _end_tile(
+                    work, grads, T, i * tiles, area, row, channel, channels, t0, steps, ends, 6 * i * width,
+                    unit
+                )  # fmt: skip
         for i in range(count):
-            lane, own, e = (block0 + i) * width, i * held, 6 * i * width
-            channel, channels = group * k + lane, min(width, k - lane)
-            channel_here, states = sequence * d + channel, (sequence * d + channel) * rows
-            write(dA, states, rows, 1, channels, rows, sums_A, own)
-            write(dD, channel_here, 1, 1, channels, 1, ends, e + 2 * width)
-            write(dbias, channel_here, 1, 1, channels, 1, ends, e + 3 * width)
-            if spans.size:
-                write(spans, channel_here, 1, 1, channels, 1, ends, e + 4 * width)
-            if start_grad.size:
-                write(start_grad, states, rows, 1, channels, rows, carries, own)
-            if steady_B is not None:
-                write(dB, states, rows, 1, channels, rows, held_B, own)
-            if steady_C is not None:
-                write(dC, states, rows, 1, channels, rows, held_C, own)
+            channel, channels = _channels(group, k, block0 + i, width)
+            _end_block(
+                sums, states, sequence * d + channel, channels, rows, sums_A, held_B, held_C, carries,
+                i * held, ends, 6 * i * width, steady_B, steady_C,
+            )  # fmt: skip
         item = claim(counter)
     fence()

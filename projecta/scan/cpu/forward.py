@@ -5,6 +5,9 @@ the parallel work.
 """
 
 import math
+from typing import NamedTuple
+
+import numpy as np
 
 from projecta.scan.cpu import lazy
 from projecta.scan.cpu.layout import CHUNK, UNROLL
@@ -32,11 +35,11 @@ from projecta.scan.cpu.tiles import (
     clear_vectors,
     exponent_unit,
     fetch_rows,
-    index,
     limits_of,
     look_ahead,
     read,
     write,
+    write_rows,
 )
 
 
@@ -83,105 +86,131 @@ def forward_room(n):
     return 4 * (TILE + SKEW) + 4 * n + 3
 
 
-@compiled
-def forward(
-    counter, items, sizes, sequences, bounds, chunks, softplus, has_z, rotate, steady_B, steady_C,
-    u, su, delta, sd, z, sz, y, sy, A, B, C, D, bias, room, looks, periods, exact, spans, start_state,
-    last_state, saved,
+class States(NamedTuple):
+    """Flat states of the sequences, empty where there is none; `spans` takes the sums of delta."""
+
+    spans: np.ndarray
+    start: np.ndarray
+    last: np.ndarray
+    saved: np.ndarray
+
+
+@inner
+def _prepare(S, X, Y, count, biases, skips, span, limits, softplus):
+    """Turn delta and u of a tile into S, X = S u and Y = D u; whether exponents are safe, and the span."""
+    width, fits = lanes(S), True
+    for at in range(0, count * width, width):
+        s, x = load(S, at) + biases, load(X, at)
+        if softplus:
+            s, _ = softplus_and_slope(s)
+        fits = fits and magnitude_below(s, limits)
+        span = span + s
+        store(S, at, s)
+        store(Y, at, skips * x)
+        store(X, at, s * x)
+    return fits, span
+
+
+@inner
+def _save(saved, to, H, held, lines):
+    """Keep the states of a block; `lines` says whether they fill aligned cache lines."""
+    for q in range(0, held, lanes(H)):
+        if lines:
+            store_past_cache(saved, to + q, load(H, q))
+        else:
+            store(saved, to + q, load(H, q))
+
+
+@inner
+def _advance(
+    S, X, Y, t, steps, rates, B, C, v, n, H, ahead, fits, rotate, steady_B, steady_C, periods, place, exact
 ):  # fmt: skip
-    """Item i is block i % blocks of sequence i // blocks; `spans` takes the sums of delta, if it has room.
+    """The states over some steps, in the way that the call and its exponents allow."""
+    if periods is not None:
+        lazy.advance(
+            (S, X, Y), t, steps, rates, (B, C), v, n, H, ahead, periods, place, exact, steady_B, steady_C
+        )
+    elif rotate is not None:
+        advance(S, X, Y, t, steps, rates, B, C, v, n, H, ahead, 1, 1, steady_B, steady_C)
+    elif fits:
+        advance(S, X, Y, t, steps, rates, B, C, v, n, H, ahead, None, None, steady_B, steady_C)
+    else:
+        advance(S, X, Y, t, steps, rates, B, C, v, n, H, ahead, 1, None, steady_B, steady_C)
+
+
+@inner
+def _gate(Y, Z, count):
+    """Y silu(Z)."""
+    width = lanes(Y)
+    for at in range(0, count * width, width):
+        gate = load(Z, at)
+        store(Y, at, load(Y, at) * gate * sigmoid(gate))
+
+
+@compiled
+def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C, periods, exact):
+    """Item i is block i % blocks of sequence i // blocks.
 
     `periods`, if not None, has those of each block and four rows; `exact` is None for the compound decay.
     """
+    sizes, saved = work.sizes, states.saved
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
-    width, blocks, d = lanes(bias), g * per_group, g * k
+    width, blocks, d = lanes(weights.bias), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
     thread = claim(counter[1:])
-    own = room[thread * forward_room(n) * width :]  # as many vectors as `forward_room` says
+    own = work.room[thread * forward_room(n) * width :]  # as many vectors as `forward_room` says
     S, X, Y, Z, own = own[:area], own[area:], own[2 * area :], own[3 * area :], own[4 * area :]
     H, rates, own_B, own_C, ends = own, own[held:], own[2 * held :], own[3 * held :], own[4 * held :]
-    B_here, C_here = B if steady_B is None else own_B, C if steady_C is None else own_C
-    ahead = looks[16 * thread :]
+    B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
+    ahead = work.looks[16 * thread :]
     save, lines = saved.size > 0, address(saved, 0) % BYTES == 0
     unit = exponent_unit(periods, exact)
     turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
     while item < items:
         sequence, block = item // blocks, item % blocks
-        row, group, lane = sequences[sequence], block // per_group, block % per_group * width
+        row, group, lane = work.sequences[sequence], block // per_group, block % per_group * width
         channel, channels = group * k + lane, min(width, k - lane)
-        w, states = (row * g + group) * l * n, (sequence * d + channel) * rows
-        fetch_rows(A, channel * rows, channels, rows, n, unit, turn, rates, 0)
+        w, place = (row * g + group) * l * n, (sequence * d + channel) * rows
+        fetch_rows(weights.A, channel * rows, channels, rows, n, unit, turn, rates, 0)
         limits = limits_of(rates, 0, n)
         if steady_B is not None:
-            fetch_rows(B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, 0)
+            fetch_rows(weights.B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, 0)
         if steady_C is not None:
-            fetch_rows(C, channel * rows, channels, rows, n, 1.0, 1.0, own_C, 0)
-        if start_state.size:
-            fetch_rows(start_state, states, channels, rows, n, 1.0, 1.0, H, 0)
+            fetch_rows(weights.C, channel * rows, channels, rows, n, 1.0, 1.0, own_C, 0)
+        if states.start.size:
+            fetch_rows(states.start, place, channels, rows, n, 1.0, 1.0, H, 0)
         else:
             clear_vectors(H, 0, n)
-        fetch_rows(bias, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
-        fetch_rows(D, channel, channels, 1, 1, 1.0, 1.0, ends, width)
+        fetch_rows(weights.bias, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
+        fetch_rows(weights.D, channel, channels, 1, 1, 1.0, 1.0, ends, width)
         biases, skips, span = load(ends, 0), load(ends, width), zero(ends)
-        start, end = bounds[2 * sequence], bounds[2 * sequence + 1]
+        start, end = work.bounds[2 * sequence], work.bounds[2 * sequence + 1]
         for t0 in range(start, end, TILE):
-            steps = min(TILE, end - t0)
-            read(delta, index(sd, row, channel, t0), sd[1], sd[2], channels, steps, S, 0)
-            read(u, index(su, row, channel, t0), su[1], su[2], channels, steps, X, 0)
-            fits = True
-            for at in range(0, steps * width, width):
-                s, x = load(S, at) + biases, load(X, at)
-                if softplus:
-                    s, _ = softplus_and_slope(s)
-                fits = fits and magnitude_below(s, limits)
-                span = span + s
-                store(S, at, s)
-                store(Y, at, skips * x)
-                store(X, at, s * x)
-            look_ahead(ahead, 0, delta, index(sd, row, channel, t0 + TILE), sd[1], sd[2])
-            look_ahead(ahead, 4, u, index(su, row, channel, t0 + TILE), su[1], su[2])
-            look_ahead(ahead, 8, z, index(sz, row, channel, t0), sz[1], sz[2])
-            look_ahead(ahead, 12, z, index(sz, row, channel, t0), sz[1], sz[2])
+            count = min(TILE, end - t0)
+            read(x.delta, x.delta_strides, row, channel, channels, t0, count, S, 0)
+            read(x.u, x.u_strides, row, channel, channels, t0, count, X, 0)
+            fits, span = _prepare(S, X, Y, count, biases, skips, span, limits, work.softplus)
+            look_ahead(ahead, 0, x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead, 4, x.u, x.u_strides, row, channel, t0 + TILE)
+            look_ahead(ahead, 8, x.z, x.z_strides, row, channel, t0)
+            look_ahead(ahead, 12, x.z, x.z_strides, row, channel, t0)
             stride = CHUNK if save else TILE
-            for t in range(0, steps, stride):
+            for t in range(0, count, stride):
                 if save:
-                    to = ((chunks[sequence] + (t0 - start + t) // CHUNK) * blocks + block) * held
-                    for q in range(0, held, width):
-                        if lines:
-                            store_past_cache(saved, to + q, load(H, q))
-                        else:
-                            store(saved, to + q, load(H, q))
-                more, v = min(stride, steps - t), w + t0 * n
-                if periods is not None:
-                    lazy.advance(
-                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, periods,
-                        block * (n // UNROLL), exact, steady_B, steady_C,
-                    )  # fmt: skip
-                elif rotate is not None:
-                    advance(
-                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, 1, 1, steady_B,
-                        steady_C,
-                    )  # fmt: skip
-                elif fits:
-                    advance(
-                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, None, None, steady_B,
-                        steady_C,
-                    )  # fmt: skip
-                else:
-                    advance(
-                        S, X, Y, t, more, rates, B_here, C_here, v, n, H, ahead, 1, None, steady_B,
-                        steady_C,
-                    )  # fmt: skip
-            if has_z:
-                read(z, index(sz, row, channel, t0), sz[1], sz[2], channels, steps, Z, 0)
-                for at in range(0, steps * width, width):
-                    gate = load(Z, at)
-                    store(Y, at, load(Y, at) * gate * sigmoid(gate))
-            write(y, index(sy, row, channel, t0), sy[1], sy[2], channels, steps, Y, 0)
-        write(last_state, states, rows, 1, channels, rows, H, 0)
-        if spans.size:
+                    chunk = work.chunks[sequence] + (t0 - start + t) // CHUNK
+                    _save(saved, (chunk * blocks + block) * held, H, held, lines)
+                _advance(
+                    S, X, Y, t, min(stride, count - t), rates, B, C, w + t0 * n, n, H, ahead, fits, rotate,
+                    steady_B, steady_C, periods, block * (n // UNROLL), exact,
+                )  # fmt: skip
+            if work.has_z:
+                read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)
+                _gate(Y, Z, count)
+            write(x.y, x.y_strides, row, channel, channels, t0, count, Y, 0)
+        write_rows(states.last, place, channels, rows, H, 0)
+        if states.spans.size:
             store(ends, 2 * width, span)
-            write(spans, sequence * d + channel, 1, 1, channels, 1, ends, 2 * width)
+            write_rows(states.spans, sequence * d + channel, channels, 1, ends, 2 * width)
         item = claim(counter)
     fence()

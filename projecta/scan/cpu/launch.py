@@ -6,8 +6,7 @@ from torch import Tensor
 
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
-from projecta.scan.cpu.backward import backward, backward_room
-from projecta.scan.cpu.forward import forward, forward_room
+from projecta.scan.cpu import backward, forward
 from projecta.scan.cpu.layout import Layout, flat, in_large_pages, memory, saved_shape
 from projecta.scan.cpu.threads import run
 
@@ -34,10 +33,14 @@ def _forward_run(
     layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor,
     periods: np.ndarray | None = None, exact: int | None = None,
 ) -> None:  # fmt: skip
-    vectors = forward_room.py_func(layout.padded)
+    work, steps, weights = layout.arguments(y, forward.forward_room.py_func(layout.padded))
+    none = saved[:0]
+    states = forward.States(
+        flat(spans), flat(none if start is None else start.contiguous()), flat(last), flat(saved)
+    )
+    items = layout.sequences * layout.blocks
     run(
-        forward, layout.sequences * layout.blocks, layout.work, *layout.arguments(y, vectors), periods,
-        exact, flat(spans), flat(saved[:0] if start is None else start.contiguous()), flat(last), flat(saved),
+        forward.forward, items, layout.work, work, steps, weights, states, *layout.kinds, periods, exact
     )  # fmt: skip
 
 
@@ -77,13 +80,22 @@ def _backward_run(
         room(layout.b if t.dim() == 4 else 0, layout.g, layout.supers // layout.g, layout.l, layout.padded)
         for t in (inputs.B, inputs.C)
     ]
-    vectors = backward_room.py_func(layout.padded, int(layout.sizes[6]))
+    vectors = backward.backward_room.py_func(layout.padded, int(layout.sizes[6]))
+    work, steps, weights = layout.arguments(grad_y, vectors)
+    none = saved[:0]
+    states = backward.States(
+        flat(spans),
+        flat(grad_last.contiguous()),
+        flat(saved),
+        flat(none if grad_start is None else grad_start),
+    )
+    outputs = backward.Grads(
+        *memory(grads.u), *memory(grads.delta), *memory(grads.u if grads.z is None else grads.z)
+    )
+    totals = backward.Sums(*map(flat, (dA, dD, dbias, *constant, *sums)))
     run(
-        backward, s * layout.supers, layout.work, *layout.arguments(grad_y, vectors), periods, exact,
-        flat(spans), flat(grad_last.contiguous()), flat(saved), *memory(grads.u), *memory(grads.delta),
-        *memory(grads.u if grads.z is None else grads.z),
-        flat(saved[:0] if grad_start is None else grad_start),
-        *map(flat, (dA, dD, dbias, *constant, *sums)),
+        backward.backward, s * layout.supers, layout.work, work, steps, weights, states, outputs, totals,
+        *layout.kinds, periods, exact,
     )  # fmt: skip
     grads.A.copy_(layout.gradient(dA.sum(0)))
     for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,40 @@ def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return flat(t), np.array(strides)
 
 
+class Work(NamedTuple):
+    """What the items of a kernel are, and where its threads work."""
+
+    sizes: np.ndarray
+    sequences: np.ndarray  # the row of each sequence
+    bounds: np.ndarray  # first and last step of each sequence
+    chunks: np.ndarray  # of each sequence: where its saved states begin
+    softplus: bool
+    has_z: bool
+    room: np.ndarray
+    looks: np.ndarray  # where each thread prefetches
+
+
+class Steps(NamedTuple):
+    """Tensors (b, d, l) as flat memory and strides; y is the output, or its gradient."""
+
+    u: np.ndarray
+    u_strides: np.ndarray
+    delta: np.ndarray
+    delta_strides: np.ndarray
+    z: np.ndarray
+    z_strides: np.ndarray
+    y: np.ndarray
+    y_strides: np.ndarray
+
+
+class Weights(NamedTuple):
+    A: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    D: np.ndarray
+    bias: np.ndarray
+
+
 class Layout:
     """How channels, states and sequences of a call lie in vectors; what both kernels take."""
 
@@ -91,15 +126,23 @@ class Layout:
         )
         self.work = u.numel() * self.rows
 
-    def arguments(self, y: Tensor, vectors: int) -> tuple:
-        """What both kernels begin with: y, or its gradient, and `vectors` for each thread to work in."""
-        u, delta, A, B, C, D, z, bias = self.inputs[:8]
-        return (
-            self.sizes, self.order, self.bounds, self.chunks, self.delta_softplus, z is not None, self.rotate,
-            1 if B.dim() == 2 else None, 1 if C.dim() == 2 else None, *memory(u), *memory(delta),
-            *memory(u if z is None else z), *memory(y), flat(A.contiguous()), *self.packed, self.channels(D),
-            self.channels(bias), *self.workspace(vectors),
+    def arguments(self, y: Tensor, vectors: int) -> tuple[Work, Steps, Weights]:
+        """What both kernels take: y, or its gradient, and `vectors` for each thread to work in."""
+        u, delta, A, _, _, D, z, bias = self.inputs[:8]
+        room, looks = self.workspace(vectors)
+        work = Work(
+            self.sizes, self.order, self.bounds, self.chunks, self.delta_softplus, z is not None, room, looks
+        )
+        steps = Steps(*memory(u), *memory(delta), *memory(u if z is None else z), *memory(y))
+        return work, steps, Weights(
+            flat(A.contiguous()), *self.packed, self.channels(D), self.channels(bias)
         )  # fmt: skip
+
+    @property
+    def kinds(self) -> tuple[int | None, int | None, int | None]:
+        """1 or None, for which numba compiles other code: complex states, constant B, constant C."""
+        constant_B, constant_C = (1 if t.dim() == 2 else None for t in (self.inputs.B, self.inputs.C))
+        return self.rotate, constant_B, constant_C
 
     def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
         """So many vectors for each thread, aligned, and room for what it looks ahead to."""

@@ -108,11 +108,13 @@ def _end(span, a, h, v, tokens, exact):
 
 
 @inner
-def advance(S, X, Y, first, steps, A, B, C, w, n, H, ahead, periods, at, exact, steady_B, steady_C):
+def advance(tiles, first, steps, A, weights, w, n, H, ahead, periods, at, exact, steady_B, steady_C):
     """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
-    Four rows from 4 i on have the period periods[at + i]; `first` begins a block.
+    `tiles` are S, X, Y and `weights` B, C. Four rows from 4 i on have the period periods[at + i]; `first`
+    begins a block.
     """
+    (S, X, Y), (B, C) = tiles, weights
     width = lanes(S)
     for q in range(0, n, UNROLL):
         k, look, p = q * width, 4 * ((q // UNROLL) & 3), periods[at + q // UNROLL]
@@ -168,8 +170,8 @@ def _products(x, y):
 
 @inner
 def _retrace_each(
-    T, o, area, first, steps, a, a_at, B, C, w, n, q, h, hs, g, sums, dB, pb, tb, dC, pc, tc, exact, steady_B,
-    steady_C, ahead, near, next_states,
+    T, o, area, first, steps, a, a_at, B, C, w, n, q, h, hs, g, sums, dB, pb, tb, dC, pc, tc, exact,
+    steady_B, steady_C, ahead, near, next_states,
 ):  # fmt: skip
     """`retrace` where every token is a block: the gradient of the states before, and of A."""
     width = lanes(T)
@@ -203,17 +205,75 @@ def _retrace_each(
 
 
 @inner
+def _block_back(
+    T, o, area, first, end, start, a, c_at, B, C, w, n, q, g, sums, hs, dB, pb, tb, dC, pc, tc, p, exact,
+    steady_B, steady_C, next_states,
+):  # fmt: skip
+    """Go back through the block that begins at step `start` of the chunk: the gradients before it."""
+    width = lanes(T)
+    S, X, G, DX, DS = o, o + area, o + 2 * area, o + 4 * area, o + 5 * area
+    k = q * width
+    t = first + start
+    tokens, last, behind = min(p, end - t), t + p - 1, min(t + p, end) - 1
+    span = zero(T)
+    for i in range(t, behind + 1):
+        span = span + load(T, S + i * width)
+    h, v = _four(hs, start * 4 * width, width), _four(hs, (behind - first + 1) * 4 * width, width)
+    x, y_grad = load(T, X + behind * width), load(T, G + behind * width)
+    b, to = w + (behind - first) * n + q, (behind - first) * tc + pc + k
+    if last < end:  # its last token read h'
+        _keep(dC, to, width, _gain(y_grad, v, _four(dC, to, width)))
+        g = _gain(y_grad, _weights(C, b, c_at, width, steady_C), g)
+        v = _gain(x, _weights(B, b, c_at, width, steady_B), _four(hs, (behind - first) * 4 * width, width))
+    rest = _rest(tokens)
+    short = span * rest
+    f, d = _slopes(span, a, exact)
+    r, e = _slopes(short, a, exact)
+    m = (  # the gradient of A S
+        g[0] * fma(d[0], h[0], e[0] * rest * (v[0] - h[0])),
+        g[1] * fma(d[1], h[1], e[1] * rest * (v[1] - h[1])),
+        g[2] * fma(d[2], h[2], e[2] * rest * (v[2] - h[2])),
+        g[3] * fma(d[3], h[3], e[3] * rest * (v[3] - h[3])),
+    )
+    sums, ds = _gain(span, m, sums), _read_out(m, a, zero(T))
+    r, f = _products(r, g), _products(f, g)
+    g = f[0] - r[0], f[1] - r[1], f[2] - r[2], f[3] - r[3]
+    for i in range(behind, t - 1, -1):
+        here, b, j = i * width, w + (i - first) * n + q, (i - first) & 3
+        prefetch(next_states + (q + j) * BYTES)
+        x = load(T, X + here)
+        if i < last:
+            to, y_grad = (i - first) * tc + pc + k, load(T, G + here)
+            _keep(
+                dC, to, width,
+                _gain(y_grad, _four(hs, (i - first + 1) * 4 * width, width), _four(dC, to, width)),
+            )  # fmt: skip
+            r = _gain(y_grad, _weights(C, b, c_at, width, steady_C), r)
+        to = (i - first) * tb + pb + k
+        _keep(dB, to, width, _gain(x, r, _four(dB, to, width)))
+        store(T, DX + here, _read_out(r, _weights(B, b, c_at, width, steady_B), load(T, DX + here)))
+        store(T, DS + here, load(T, DS + here) + ds)
+    g = g[0] + r[0], g[1] + r[1], g[2] + r[2], g[3] + r[3]
+    return g, sums
+
+
+@inner
 def retrace(
-    T, o, area, first, steps, A, a_at, B, C, w, n, q, H, own, hs, carry, dA, dB, pb, tb, dC, pc, tc, p, exact,
-    steady_B, steady_C, ahead, look, next_states,
+    tile, first, steps, A, a_at, weights, place, states, carry, dA, sinks, p, exact, steady_B, steady_C,
+    looks
 ):  # fmt: skip
     """One chunk and four rows of states: compute the states again, then go back through them.
 
     With G the gradient of h', and r = f(A S (p - 1) / (2 p)) G, each token but the last adds C_t dy_t to r
     and takes from it dB_t = r x_t and dx_t = r B_t; what they added, and f(A S) G, is the gradient of h.
+
+    tile: T, o, area. weights: B, C. place: w, n, q. states: H, own, hs. sinks: dB, pb, tb, dC, pc, tc.
+    looks: ahead, look, next_states. All as in `backward.retrace`.
     """
+    (T, o, area), (B, C), (w, n, q), (H, own, hs) = tile, weights, place, states
+    (dB, pb, tb, dC, pc, tc), (ahead, look, next_states) = sinks, looks
     width = lanes(T)
-    S, X, G, Y, DX, DS = o, o + area, o + 2 * area, o + 3 * area, o + 4 * area, o + 5 * area
+    S, X, Y = o, o + area, o + 3 * area
     k, c_at = q * width, a_at + q * width
     a, h, end = _four(A, c_at, width), _four(H, own + k, width), first + steps
     _keep(hs, 0, width, h)  # then what each token reads
@@ -241,48 +301,9 @@ def retrace(
             store(T, Y + here, _read_out(_weights(C, b, c_at, width, steady_C), v, load(T, Y + here)))
             _keep(hs, (i - first + 1) * 4 * width, width, v)
     for start in range((steps - 1) // p * p, -1, -p):
-        t = first + start
-        tokens, last, behind = min(p, end - t), t + p - 1, min(t + p, end) - 1
-        span = zero(T)
-        for i in range(t, behind + 1):
-            span = span + load(T, S + i * width)
-        h, v = _four(hs, start * 4 * width, width), _four(hs, (behind - first + 1) * 4 * width, width)
-        x, y_grad = load(T, X + behind * width), load(T, G + behind * width)
-        b, to = w + (behind - first) * n + q, (behind - first) * tc + pc + k
-        if last < end:  # its last token read h'
-            _keep(dC, to, width, _gain(y_grad, v, _four(dC, to, width)))
-            g = _gain(y_grad, _weights(C, b, c_at, width, steady_C), g)
-            v = _gain(
-                x, _weights(B, b, c_at, width, steady_B), _four(hs, (behind - first) * 4 * width, width)
-            )
-        rest = _rest(tokens)
-        short = span * rest
-        f, d = _slopes(span, a, exact)
-        r, e = _slopes(short, a, exact)
-        m = (  # the gradient of A S
-            g[0] * fma(d[0], h[0], e[0] * rest * (v[0] - h[0])),
-            g[1] * fma(d[1], h[1], e[1] * rest * (v[1] - h[1])),
-            g[2] * fma(d[2], h[2], e[2] * rest * (v[2] - h[2])),
-            g[3] * fma(d[3], h[3], e[3] * rest * (v[3] - h[3])),
-        )
-        sums, ds = _gain(span, m, sums), _read_out(m, a, zero(T))
-        r, f = _products(r, g), _products(f, g)
-        g = f[0] - r[0], f[1] - r[1], f[2] - r[2], f[3] - r[3]
-        for i in range(behind, t - 1, -1):
-            here, b, j = i * width, w + (i - first) * n + q, (i - first) & 3
-            prefetch(next_states + (q + j) * BYTES)
-            x = load(T, X + here)
-            if i < last:
-                to, y_grad = (i - first) * tc + pc + k, load(T, G + here)
-                _keep(
-                    dC, to, width,
-                    _gain(y_grad, _four(hs, (i - first + 1) * 4 * width, width), _four(dC, to, width)),
-                )  # fmt: skip
-                r = _gain(y_grad, _weights(C, b, c_at, width, steady_C), r)
-            to = (i - first) * tb + pb + k
-            _keep(dB, to, width, _gain(x, r, _four(dB, to, width)))
-            store(T, DX + here, _read_out(r, _weights(B, b, c_at, width, steady_B), load(T, DX + here)))
-            store(T, DS + here, load(T, DS + here) + ds)
-        g = g[0] + r[0], g[1] + r[1], g[2] + r[2], g[3] + r[3]
+        g, sums = _block_back(
+            T, o, area, first, end, start, a, c_at, B, C, w, n, q, g, sums, hs, dB, pb, tb, dC, pc, tc, p,
+            exact, steady_B, steady_C, next_states,
+        )  # fmt: skip
     _keep(carry, c_at, width, g)
     _keep(dA, c_at, width, sums)

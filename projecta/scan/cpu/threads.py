@@ -54,7 +54,7 @@ def compiled(function: Callable) -> Callable:
 
 def run(kernel: Callable, items: int, work: int, *arguments) -> None:
     """Run a kernel over `items`; `work` is their size in elements of (b, d, l, n)."""
-    key = (kernel, *[(a.dtype, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments])
+    key = (kernel, *map(_kind, arguments))
     if key not in _called:  # not on several threads: each would compile
         _compile(kernel, arguments)
         _called.add(key)
@@ -74,6 +74,15 @@ def run(kernel: Callable, items: int, work: int, *arguments) -> None:
     _side_by_side(share, threads)
     if failures:
         raise failures[0]
+
+
+def _kind(argument: object) -> Any:
+    """What numba compiles for: dtypes and dimensions of arrays, types of the rest."""
+    if isinstance(argument, np.ndarray):
+        return argument.dtype, argument.ndim
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    return type(argument)
 
 
 def _side_by_side(share: Callable, threads: int) -> None:

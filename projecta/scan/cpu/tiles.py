@@ -27,13 +27,7 @@ SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for e
 
 
 @inner
-def index(strides, row, channel, step):
-    """Where an element of a (b, d, l) tensor lies in its memory."""
-    return row * strides[0] + channel * strides[1] + step * strides[2]
-
-
-@inner
-def read(source, base, channel_stride, step_stride, channels, steps, tile, at):
+def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
     """Bring channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
     width = lanes(tile)
     done = 0
@@ -53,8 +47,8 @@ def read(source, base, channel_stride, step_stride, channels, steps, tile, at):
 
 
 @inner
-def write(target, base, channel_stride, step_stride, channels, steps, tile, at):
-    """The way back of `read`."""
+def _write(target, base, channel_stride, step_stride, channels, steps, tile, at):
+    """The way back of `_read`."""
     width = lanes(tile)
     done = 0
     if channels == width and channel_stride == 1:
@@ -77,9 +71,30 @@ def write(target, base, channel_stride, step_stride, channels, steps, tile, at):
 
 
 @inner
-def look_ahead(ahead, i, source, base, channel_stride, step_stride):
-    """Where the lines of a tile of `source` lie: 64 of them, so many in a row of memory."""
-    size = source.itemsize
+def read(source, strides, row, channel, channels, first, steps, tile, at):
+    """Steps of some channels of a (b, d, l) tensor as vectors at tile[at:]; other lanes are 0."""
+    base = row * strides[0] + channel * strides[1] + first * strides[2]
+    _read(source, base, strides[1], strides[2], channels, steps, tile, at)
+
+
+@inner
+def write(target, strides, row, channel, channels, first, steps, tile, at):
+    """The way back of `read`."""
+    base = row * strides[0] + channel * strides[1] + first * strides[2]
+    _write(target, base, strides[1], strides[2], channels, steps, tile, at)
+
+
+@inner
+def write_rows(target, base, channels, rows, tile, at):
+    """`rows` vectors from tile[at:] as so many numbers per channel, channels side by side."""
+    _write(target, base, rows, 1, channels, rows, tile, at)
+
+
+@inner
+def look_ahead(ahead, i, source, strides, row, channel, first):
+    """Where the lines of a tile of a (b, d, l) tensor lie: 64 of them, so many in a row of memory."""
+    base = row * strides[0] + channel * strides[1] + first * strides[2]
+    channel_stride, step_stride, size = strides[1], strides[2], source.itemsize
     contiguous = step_stride == 1
     per_row = TILE * size // BYTES if contiguous else 1
     ahead[i] = address(source, base)
@@ -102,7 +117,7 @@ def fetch_rows(source, base, channels, rows, padded, scale, scale_next, tile, at
     Of each two rows one is multiplied by `scale`, one by `scale_next`.
     """
     width = lanes(tile)
-    read(source, base, rows, 1, channels, rows, tile, at)
+    _read(source, base, rows, 1, channels, rows, tile, at)
     for q in range(0, rows, 2):
         store(tile, at + q * width, load(tile, at + q * width) * scale)
     for q in range(1, rows, 2):

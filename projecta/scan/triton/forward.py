@@ -18,14 +18,23 @@ import triton.language as tl
 
 from projecta.scan.triton.steps import (
     STEPS,
+    added,
     as_floats,
+    chained,
+    channel_numbers,
+    channel_of,
     eight_steps,
+    first_stretches,
     kernel,
     lane_of,
     own_outputs,
+    own_rows,
     own_steps,
     program_place,
     read,
+    read_three,
+    sequence_of,
+    split_program,
     write,
 )
 from projecta.scan.triton.warp import (
@@ -51,19 +60,122 @@ from projecta.scan.triton.warp import (
 )
 
 
+@triton.jit
+def _advance_block(
+    h, rates, own, constant_B, constant_C, block, final, origin, place, at_B, at_C, half, ahead, coming,
+    next_s, next_u, delta, u, bias, saved, bounds, lane, leader, index, channel, real, d, l, slabs, t_start,
+    t_end, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, HAS_C: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, OF_B: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """The states after a block of UNROLL slabs, its outputs, and the lane's steps of the next block.
+
+    What was fetched for the next block goes into shared memory at `ahead`. STEADY_C: C is constant, or not
+    read at all unless HAS_C.
+    """
+    V: tl.constexpr = STEPS * UNROLL // LANES
+    K: tl.constexpr = len(h)
+    N: tl.constexpr = K * LANES
+    zero = tl.zeros((THREADS,), tl.float32)
+    sums, next_own = (), ()
+    for k in tl.static_range(UNROLL):
+        slab = block + k
+        steps = broadcast(own, leader, k * STEPS, V, STEPS, 2)
+        inputs = broadcast(own[V:], leader, k * STEPS, V, STEPS, 2)
+        outputs, then = repeat(zero, STEPS), ()
+        for j in tl.static_range(K):
+            at, row_n = tl.minimum(slab, slabs - 1).to(tl.int64) * STRIDE, j * LANES + lane
+            in_room = half + (k * S + row_n * STEPS) * 4
+            Bs = eight_steps(at_B + at, row_n, in_room, constant_B[j] if STEADY_B else None, STEADY_B)
+            in_room += OF_B * STEPS * 4
+            steady_C = constant_C[j] if HAS_C else zero
+            Cs = eight_steps(at_C + at, row_n, in_room, steady_C, STEADY_C)
+            if saved is not None:
+                to = ((place + (slab - origin) // EVERY) * N + j * LANES + lane) * d + channel
+                here = and_uniform(real, (slab < final) & ((slab - origin) % EVERY == 0))
+                store_words(saved + to, (h[j].to(tl.int32, bitcast=True),), here, 1)
+            state, new = h[j], ()
+            for i in tl.static_range(STEPS):
+                gain = inputs[i] * Bs[i]
+                if bounds is not None:  # another sequence's B may be NaN
+                    t = slab * STEPS + i
+                    gain = tl.where((t >= t_start) & (t < t_end), gain, 0.0)
+                state = exp2(steps[i] * rates[j]) * state + gain
+                new = new + (outputs[i] + state * Cs[i],)
+            outputs, then = new, then + (state,)
+            if k == UNROLL - 1 and j == K // 2:  # beside the states, which wait for their exponentials
+                store_shared(coming, ahead, index, UNROLL * S, THREADS)
+                t1 = (block + UNROLL) * STEPS + lane * V
+                next_own = own_steps(
+                    next_s, next_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE
+                )
+        h, sums = then, sums + outputs
+    return h, sums, next_own
+
+
+@triton.jit
+def _first_states(
+    A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B: tl.constexpr,
+    STEADY_C: tl.constexpr, ENDS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """States at the start of a chunk, rates, and B and C of a lane if they are constant."""
+    rates = own_rows(A + channel * n, lane, n, LOG2_E, K, LANES)
+    h, constant_B, constant_C = repeat(zero, K), (), ()
+    if start is not None and not ENDS:
+        h = own_rows(start + (sequence * d + channel) * n, lane, n, 1.0, K, LANES)
+    if STEADY_B:
+        constant_B = own_rows(B + channel * n, lane, n, 1.0, K, LANES)
+    if STEADY_C and not ENDS:
+        constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
+    if carried is not None and not ENDS:
+        for before in range(0, part):
+            at = sequence * (parts - 1) + before
+            h = chained(h, rates, carried, spans, at, channel, lane, d, lane >= 0, LANES)
+    return h, rates, constant_B, constant_C
+
+
+@triton.jit
+def _write_outputs(
+    sums, skip, loaded_u, loaded_z, u, z, ungated, at_ungated, y, at_y, yl, index, t1, t_start, t_end, real,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A block's outputs, and if `ungated` those before the gate."""
+    V: tl.constexpr = STEPS * UNROLL // LANES
+    scattered = reduce_scatter(sums, index, 2, LANES, UNROLL * STEPS)
+    values = own_outputs(scattered, skip, loaded_u, loaded_z, u, z, WIDE)
+    if ungated is not None:
+        write(ungated + at_ungated, t1, 1, values, t_start, t_end, real, WIDE, WHOLE, V)
+    write(y + at_y, t1, yl, values[V:], t_start, t_end, real, WIDE, WHOLE, V)
+
+
+@triton.jit
+def _write_states(
+    h, carried, last, sequence, part, parts, channel, lane, d, n, real, ENDS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """What a chunk leaves, or the last states of the sequence."""
+    N: tl.constexpr = len(h) * LANES
+    for j in tl.static_range(len(h)):
+        row_n = j * LANES + lane
+        if ENDS:
+            at = (sequence * parts + part) * N + row_n
+            tl.store(carried + at * d + channel, h[j], real)
+        else:
+            at = (sequence * d + channel) * n + row_n
+            tl.store(last + at, h[j], and_uniform(real & (row_n < n), part == parts - 1))
+
+
 @kernel
 def forward_states(
-    u, delta, A, B, C, D, z, bias, start, bounds, carried, spans, y, last, saved, ungated,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl,
-    d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
+    u, delta, A, B, C, D, z, bias, start, bounds, carried, spans, y, last, saved, ungated, ub, ud, ul, sb,
+    sd, sl, zb, zd, zl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts,
+    processors, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
     WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
+    """WARPS times CHANNELS channels of a sequence and a chunk; saves the state before each EVERY-th slab.
 
-    It saves the state before every EVERY-th slab. Without y it only works out, for each chunk but the last,
-    the state that it leaves from zero, and its sum of delta: `parts` is then the number of those.
+    Without y it computes the state that each chunk but the last leaves from zero, and its sum of delta.
     """
     ENDS: tl.constexpr = y is None
     V: tl.constexpr = STEPS * UNROLL // LANES
@@ -75,137 +187,62 @@ def forward_states(
     chosen = program_place(count, processors)
     if chosen >= count:
         return
-    tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
-    sequence = (chosen // (groups * tiles) // parts).to(tl.int64)
-    group = tile // tiles
+    tile, part, sequence, group = split_program(chosen, groups, tiles, parts)
     index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
     lane, column, leader = lane_of(index, LANES)
-    row, t_start, t_end, place = sequence, 0, l, sequence * tl.cdiv(slabs, EVERY)
-    if bounds is not None:
-        row = sequence * 0
-        t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-        place = sequence + t_start // (STEPS * EVERY)
-    origin, limit = t_start // STEPS, tl.cdiv(t_end, STEPS)
-    first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, limit)
+    row, t_start, t_end, place = sequence_of(bounds, sequence, l, slabs, EVERY)
+    origin = t_start // STEPS
+    first, final = origin + part * chunk, tl.minimum(origin + (part + 1) * chunk, tl.cdiv(t_end, STEPS))
     weights = ((row * groups + group) * slabs) * STRIDE
     at_B, at_C, shared = B + weights, C + weights, (C if STEADY_B else B) + weights
-    own_channel = (tile % tiles) * (WARPS * CHANNELS) + column
-    real = own_channel < per_group
-    channel = (group * per_group + tl.minimum(own_channel, per_group - 1)).to(tl.int64)
+    real, channel = channel_of(tile, tiles, group, per_group, column, WARPS * CHANNELS)
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
     at_y, at_z, span = row * yb + channel * yd, None, zero
     if z is not None:
         at_z = z + row * zb + channel * zd
-    own_bias = zero if bias is None else tl.load(bias + channel)
-    skip = zero if D is None else tl.load(D + channel)
-    h, rates, constant_B, constant_C = (), (), (), ()
-    for j in tl.static_range(K):
-        row_n = j * LANES + lane
-        here = row_n < n
-        rates = rates + (tl.load(A + channel * n + row_n, here, 0.0) * LOG2_E,)
-        if start is None or ENDS:
-            h = h + (zero,)
-        else:
-            h = h + (tl.load(start + (sequence * d + channel) * n + row_n, here, 0.0),)
-        if STEADY_B:
-            constant_B = constant_B + (tl.load(B + channel * n + row_n, here, 0.0),)
-        if STEADY_C and not ENDS:
-            constant_C = constant_C + (tl.load(C + channel * n + row_n, here, 0.0),)
-    if carried is not None and not ENDS:
-        for before in range(0, part):
-            at = sequence * (parts - 1) + before
-            passed, then = tl.load(spans + at * d + channel), ()
-            for j in tl.static_range(K):
-                gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel)
-                then = then + (exp2(rates[j] * passed) * h[j] + gained,)
-            h = then
-    room, turn, coming = shared_room(index, 2 * UNROLL * S * 4), 0, ()
+    own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
+    h, rates, constant_B, constant_C = _first_states(
+        A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B, STEADY_C,
+        ENDS, K, LANES,
+    )  # fmt: skip
+    room, turn = shared_room(index, 2 * UNROLL * S * 4), 0
     slab = tl.minimum(first, slabs - 1)  # within bounds for an empty sequence, too
     if S > 0:
-        coming = load_stretches(
-            shared + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS
-        )
-        store_shared(coming, room, index, UNROLL * S, THREADS)
-        barrier(index)
-    t1 = slab * STEPS + lane * V
-    loaded_s, loaded_u = (
-        read(at_s, t1, sl, l, WIDE, WHOLE, V),
-        read(at_u, t1, ul, l, WIDE, WHOLE, V),
-    )
-    loaded_z = () if z is None else read(at_z, t1, zl, l, WIDE, WHOLE, V)
+        first_stretches(shared, room, index, slab, slabs, S, STRIDE, UNROLL, THREADS)
+    loaded_s, loaded_u, loaded_z = read_three(
+        at_s, at_u, at_z, slab * STEPS + lane * V, sl, ul, zl, l, WIDE, WHOLE, V
+    )  # fmt: skip
     t1 = first * STEPS + lane * V
     own = own_steps(loaded_s, loaded_u, delta, u, own_bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE)
     for block in range(first, final, UNROLL):
         t1 = (block + UNROLL) * STEPS + lane * V
         if WHOLE:
             t1 = tl.minimum(t1, l - V)
-        next_s, next_u = (
-            read(at_s, t1, sl, l, WIDE, WHOLE, V),
-            read(at_u, t1, ul, l, WIDE, WHOLE, V),
-        )
-        next_z = () if z is None else read(at_z, t1, zl, l, WIDE, WHOLE, V)
-        half, turn = room + turn * (UNROLL * S * 4), 1 - turn
+        next_s, next_u, next_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
+        half, turn, coming = room + turn * (UNROLL * S * 4), 1 - turn, ()
         if S > 0:
             slab = tl.minimum(block + UNROLL, slabs - 1)
-            coming = load_stretches(
-                shared + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS
-            )
-        for i in tl.static_range(V):
-            span += own[i]
-        sums, next_own = (), ()
-        for k in tl.static_range(UNROLL):
-            slab = block + k
-            steps = broadcast(own, leader, k * STEPS, V, STEPS, 2)
-            inputs = broadcast(own[V:], leader, k * STEPS, V, STEPS, 2)
-            outputs, then = repeat(zero, STEPS), ()
-            for j in tl.static_range(K):
-                at, row_n = tl.minimum(slab, slabs - 1).to(tl.int64) * STRIDE, j * LANES + lane
-                in_room = half + (k * S + row_n * STEPS) * 4
-                Bs = eight_steps(at_B + at, row_n, in_room, constant_B[j] if STEADY_B else None, STEADY_B)
-                in_room += OF_B * STEPS * 4
-                steady_C = constant_C[j] if STEADY_C and not ENDS else zero
-                Cs = eight_steps(at_C + at, row_n, in_room, steady_C, STEADY_C or ENDS)
-                if saved is not None:
-                    to = ((place + (slab - origin) // EVERY) * N + j * LANES + lane) * d + channel
-                    here = and_uniform(real, (slab < final) & ((slab - origin) % EVERY == 0))
-                    store_words(saved + to, (h[j].to(tl.int32, bitcast=True),), here, 1)
-                state, new = h[j], ()
-                for i in tl.static_range(STEPS):
-                    gain = inputs[i] * Bs[i]
-                    if bounds is not None:  # another sequence's B may be NaN
-                        t = slab * STEPS + i
-                        gain = tl.where((t >= t_start) & (t < t_end), gain, 0.0)
-                    state = exp2(steps[i] * rates[j]) * state + gain
-                    new = new + (outputs[i] + state * Cs[i],)
-                outputs, then = new, then + (state,)
-                if k == UNROLL - 1 and j == K // 2:  # beside the states, which wait for their exponentials
-                    store_shared(coming, room + turn * (UNROLL * S * 4), index, UNROLL * S, THREADS)
-                    t1 = (block + UNROLL) * STEPS + lane * V
-                    next_own = own_steps(
-                        next_s, next_u, delta, u, own_bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE
-                    )
-            h, sums = then, sums + outputs
+            at = shared + slab.to(tl.int64) * STRIDE
+            coming = load_stretches(at, index, slabs - slab, S, STRIDE, UNROLL, THREADS)
+        span = added(span, own, V)
+        ahead = room + turn * (UNROLL * S * 4)
+        h, sums, next_own = _advance_block(
+            h, rates, own, constant_B, constant_C, block, final, origin, place, at_B, at_C, half, ahead,
+            coming, next_s, next_u, delta, u, own_bias, saved, bounds, lane, leader, index, channel, real, d,
+            l, slabs, t_start, t_end, SOFTPLUS, STEADY_B, STEADY_C or ENDS, STEADY_C and not ENDS, WIDE,
+            WHOLE, STRIDE, S, OF_B, LANES, UNROLL, THREADS, EVERY,
+        )  # fmt: skip
         if not ENDS:
-            t1 = block * STEPS + lane * V
-            scattered = reduce_scatter(sums, index, 2, LANES, UNROLL * STEPS)
-            values = own_outputs(scattered, skip, loaded_u, loaded_z, u, z, WIDE)
-            if ungated is not None:
-                at_ungated = ungated + (row * d + channel) * l
-                write(at_ungated, t1, 1, values, t_start, t_end, real, WIDE, WHOLE, V)
-            write(y + at_y, t1, yl, values[V:], t_start, t_end, real, WIDE, WHOLE, V)
+            _write_outputs(
+                sums, skip, loaded_u, loaded_z, u, z, ungated, (row * d + channel) * l, y, at_y, yl, index,
+                block * STEPS + lane * V, t_start, t_end, real, WIDE, WHOLE, LANES, UNROLL,
+            )  # fmt: skip
         own, loaded_u, loaded_z = next_own, next_u, next_z
         if S > 0:
             barrier(index)
     if ENDS:
-        at = sequence * parts + part
-        tl.store(spans + at * d + channel, all_reduce(span, index, 2, LANES), real)
-        for j in tl.static_range(K):
-            tl.store(carried + (at * N + j * LANES + lane) * d + channel, h[j], real)
-    else:
-        for j in tl.static_range(K):
-            row_n = j * LANES + lane
-            own = and_uniform(real & (row_n < n), part == parts - 1)
-            tl.store(last + (sequence * d + channel) * n + row_n, h[j], own)
+        tl.store(spans + (sequence * parts + part) * d + channel, all_reduce(span, index, 2, LANES), real)
+    _write_states(h, carried, last, sequence, part, parts, channel, lane, d, n, real, ENDS, LANES)
 
 
 @triton.jit
@@ -222,11 +259,29 @@ def sixteen_steps(
         return found
 
 
+@triton.jit
+def _scan_state(own, outputs, rate, carry, span, Bs, Cs, lane, T: tl.constexpr):
+    """One state over a block: what each lane ends with, and the outputs with C h added."""
+    decays, gains = (), ()
+    for i in tl.static_range(T):
+        decays, gains = decays + (exp2(own[i] * rate),), gains + (own[T + i] * Bs[i],)
+    h = gains[0]
+    for i in tl.static_range(1, T):
+        h = decays[i] * h + gains[i]
+    decay = exp2(span * rate)
+    ends = warp_scan(decay, tl.where(lane == 0, decay * carry + h, h), lane)
+    h = shift_up(ends, carry, lane)
+    new = ()
+    for i in tl.static_range(T):
+        h = decays[i] * h + gains[i]
+        new = new + (outputs[i] + h * Cs[i],)
+    return ends, new
+
+
 @kernel
 def forward_times(
-    u, delta, A, B, C, D, z, bias, start, y, last,
-    ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg, Bn, Cb, Cg, Cn,
-    d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
+    u, delta, A, B, C, D, z, bias, start, y, last, ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg,
+    Bn, Cb, Cg, Cn, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, NATIVE: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
@@ -241,24 +296,22 @@ def forward_times(
     chosen = program_place(count, processors)
     if chosen >= count:
         return
-    tile, row = chosen % (groups * tiles), (chosen // (groups * tiles)).to(tl.int64)
-    group = tile // tiles
+    tile, _, row, group = split_program(chosen, groups, tiles, 1)
     lane, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
     every, channel = lane >= 0, tile.to(tl.int64)
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
     at_y, at_z = row * yb + channel * yd, None
     if z is not None:
         at_z = z + row * zb + channel * zd
-    own_bias = zero if bias is None else tl.load(bias + channel)
-    skip = zero if D is None else tl.load(D + channel)
+    own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     blocks = tl.cdiv(l, SIZE)
-    if NATIVE:
-        at_B, at_C = B + (row * Bb + group * Bg), C + (row * Cb + group * Cg)
-        turn_B, turn_C, ahead = tl.cast(Bn, tl.int64), tl.cast(Cn, tl.int64), 0
-    else:
-        at_B = B + ((row * groups + group) * n * blocks * SIZE)
-        at_C = C + ((row * groups + group) * n * blocks * SIZE)
-        turn_B, turn_C, ahead = tl.cast(blocks * SIZE, tl.int64), tl.cast(blocks * SIZE, tl.int64), SIZE
+    at_B, at_C = row * Bb + group * Bg, row * Cb + group * Cg
+    turn_B, turn_C, ahead = tl.cast(Bn, tl.int64), tl.cast(Cn, tl.int64), 0
+    if not NATIVE:
+        packed = (row * groups + group) * n * blocks * SIZE
+        every_state = tl.cast(blocks * SIZE, tl.int64)
+        at_B, at_C, turn_B, turn_C, ahead = packed, packed, every_state, every_state, SIZE
+    at_B, at_C = B + at_B, C + at_C
     held = channel * n + lane
     rates, carries = tl.load(A + held, lane < n, 0.0) * LOG2_E, zero
     if start is not None:
@@ -275,10 +328,7 @@ def forward_times(
             next_B = sixteen_steps(row_B, t1, lane, l, NATIVE, WHOLE, not PIN)
         if not STEADY_C:
             next_C = sixteen_steps(row_C, t1, lane, l, NATIVE, WHOLE, not PIN)
-        loaded_s, loaded_u = (
-            read(at_s, t1, sl, l, WIDE, WHOLE, T),
-            read(at_u, t1, ul, l, WIDE, WHOLE, T),
-        )
+        loaded_s, loaded_u = read(at_s, t1, sl, l, WIDE, WHOLE, T), read(at_u, t1, ul, l, WIDE, WHOLE, T)
         if WIDE:
             later = tl.minimum(t1 + SIZE, l - 1)
             prefetch(at_s + later)
@@ -287,8 +337,7 @@ def forward_times(
                 prefetch(at_z + tl.minimum(t1, l - 1))
         own = own_steps(loaded_s, loaded_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
         span, outputs = zero, repeat(zero, T)
-        for i in tl.static_range(T):
-            span += own[i]
+        span = added(span, own, T)
         for state in tl.range(0, n, loop_unroll_factor=2):
             now_B, now_C = next_B, next_C
             row_B += tl.where(state + 1 < n, turn_B, 0)
@@ -303,21 +352,8 @@ def forward_times(
             carry = shuffle(carries, state)
             Bs = repeat(shuffle(constant_B, state), T) if STEADY_B else as_floats(now_B, B, True)
             Cs = repeat(shuffle(constant_C, state), T) if STEADY_C else as_floats(now_C, C, True)
-            decays, gains = (), ()
-            for i in tl.static_range(T):
-                decays, gains = decays + (exp2(own[i] * rate),), gains + (own[T + i] * Bs[i],)
-            h = gains[0]
-            for i in tl.static_range(1, T):
-                h = decays[i] * h + gains[i]
-            decay = exp2(span * rate)
-            ends = warp_scan(decay, tl.where(lane == 0, decay * carry + h, h), lane)
-            h = shift_up(ends, carry, lane)
+            ends, outputs = _scan_state(own, outputs, rate, carry, span, Bs, Cs, lane, T)
             carries = tl.where(lane == state, shuffle(ends, WARP - 1), carries)
-            new = ()
-            for i in tl.static_range(T):
-                h = decays[i] * h + gains[i]
-                new = new + (outputs[i] + h * Cs[i],)
-            outputs = new
         loaded_z = () if z is None else read(at_z, t1, zl, l, WIDE, WHOLE, T)
         values = own_outputs(outputs, skip, loaded_u, loaded_z, u, z, WIDE)
         write(y + at_y, t1, yl, values[T:], 0, l, every, WIDE, WHOLE, T)

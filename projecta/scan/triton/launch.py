@@ -15,9 +15,9 @@ from projecta.scan.triton.layout import (
     as_float32,
     new_room,
     recall,
-    row_strides,
     start_kernel,
     strides_of,
+    weight_strides,
     words_of,
 )
 from projecta.scan.triton.plan import padded_states, rows_saved
@@ -102,22 +102,26 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
     u, delta, A, B, C, D, z, bias, start, bounds = inputs
     D, bias = as_float32(D), as_float32(bias)
 
-    def with_strides(described, *more, **options):
+    def with_strides(described, **options):
         grid, sizes, found = described
-        head = (*u.stride(), *delta.stride(), *strides_of(z), *y.stride(), *more)
-        return grid, (*head, *sizes), found | options
+        return grid, strides_of(u=u, s=delta, z=z, y=y) | sizes, found | options
 
     if layout.plan.times:
         if layout.native:
             B, C = (t if t.dim() == 4 else t.float().contiguous() for t in (B, C))
         else:
             B, C = layout.arranged(B, C, 32)
-        start_kernel(
-            layout.launches, forward.forward_times, (u, delta, A, B, C, D, z, bias, start, y, last_state),
-            lambda: with_strides(
-                layout.along_time(), *row_strides(B), *row_strides(C), WIDE=layout.words(u, delta, z, y)
-            ),
-        )  # fmt: skip
+        tensors = {
+            "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": bias, "start": start,
+            "y": y, "last": last_state,
+        }  # fmt: skip
+
+        def describe_times():
+            grid, sizes, options = layout.along_time()
+            sizes |= weight_strides("bgn", B=B, C=C)
+            return with_strides((grid, sizes, options), WIDE=layout.words(u, delta, z, y))
+
+        start_kernel(layout.launches, forward.forward_times, tensors, describe_times)
         return
     B, C = layout.arranged(B, C)
     states, ungated = layout.kept(saved, u, z)
@@ -134,12 +138,14 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
             wide = described[2]["WIDE"] and layout.words(u, delta, z, y)
             return with_strides(described, WIDE=wide, UNROLL=layout.unroll, EVERY=layout.every)
 
-        start_kernel(
-            layout.launches, forward.forward_states,
-            (u, delta, A, B, C, D, None if ends else z, bias, start, bounds, carried, spans,
-             None if ends else y, last_state, None if ends else states, None if ends else ungated),
-            describe, "ends" if ends else "states",
-        )  # fmt: skip
+        written = (None, None, None, None) if ends else (z, y, states, ungated)
+        tensors = {
+            "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": written[0], "bias": bias,
+            "start": start, "bounds": bounds, "carried": carried, "spans": spans, "y": written[1],
+            "last": last_state, "saved": written[2], "ungated": written[3],
+        }  # fmt: skip
+        name = "ends" if ends else "states"
+        start_kernel(layout.launches, forward.forward_states, tensors, describe, name)
 
 
 def _backward_pass(
@@ -176,14 +182,14 @@ def _launch_backward(
     def describe_carry():
         grid, sizes, options = layout.over_states(layout.unroll, parts - 1)
         options["WIDE"] &= layout.words(delta, z, grad_y)
-        strides = (*delta.stride(), *strides_of(z), *grad_y.stride())
-        return grid, (*strides, *sizes), options | {"UNROLL": layout.unroll}
+        return grid, strides_of(s=delta, z=z, g=grad_y) | sizes, options | {"UNROLL": layout.unroll}
 
     if parts > 1:
-        start_kernel(
-            layout.launches, backward.carry, (delta, A, arranged_C, z, bias, grad_y, carried, spans),
-            describe_carry,
-        )  # fmt: skip
+        tensors = {
+            "delta": delta, "A": A, "C": arranged_C, "z": z, "bias": bias, "grad_y": grad_y,
+            "carried": carried, "spans": spans,
+        }  # fmt: skip
+        start_kernel(layout.launches, backward.carry, tensors, describe_carry)
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + padded * (1 + steady_B + steady_C)
     totals = new_room(u, over * layout.d * width)
@@ -194,52 +200,48 @@ def _launch_backward(
     def describe():
         grid, sizes, options = layout.over_states(1, parts)
         options["WIDE"] &= layout.words(u, delta, z, grad_y, grads.u, grads.delta, grads.z)
-        strides = (
-            *u.stride(), *delta.stride(), *strides_of(z), *grad_y.stride(),
-            *grads.u.stride(), *grads.delta.stride(), *strides_of(grads.z),
-        )  # fmt: skip
-        return grid, (*strides, *sizes), options | {"EVERY": layout.every}
+        strides = strides_of(u=u, s=delta, z=z, g=grad_y, du=grads.u, ds=grads.delta, dz=grads.z)
+        return grid, strides | sizes, options | {"EVERY": layout.every}
 
-    start_kernel(
-        layout.launches, backward.backward,
-        (u, delta, A, arranged_B, arranged_C, D, z, bias,
-         None if bounds is None else bounds.contiguous(), grad_y, grad_last.contiguous(), states,
-         ungated, carried, spans, grads.u, grads.delta, grads.z, sums, totals, grads.initial_state),
-        describe,
-    )  # fmt: skip
+    if bounds is not None:
+        bounds = bounds.contiguous()
+    tensors = {
+        "u": u, "delta": delta, "A": A, "B": arranged_B, "C": arranged_C, "D": D, "z": z, "bias": bias,
+        "bounds": bounds, "grad_y": grad_y, "grad_last": grad_last.contiguous(), "saved": states,
+        "ungated": ungated, "carried": carried, "spans": spans, "du": grads.u, "ddelta": grads.delta,
+        "dz": grads.z, "sums": sums, "totals": totals, "grad_start": grads.initial_state,
+    }  # fmt: skip
+    start_kernel(layout.launches, backward.backward, tensors, describe)
 
-    def describe_finish():
-        block, none = 128, (0, 0, 0, 0)
-        blocks = -(-slabs * padded * 2 * SLAB // block)
-        strides = (
-            *(none if steady_B else grads.B.stride()), *(none if steady_C else grads.C.stride())
-        )  # fmt: skip
-        sizes = (*strides, layout.l, layout.n, layout.g, tiles, slabs, blocks)
-        return (blocks * layout.b * layout.g,), sizes, {"N": padded, "BLOCK": block, "num_warps": 1}
+    def describe_reduce_tiles():
+        block = 128
+        sizes = {"l": layout.l, "n": layout.n, "groups": layout.g, "tiles": tiles, "slabs": slabs}
+        sizes["blocks"] = -(-slabs * padded * 2 * SLAB // block)
+        grid = (sizes["blocks"] * layout.b * layout.g,)
+        options = {"N": padded, "BLOCK": block, "num_warps": 1}
+        return grid, weight_strides(B=grads.B, C=grads.C) | sizes, options
 
     if each_row:
-        start_kernel(
-            layout.launches, pack_and_step.reduce_tiles,
-            (sums, None if steady_B else grads.B, None if steady_C else grads.C), describe_finish,
-        )  # fmt: skip
+        tensors = {
+            "sums": sums, "dB": None if steady_B else grads.B, "dC": None if steady_C else grads.C
+        }  # fmt: skip
+        start_kernel(layout.launches, pack_and_step.reduce_tiles, tensors, describe_reduce_tiles)
     dB, dC = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if t.dim() == 2 else None
         for t in (grads.B, grads.C)
     )
 
-    def describe_fold():
+    def describe_reduce_chunks():
         options = {
             "N": padded, "STEADY_B": steady_B, "STEADY_C": steady_C, "BLOCK": triton.next_power_of_2(width),
             "num_warps": 1,
         }  # fmt: skip
-        return (layout.d,), (layout.d, layout.n, over), options
+        return (layout.d,), {"d": layout.d, "n": layout.n, "over": over}, options
 
-    start_kernel(
-        layout.launches,
-        pack_and_step.reduce_chunks,
-        (totals, grads.A, grads.D, grads.delta_bias, dB, dC),
-        describe_fold,
-    )
+    tensors = {
+        "totals": totals, "dA": grads.A, "dD": grads.D, "dbias": grads.delta_bias, "dB": dB, "dC": dC
+    }  # fmt: skip
+    start_kernel(layout.launches, pack_and_step.reduce_chunks, tensors, describe_reduce_chunks)
     for grad, folded in ((grads.B, dB), (grads.C, dC)):
         if folded is not None:
             grad.copy_(folded)
@@ -285,23 +287,37 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     b, d = x.shape
     n = A.shape[1]
     own = state.resolve_neg().contiguous()
-    tensors = own, x, dt, A.contiguous(), B, C, as_float32(D), z, as_float32(dt_bias), y
+    tensors = {
+        "state": own, "x": x, "dt": dt, "A": A.contiguous(), "B": B, "C": C, "D": as_float32(D), "z": z,
+        "bias": as_float32(dt_bias), "y": y,
+    }  # fmt: skip
 
     def describe():
         channels = 16
         tiles = -(-d // channels)
-        strides = (
-            *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()), *B.stride(), *C.stride()
-        )  # fmt: skip
+        strides = {"zb": 0, "zd": 0}
+        for name, t, axes in (
+            ("x", x, "bd"),
+            ("s", dt, "bd"),
+            ("z", z, "bd"),
+            ("B", B, "bgn"),
+            ("C", C, "bgn"),
+        ):
+            if t is not None:
+                strides |= {name + axis: t.stride(i) for i, axis in enumerate(axes)}
+        sizes = {"d": d, "n": n, "per_B": d // B.shape[1], "per_C": d // C.shape[1], "tiles": tiles}
         options = {
             "SOFTPLUS": dt_softplus, "CHANNELS": channels, "N": triton.next_power_of_2(n), "num_warps": 1
         }  # fmt: skip
-        return (b * tiles,), (*strides, d, n, d // B.shape[1], d // C.shape[1], tiles), options
+        return (b * tiles,), strides | sizes, options
 
     if y.numel():
         with torch.cuda.device_of(x):
             start_kernel(
-                recall(dict, tensors, dt_softplus, x.device), pack_and_step.update_state, tensors, describe
+                recall(dict, tensors.values(), dt_softplus, x.device),
+                pack_and_step.update_state,
+                tensors,
+                describe,
             )
     if own is not state:
         state.copy_(own)

@@ -34,29 +34,31 @@ def recall(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
 
 
 def start_kernel(
-    launches: dict, kernel, tensors: tuple[Tensor | None, ...], describe: Callable, name: str = ""
+    launches: dict, kernel, tensors: dict[str, Tensor | None], describe: Callable, name: str = ""
 ) -> None:
-    """Launch a kernel, whose arguments are tensors, then numbers, then constants.
+    """Launch a kernel, whose arguments are `tensors`, in its order, then numbers, then constants.
 
-    `describe` gives grid, numbers and constants, once: a second launch goes straight to what the first
-    compiled. Triton would look at every argument of every launch for what to compile.
+    `describe` gives the grid, numbers by name, and constants and options by name, once: a second launch goes
+    straight to what the first compiled. Triton would look at every argument of every launch for what to
+    compile.
     """
     known = launches.get(name or kernel)
     if known is None:
-        for argument, t in zip(kernel.arg_names, tensors, strict=False):
+        if list(tensors) != kernel.arg_names[: len(tensors)]:
+            raise AssertionError(f"{kernel} takes {kernel.arg_names} in this order; got {list(tensors)}")
+        for argument, t in tensors.items():
             if t is not None and argument not in _STRIDED and not t.is_contiguous():
                 raise AssertionError(f"{argument} must be contiguous; got strides {t.stride()} of {t.shape}")
         grid, sizes, options = describe()
-        built = kernel[grid](*tensors, *sizes, **options)
+        built = kernel[grid](**tensors, **sizes, **options)
         if built is not None:  # the interpreter builds nothing
-            constants = kernel.arg_names[len(tensors) + len(sizes) :]
-            rest = (*sizes, *(options[constant] for constant in constants))
+            given = sizes | options
+            rest = tuple(given[argument] for argument in kernel.arg_names[len(tensors) :])
             launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
     else:
-        run, rest = (
-            known  # a tensor would be asked for its address, and the driver whether it lies on the GPU
-        )
-        run(*(None if t is None else t.data_ptr() for t in tensors), *rest)
+        run, rest = known
+        # a tensor would be asked for its address, and the driver whether it lies on the GPU
+        run(*(None if t is None else t.data_ptr() for t in tensors.values()), *rest)
 
 
 class Layout:
@@ -100,7 +102,7 @@ class Layout:
     def along_time(self) -> tuple:
         """Grid, sizes and options of the kernel whose lanes lie along time."""
         grid, sizes = self.cut(1, 1)
-        few = sizes[8] <= 12 * self.processors
+        few = sizes["count"] <= 12 * self.processors
         options = self.flags | {
             "WIDE": True, "WHOLE": not self.packed and self.l % (2 * SLAB * 32) == 0, "NATIVE": self.native,
             "PIN": not self.native or not few or self.l > 2048, "num_warps": 1,
@@ -119,15 +121,16 @@ class Layout:
         }  # fmt: skip
         return grid, sizes, options
 
-    def cut(self, width: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def cut(self, width: int, parts: int) -> tuple[tuple[int, ...], dict[str, int]]:
         """Grid and sizes of programs of so many channels, and so many chunks of time."""
         per_group, tiles = self.d // self.g, self.tiles(width)
         count = self.sequences * parts * self.g * tiles
         processors = min(self.processors, count)
-        sizes = (
-            self.d, self.l, self.n, per_group, tiles, self.slabs, self.plan.chunk, self.g, count, parts,
-            processors,
-        )  # fmt: skip
+        sizes = {
+            "d": self.d, "l": self.l, "n": self.n, "per_group": per_group, "tiles": tiles,
+            "slabs": self.slabs, "chunk": self.plan.chunk, "groups": self.g, "count": count, "parts": parts,
+            "processors": processors,
+        }  # fmt: skip
         return (-(-count // processors) * processors,), sizes
 
     def tiles(self, width: int) -> int:
@@ -168,17 +171,17 @@ class Layout:
         ]
 
         def describe():
-            none, block = (0, 0, 0, 1), 128
-            of_B, of_C = (t.stride() if varies else none for t, varies in zip((B, C), varying, strict=True))
-            blocks = -(-slabs * steps // block)
-            return (
-                (blocks * self.b * self.g, -(-rows // 16)),
-                (*of_B, *of_C, self.l, self.n, self.g, slabs, blocks),
-                {"N": self.padded, "LANES": lanes, "BLOCK": block, "UNIT": of_B[3] == of_C[3] == 1},
-            )
+            block = 128
+            strides = weight_strides(B=B, C=C)
+            sizes = {"l": self.l, "n": self.n, "groups": self.g, "slabs": slabs}
+            sizes["blocks"] = -(-slabs * steps // block)
+            unit = all(t.stride(3) == 1 for t, varies in zip((B, C), varying, strict=True) if varies)
+            options = {"N": self.padded, "LANES": lanes, "BLOCK": block, "UNIT": unit}
+            return (sizes["blocks"] * self.b * self.g, -(-rows // 16)), strides | sizes, options
 
         if any(varying):
-            tensors = (B if varying[0] else None, C if varying[1] else None, *outs)
+            tensors = {"B": B if varying[0] else None, "C": C if varying[1] else None}
+            tensors |= {"to_B": outs[0], "to_C": outs[1]}
             start_kernel(self.launches, pack_and_step.pack_weights, tensors, describe)
         return outs[0], outs[1]
 
@@ -217,10 +220,19 @@ def processors_of(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def strides_of(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if t is None else t.stride()
+def strides_of(**tensors: Tensor | None) -> dict[str, int]:
+    """Strides as kernels name them: `sb`, `sd`, `sl` of an array s (b, d, l)."""
+    return {
+        name + axis: 0 if t is None else t.stride(i)
+        for name, t in tensors.items()
+        for i, axis in enumerate("bdl")
+    }
 
 
-def row_strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of B or C (b, g, n, l) over all but time."""
-    return t.stride()[:3] if t.dim() == 4 else (0, 0, 0)
+def weight_strides(axes: str = "bgnl", **tensors: Tensor) -> dict[str, int]:
+    """Strides over these axes of B or C (b, g, n, l); constant ones have none."""
+    return {
+        name + axis: t.stride(i) if t.dim() == 4 else 0
+        for name, t in tensors.items()
+        for i, axis in enumerate(axes)
+    }

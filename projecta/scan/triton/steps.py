@@ -11,15 +11,19 @@ import triton.language as tl
 
 from projecta.scan.triton.warp import (
     INTERPRETED,
+    barrier,
     constant,
+    exp2,
     load_one,
     load_shared,
+    load_stretches,
     load_words,
     pack_word,
     repeat,
     sigmoid,
     softplus,
     store_one,
+    store_shared,
     store_words,
     unpack_word,
 )
@@ -53,6 +57,76 @@ def program_place(count, processors):
 
 
 @triton.jit
+def split_program(chosen, groups, tiles, parts):
+    """Tile, chunk of time, sequence and group of a program."""
+    tile, part = chosen % (groups * tiles), chosen // (groups * tiles) % parts
+    return tile, part, (chosen // (groups * tiles) // parts).to(tl.int64), tile // tiles
+
+
+@triton.jit
+def channel_of(tile, tiles, group, per_group, column, WIDTH: tl.constexpr):
+    """Whether a lane has a channel, and which; the group's last one if it has none."""
+    own = (tile % tiles) * WIDTH + column
+    return own < per_group, (group * per_group + tl.minimum(own, per_group - 1)).to(tl.int64)
+
+
+@triton.jit
+def sequence_of(bounds, sequence, l, slabs, EVERY: tl.constexpr):
+    """Row, first step, end, and the place of the first saved state of a sequence."""
+    if bounds is None:
+        return sequence, 0, l, sequence * tl.cdiv(slabs, EVERY)
+    else:
+        t_start, t_end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+        return sequence * 0, t_start, t_end, sequence + t_start // (STEPS * EVERY)
+
+
+@triton.jit
+def own_rows(at, lane, n, factor, K: tl.constexpr, LANES: tl.constexpr):
+    """Of a row of n numbers those of a lane's K states, times a factor; zeros beyond n."""
+    found = ()
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        found = found + (tl.load(at + row_n, row_n < n, 0.0) * factor,)
+    return found
+
+
+@triton.jit
+def chained(states, rates, carried, spans, at, channel, lane, d, real, LANES: tl.constexpr):
+    """The states behind a chunk of time, from what it leaves from zero and its sum of delta."""
+    passed, then = tl.load(spans + at * d + channel), ()
+    N: tl.constexpr = len(states) * LANES
+    for j in tl.static_range(len(states)):
+        gained = tl.load(carried + (at * N + j * LANES + lane) * d + channel, real, 0.0)
+        then = then + (exp2(rates[j] * passed) * states[j] + gained,)
+    return then
+
+
+@triton.jit
+def channel_numbers(at, channel, zero):
+    """A number for each lane's channel, of a (d,) tensor; zero if there is none."""
+    return zero if at is None else tl.load(at + channel)
+
+
+@triton.jit
+def added(total, values, COUNT: tl.constexpr):
+    """total + the first values, in their order."""
+    for i in tl.static_range(COUNT):
+        total += values[i]
+    return total
+
+
+@triton.jit
+def first_stretches(
+    at, room, index, slab, slabs, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Bring B and C of the first U slabs into shared memory."""
+    coming = load_stretches(at + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, U, THREADS)
+    store_shared(coming, room, index, U * S, THREADS)
+    barrier(index)
+
+
+@triton.jit
 def lane_of(index, LANES: tl.constexpr):
     """Of a thread: which states and which channel it has, and the first thread that has that channel.
 
@@ -81,6 +155,15 @@ def read(
         for i in tl.static_range(V):
             found = found + (load_one(at + (t1 + i).to(tl.int64) * stride, t1 + i < l),)
     return found
+
+
+@triton.jit
+def read_three(
+    at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """V steps of each lane of delta, u, and z if there is one."""
+    z = () if at_z is None else read(at_z, t1, zl, l, WIDE, WHOLE, V)
+    return read(at_s, t1, sl, l, WIDE, WHOLE, V), read(at_u, t1, ul, l, WIDE, WHOLE, V), z
 
 
 @triton.jit
