@@ -308,7 +308,8 @@ def _check_launches():
             return lambda *arguments: log.append(("built", grid, arguments))
 
     class Kernel:
-        arg_names = ["x", "y", "n", "N", "BLOCK"]
+        def __init__(self):
+            self.arg_names = ["x", "y", "n", "N", "BLOCK"]
 
         def __getitem__(self, grid):
             def run(**arguments):
