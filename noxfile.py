@@ -93,10 +93,14 @@ def rehearse(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def tests(session: nox.Session) -> None:
-    """Everything that must hold: pytest with doctests, every benchmark once."""
+    """Everything that must hold: pytest with doctests, every benchmark once. What takes times runs alone."""
     session.install(*PINNED, TRITON, *EXTRAS["gate"], *EXTRAS["dev"])
     install_project(session)
-    session.run("pytest", *session.posargs)
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    session.run("pytest", "--numprocesses", "2", "--dist", "loadgroup", "-m", "not serial")
+    session.run("pytest", "-m", "serial")
 
 
 # The library's tests: what depends on the versions of others. `oldest` has torch 2.9, of which some indexes
@@ -179,7 +183,7 @@ def accuracy(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def rates(session: nox.Session) -> None:
-    """How often the gate is wrong, and what it finds: 20 real gates of each kind, a day. Or as said."""
+    """The error rates of the gate: 20 real gates of each kind (a day), or what the words after -- name."""
     session.install(*EXTRAS["gate"])
     install_project(session)
     session.run("asv", "machine", "--yes")

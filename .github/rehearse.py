@@ -71,8 +71,8 @@ def main() -> None:
     parser.add_argument("--bench", default=BENCH, help="benchmarks to measure")
     parser.add_argument("--folder", type=Path, help="keep the clone there")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as room:
-        folder = (arguments.folder or Path(room)).resolve()
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         rehearse(ROOT, folder, arguments.bench)
     print("Both commits are on the branch of results and on the pages.")

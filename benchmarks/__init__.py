@@ -1,1 +1,1 @@
-"""The asv suites, one module per room of the package; `common` holds what they share."""
+"""The asv suites, one module for each part of the package; `common` is shared."""

@@ -1,4 +1,4 @@
-"""Tables and charts of projecta's own benchmarks; `projecta report` and the front page read them.
+"""Tables and charts of projecta's own benchmarks; `projecta report` and the start page read them.
 
 It must import on every commit: what it needs of projecta is imported by `sections()`.
 """
@@ -21,7 +21,7 @@ MRSS = ("post hoc, theta 0.1", "post hoc, theta 0.5", "trained, theta 0.5")
 
 
 def sections():
-    """The sections of the front page, in order."""
+    """The sections of the start page, in order."""
     from projecta.regress.site.tables import Custom, Lines, Section
 
     return (

@@ -22,7 +22,19 @@ _HOME = {
     "accelerate": "projecta.mamba",
     "Plan": "projecta.vtp",
 }
-_ROOMS = ("low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
+_MODULES = ("low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
+_EXTRA = {"torch": "scan", "numpy": "scan"}  # that installs a package
+
+__all__ = [
+    "BackendUnavailable",
+    "MambaBlock",
+    "Plan",
+    "accelerate",
+    "available_backends",
+    "mrss_scan",
+    "selective_scan",
+    "selective_state_update",
+]
 
 if TYPE_CHECKING:
     from projecta.mamba import MambaBlock as MambaBlock
@@ -36,12 +48,19 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    if name in _ROOMS:
-        return import_module(f"projecta.{name}")
+    try:
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        if name in _MODULES:
+            return import_module(f"projecta.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        install = f'pip install "projecta[{_EXTRA[error.name]}]"'
+        line = f"projecta.{name} needs {error.name}, which is not installed. Install it with: {install}"
+        raise ModuleNotFoundError(line, name=error.name) from None
     raise AttributeError(f"module 'projecta' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOME, *_ROOMS, "__version__"])
+    return sorted([*_HOME, *_MODULES, "__version__"])

@@ -11,8 +11,9 @@ from projecta._checks import Checker
 def break_even_rank(linear: nn.Linear) -> int:
     """The largest rank at which two factors multiply less than the map itself: r (in + out) < in out.
 
-    >>> break_even_rank(nn.Linear(768, 3072))
-    614
+    Examples:
+        >>> break_even_rank(nn.Linear(768, 3072))
+        614
     """
     inputs, outputs = linear.in_features, linear.out_features
     return (inputs * outputs - 1) // (inputs + outputs)
@@ -46,9 +47,10 @@ def factorise(linear: nn.Linear, rank: int) -> Factorised:
     Raises:
         TypeError: `linear` is no nn.Linear. ValueError: `rank` is not in 1...min(in, out).
 
-    >>> half = factorise(nn.Linear(8, 8), 2)
-    >>> half.rank, half.break_even, half(torch.zeros(3, 8)).shape
-    (2, 3, torch.Size([3, 8]))
+    Examples:
+        >>> half = factorise(nn.Linear(8, 8), 2)
+        >>> half.rank, half.break_even, half(torch.zeros(3, 8)).shape
+        (2, 3, torch.Size([3, 8]))
     """
     check = Checker("factorise")
     check.that(
@@ -86,11 +88,12 @@ def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "Merged
     Raises:
         TypeError, ValueError: an argument is of the wrong type or shape.
 
-    >>> linear = nn.Linear(4, 3)
-    >>> with merge_lora(linear, torch.ones(1, 4), torch.ones(3, 1), alpha=2.0):
-    ...     merged = linear.weight.detach().clone()
-    >>> bool(((merged - linear.weight) > 1.9).all())
-    True
+    Examples:
+        >>> linear = nn.Linear(4, 3)
+        >>> with merge_lora(linear, torch.ones(1, 4), torch.ones(3, 1), alpha=2.0):
+        ...     merged = linear.weight.detach().clone()
+        >>> bool(((merged - linear.weight) > 1.9).all())
+        True
     """
     check = Checker("merge_lora")
     check.that(

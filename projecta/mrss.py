@@ -54,8 +54,9 @@ class MrssState(NamedTuple):
     def start(cls, h: Tensor) -> "MrssState":
         """At the start of every block, from the states h (b, d, n).
 
-        >>> MrssState.start(torch.zeros(1, 2, 3)).length.shape
-        torch.Size([2, 3])
+        Examples:
+            >>> MrssState.start(torch.zeros(1, 2, 3)).length.shape
+            torch.Size([2, 3])
         """
         length = torch.zeros(h.shape[1:], dtype=torch.int64, device=h.device)
         return cls(h.clone(), torch.zeros_like(h), torch.zeros_like(h.real), length)
@@ -82,6 +83,9 @@ def mrss_scan(
     """Scan as `selective_scan` does, with each state updated once per its period; the formula is this
     module's.
 
+    Arguments that are not listed, the result and the errors are those of `projecta.selective_scan`; complex A
+    needs "exact".
+
     Args:
         periods: update periods in tokens, integers >= 1, (n,) or (d, n). None: `choose_periods(A,
             delta_bias)`.
@@ -90,13 +94,12 @@ def mrss_scan(
             last state is one as well.
         backend: "reference" (a loop over time), "vectorised", "cpu" (kernels; periods of 1, 2, 4, 8 or 16
             that 64 bytes of adjacent channels and 4 states share), or "auto": "cpu" where it can.
-        The other arguments, the result and the errors are those of `projecta.selective_scan`; complex A needs
-        "exact".
 
-    >>> u, delta = torch.ones(1, 2, 4), torch.full((1, 2, 4), 0.1)
-    >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 4), torch.ones(1, 1, 4)
-    >>> mrss_scan(u, delta, A, B, C, periods=[2])[0, 0]
-    tensor([0.1000, 0.1902, 0.2902, 0.3456])
+    Examples:
+        >>> u, delta = torch.ones(1, 2, 4), torch.full((1, 2, 4), 0.1)
+        >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 4), torch.ones(1, 1, 4)
+        >>> mrss_scan(u, delta, A, B, C, periods=[2])[0, 0]
+        tensor([0.1000, 0.1902, 0.2902, 0.3456])
     """
     check = Checker("mrss_scan")
     if isinstance(initial_state, MrssState):
@@ -173,16 +176,23 @@ def mrss_update(
 ) -> Tensor:
     """Advance `state` by one token, overwriting it; `mrss_scan` of the tokens so far gives the same outputs.
 
+    Other arguments are those of `mrss_scan`.
+
     Args:
-        x, dt, z: (b, d). B, C: (b, n) or (b, g, n). The others as in `mrss_scan`.
+        x: input (b, d).
+        dt: step size (b, d).
+        z: gate (b, d).
+        B: input weights (b, n) or (b, g, n).
+        C: output weights, as B.
 
     Returns:
         y (b, d), of x's dtype.
 
-    >>> state = MrssState.start(torch.zeros(1, 2, 1))
-    >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
-    >>> torch.cat([mrss_update(state, x, 0.1 * x, A, B, B, periods=[2])[:, :1] for _ in range(4)], 1)
-    tensor([[0.1000, 0.1902, 0.2902, 0.3456]])
+    Examples:
+        >>> state = MrssState.start(torch.zeros(1, 2, 1))
+        >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
+        >>> torch.cat([mrss_update(state, x, 0.1 * x, A, B, B, periods=[2])[:, :1] for _ in range(4)], 1)
+        tensor([[0.1000, 0.1902, 0.2902, 0.3456]])
     """
     check = Checker("mrss_update")
     check.that(isinstance(state, MrssState), "state", "be a MrssState", type(state).__name__, error=TypeError)
@@ -220,8 +230,9 @@ def choose_periods(
         theta: how far a state may decay within a block. Smaller is slower and more accurate.
         vector: so many adjacent channels and states get the least of their periods. (1, 1): each its own.
 
-    >>> choose_periods(-torch.tensor([[0.01, 0.1, 1.0]]), torch.tensor([1.0]), vector=(1, 1))
-    tensor([[16,  1,  1]])
+    Examples:
+        >>> choose_periods(-torch.tensor([[0.01, 0.1, 1.0]]), torch.tensor([1.0]), vector=(1, 1))
+        tensor([[16,  1,  1]])
     """
     if step is None:
         bias = torch.zeros(A.shape[0], device=A.device) if delta_bias is None else delta_bias.detach().float()
@@ -254,8 +265,9 @@ def error_bound(theta: float, decay: str = "compound") -> float:
 
     It vanishes as theta does. The state that a sequence starts from must be within g of the units as well.
 
-    >>> [round(error_bound(theta), 3) for theta in (0.01, 0.1, 0.5)]
-    [0.018, 0.19, 1.097]
+    Examples:
+        >>> [round(error_bound(theta), 3) for theta in (0.01, 0.1, 0.5)]
+        [0.018, 0.19, 1.097]
     """
     check = Checker("error_bound")
     check.that(theta > 0, "theta", "be above 0", theta)

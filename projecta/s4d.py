@@ -34,8 +34,9 @@ def s4d_rates(n: int, init: str = "lin", device: torch.device | str | None = Non
         inv:   A_k = -1/2 + i N / pi (N / (2 k + 1) - 1)    with N = 2 n
         real:  A_k = -(k + 1)
 
-    >>> s4d_rates(2, "real")
-    tensor([-1., -2.])
+    Examples:
+        >>> s4d_rates(2, "real")
+        tensor([-1., -2.])
     """
     check = Checker("s4d_rates")
     check.one_of("init", init, INITS)
@@ -100,7 +101,10 @@ def s4d_scan(
     Args:
         u: input (b, d, l), float16, bfloat16, float32 or float64.
         delta: step sizes (d,), positive.
-        A, B, C: (d, n), complex64 or float32; B is ones if not given. D: (d,).
+        A: decay rates (d, n), complex64 or float32.
+        B: input weights (d, n), like A; ones if not given.
+        C: output weights (d, n), like A.
+        D: skip weight (d,).
         discretisation: "zoh" or "bilinear".
         initial_state: (b, d, n).
         mode: "convolution", by FFT, O(l log l) and parallel in time, or "recurrence", by `selective_scan`:
@@ -113,9 +117,10 @@ def s4d_scan(
     Raises:
         ValueError: a shape or value is wrong. TypeError: a dtype is wrong.
 
-    >>> u = torch.tensor([[[1.0, 0.0, 0.0]]])
-    >>> s4d_scan(u, torch.ones(1), -torch.ones(1, 1), torch.ones(1, 1))[0, 0]
-    tensor([0.6321, 0.2325, 0.0855])
+    Examples:
+        >>> u = torch.tensor([[[1.0, 0.0, 0.0]]])
+        >>> s4d_scan(u, torch.ones(1), -torch.ones(1, 1), torch.ones(1, 1))[0, 0]
+        tensor([0.6321, 0.2325, 0.0855])
     """
     check = Checker("s4d_scan")
     check.tensor("u", u)
@@ -203,9 +208,10 @@ class S4DBlock(nn.Module):
 
     `forward` convolves; `step` takes one token on from a state, with the same result.
 
-    >>> block = S4DBlock(4)
-    >>> block(torch.randn(2, 10, 4)).shape
-    torch.Size([2, 10, 4])
+    Examples:
+        >>> block = S4DBlock(4)
+        >>> block(torch.randn(2, 10, 4)).shape
+        torch.Size([2, 10, 4])
     """
 
     def __init__(

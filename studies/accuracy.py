@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from projecta.regress.store.provenance import record_provenance
+
 SEEDS, JUDGED, BATCH, WIDTH, LAYERS = (0, 1, 2, 3, 4), 5120, 32, 64, 2
 TRAINED, POST_HOC = (0.5,), (0.05, 0.1, 0.25, 0.5)
 TESTED = 256  # tokens of a test of induction heads
@@ -247,18 +249,21 @@ def main() -> None:
                 for way, value in found.items():
                     out.writerow([name, TASKS[name].steps, seed, way, f"{value:.4f}"])
                     print(f"{name}, seed {seed}: {way} {value:.3f} {TASKS[name].unit}", flush=True)
+    means = folder / "mrss_accuracy.csv"
     rows: dict[tuple[str, str], list[float]] = {}
     for (name, _, _), found in sorted(_read(each).items()):
         for way, value in found.items():
             rows.setdefault((name, way), []).append(value)
-    with (folder / "mrss_accuracy.csv").open("w", newline="") as file:
+    with means.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["task", "scan", "unit", "seeds", "mean", "change", "change, least", "change, most"])
         for (name, way), values in rows.items():
             changes = [v - f for v, f in zip(values, rows[name, "full"], strict=True)]
             numbers = (statistics.mean(values), statistics.mean(changes), min(changes), max(changes))
             out.writerow([name, way, TASKS[name].unit, len(values), *(f"{v:.3f}" for v in numbers)])
-    draw_chart([(name, way, values) for (name, way), values in rows.items()], folder / "mrss_accuracy.png")
+    chart = folder / "mrss_accuracy.png"
+    draw_chart([(name, way, values) for (name, way), values in rows.items()], chart)
+    record_provenance([each, means, chart], "nox -s accuracy")
 
 
 def _read(path: Path) -> dict[tuple[str, int, int], dict[str, float]]:

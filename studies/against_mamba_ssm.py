@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from projecta import selective_scan
-from projecta.regress.store.provenance import facts_here, record_provenance
+from projecta.regress.store.provenance import record_provenance
 
 SHAPES = (  # b, d, l
     (1, 1536, 512), (1, 1536, 2048), (1, 1536, 16384), (1, 1536, 65536), (8, 1536, 512), (8, 1536, 2048),
@@ -161,7 +161,7 @@ def main() -> None:
                 print(
                     f"{name} {kind} {dtype or 'all'}: mean {mean:.2f} (geometric), {least:.2f} to {most:.2f}"
                 )
-    record_provenance([path], facts_here())
+    record_provenance([path], "nox -s against -- --gpu")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main() -> None:
                     f"{case:26s} {name:13s} {numbers[0]:10.2f} ms, projecta {numbers[1]:.1f} times as fast",
                     flush=True,
                 )
-    record_provenance([path], facts_here([*PACKAGES, "mambapy"]))
+    record_provenance([path], "nox -s against", facts_here([*PACKAGES, "mambapy"]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
+from projecta.regress.store.provenance import record_provenance
 from studies import real
 
 KEEP = (0.7, 0.5)
@@ -162,7 +163,9 @@ def main() -> None:
                     )
                     file.flush()
                     print(f"{keep} {label:42s} {name:8s} cosine {found['cosine']:.4f}", flush=True)
-    picture(path.with_name("vtp_picture.png"))
+    shown = path.with_name("vtp_picture.png")
+    picture(shown)
+    record_provenance([path, shown], "nox -s fidelity")
     print(f"wrote {path} and vtp_picture.png")
 
 

@@ -19,6 +19,8 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from projecta.regress.store.provenance import record_provenance
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 TIMED = {"scan": "scan.Scan.time_forward('cpu', 2048)", "vtp": "vtp.VtpSingle.time_forward('input 0.5', 1)"}
@@ -123,6 +125,7 @@ def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
         if fresh:
             out.writerow(["processor", *header])
         out.writerows([processor, *row] for row in rows)
+    record_provenance([path], "nox -s rates")
 
 
 def gates(kind: str, count: int) -> None:
@@ -130,7 +133,7 @@ def gates(kind: str, count: int) -> None:
     from projecta.regress.run.case import Outcome
     from projecta.regress.run.pair import MOST
 
-    name = f"{MOST} turns"
+    name = f"{MOST} samples"
     folder, base, head = _clone(kind)
     for _ in range(count):
         start = time.monotonic()
@@ -154,7 +157,7 @@ def gates(kind: str, count: int) -> None:
 
 
 def continuous(kind: str, count: int) -> None:
-    """The same, as asv continuous says it at its defaults (first: `asv machine --yes`)."""
+    """The same by asv continuous at its defaults (first: `asv machine --yes`)."""
     name = f"asv {version('asv')}"
     folder, base, head = _clone(kind)
     for _ in range(count):
@@ -163,8 +166,8 @@ def continuous(kind: str, count: int) -> None:
         seconds = f"{time.monotonic() - start:.0f}"
         verdict = next((own for words, own in _SAID.items() if words in done.stdout), None)
         if verdict is None:
-            said = (done.stdout + done.stderr).strip().splitlines()
-            sys.exit(f"gate_rates: asv continuous must give a verdict; got {said[-1]}")
+            printed = (done.stdout + done.stderr).strip().splitlines()
+            sys.exit(f"gate_rates: asv continuous must give a verdict; got {printed[-1]}")
         rows: list[list[object]] = [[name, kind, "asv continuous", verdict, "", "", seconds]]
         table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
         changed = {row[5]: (row[1], row[4]) for row in table if len(row) == 7}  # name: mark, ratio
@@ -176,7 +179,7 @@ def continuous(kind: str, count: int) -> None:
 
 
 def summary() -> None:
-    """What real gates said, and 2,000 resampled from pairs of identical code: by processor, gate, factor."""
+    """Verdicts of real gates, and of 2,000 resampled from identical code: by processor, gate, factor."""
     from projecta.regress.gate.statistics import REGRESSED, Design, judge_pairs
 
     pairs: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -191,15 +194,15 @@ def summary() -> None:
         each: dict[str, Counter[str]] = {label: Counter() for label in pairs[measured]}
         wrong = 0
         for _ in range(RESAMPLED):
-            said = set()
+            verdicts = set()
             for label, drawn_from in pairs[measured].items():
                 ratios = [(1 + percent / 100) * draw.choice(drawn_from) for _ in range(design.most)]
                 verdict = next(
                     (v for n in looks if (v := judge_pairs(ratios[:n], design).verdict)), "INCONCLUSIVE"
                 )
                 each[label][verdict] += 1
-                said.add(verdict)
-            wrong += REGRESSED in said
+                verdicts.add(verdict)
+            wrong += REGRESSED in verdicts
         planted = ["resampled", *measured, f"+{percent} %"]
         for label, counts in each.items():
             lines += [[*planted, label, verdict, found, RESAMPLED] for verdict, found in counts.most_common()]
@@ -215,6 +218,7 @@ def summary() -> None:
         out = csv.writer(file)
         out.writerow(["gates", "processor", "gate", "planted", "benchmark", "verdict", "count", "of"])
         out.writerows(lines)
+    record_provenance([RESULTS / "gate_summary.csv"], "nox -s rates")
     for line in lines:
         print(*line)
 

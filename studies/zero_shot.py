@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from projecta.regress.store.provenance import record_provenance
 from studies import real
 
 NAMES = (
@@ -145,6 +146,7 @@ def main() -> None:
             out.writerow(
                 [label, keep, *(f"{v:.2f}" for v in numbers), f"{flops.get((label, keep), 1.0):.4f}"]
             )
+    record_provenance([path], "nox -s fidelity")
     print(f"wrote {path}")
 
 

@@ -16,6 +16,8 @@ import torch
 from benchmarks import common, scan
 from tests.cases import benchmarks, parameters
 
+pytestmark = pytest.mark.serial
+
 
 def _misses(suite):
     """How often what the suite's module keeps had to be made."""

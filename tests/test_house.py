@@ -119,6 +119,7 @@ def test_importing_the_suites_starts_nothing():
     ).split() == ["1", "False"]
 
 
+@pytest.mark.serial
 def test_help_is_quick():
     times = []
     for _ in range(3):
@@ -174,3 +175,21 @@ def test_no_benchmark_hides_in_a_helper_name():
     for node in ast.parse((ROOT / "benchmarks" / "common.py").read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             assert not collected.match(node.name)
+
+
+MISSING = {  # package: what asks for it, the extra that has it
+    "torch": ("import projecta; projecta.selective_scan", "scan"),
+    "click": ("import runpy; runpy.run_module('projecta', run_name='__main__')", "gate"),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_missing_extra_is_named_in_one_line(package):
+    use, extra = MISSING[package]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules[{package!r}] = None; {use}"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1].endswith(f'Install it with: pip install "projecta[{extra}]"')
+    if package == "click":
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)

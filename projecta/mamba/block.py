@@ -29,10 +29,12 @@ class MambaBlock(nn.Module):
         d_model: width of input and output. d_state: states per channel. d_conv: width of the convolution.
         expand: d_inner / d_model. dt_rank: rank of the step size's projection, "auto" for d_model / 16
             rounded up.
-        dt_min, dt_max, dt_init_floor: the step sizes at initialisation are log-uniform between the first two
-            and not below the last. dt_init: "random" or "constant" weights of dt_proj, of size
-            dt_scale / sqrt(dt_rank).
-        conv_bias, bias: whether the convolution, and in_proj and out_proj, have a bias.
+        dt_min: the step sizes at initialisation are log-uniform from dt_min to dt_max.
+        dt_max: see dt_min.
+        dt_init_floor: least step size at initialisation.
+        dt_init: "random" or "constant" weights of dt_proj, of size dt_scale / sqrt(dt_rank).
+        conv_bias: whether the convolution has a bias.
+        bias: whether in_proj and out_proj have a bias.
         backend: of the scan, as in `projecta.selective_scan`.
         mrss: scan by `projecta.mrss_scan` (compound decay), with the periods that this theta gives at the
             initial step sizes, which are then sorted; 0.5, say. The periods are a buffer of the module.
@@ -40,12 +42,13 @@ class MambaBlock(nn.Module):
     Raises:
         ValueError: an argument is out of range; the message names it.
 
-    >>> import torch
-    >>> block = MambaBlock(8)
-    >>> x = torch.randn(1, 5, 8)
-    >>> y, state = block(x[:, :4], return_state=True)
-    >>> torch.allclose(block.step(x[:, 4], state), block(x)[:, 4], atol=1e-6)
-    True
+    Examples:
+        >>> import torch
+        >>> block = MambaBlock(8)
+        >>> x = torch.randn(1, 5, 8)
+        >>> y, state = block(x[:, :4], return_state=True)
+        >>> torch.allclose(block.step(x[:, 4], state), block(x)[:, 4], atol=1e-6)
+        True
     """
 
     def __init__(

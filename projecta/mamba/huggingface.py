@@ -88,11 +88,12 @@ def accelerate(
         TypeError: the model has no such layer. ValueError: it is accelerated already, on another backend, or
             parts of it are offloaded. BackendUnavailable: `backend` cannot run here.
 
-    >>> from transformers import MambaConfig, MambaForCausalLM
-    >>> model = MambaForCausalLM(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=2))
-    >>> with accelerate(model) as handle:
-    ...     handle.layers
-    2
+    Examples:
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> model = MambaForCausalLM(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=2))
+        >>> with accelerate(model) as handle:
+        ...     handle.layers
+        2
     """
     check = Checker("accelerate")
     named = _mixers(check, model)

@@ -39,8 +39,9 @@ class BackendUnavailable(RuntimeError):
 def available_backends() -> dict[str, str]:
     """List every backend with the reason why it cannot run here; "" means that it can.
 
-    >>> available_backends()["vectorised"]
-    ''
+    Examples:
+        >>> available_backends()["vectorised"]
+        ''
     """
     return {name: _why_not(name) for name in BACKENDS}
 
@@ -99,11 +100,12 @@ def selective_scan(
         ValueError: a shape or value is wrong. TypeError: a dtype is wrong. BackendUnavailable: `backend`
             cannot run here.
 
-    >>> import torch
-    >>> u, delta = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
-    >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 3), torch.ones(1, 1, 3)
-    >>> selective_scan(u, delta, A, B, C)[0, 0]
-    tensor([1.0000, 1.3679, 1.5032])
+    Examples:
+        >>> import torch
+        >>> u, delta = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
+        >>> A, B, C = -torch.ones(2, 1), torch.ones(1, 1, 3), torch.ones(1, 1, 3)
+        >>> selective_scan(u, delta, A, B, C)[0, 0]
+        tensor([1.0000, 1.3679, 1.5032])
     """
     given, kind = (u, delta, A, B, C, D, z, delta_bias, initial_state), None
     if not torch.compiler.is_compiling() and _may_replay(backend, u, cu_seqlens):
@@ -161,12 +163,13 @@ def selective_state_update(
     Raises:
         ValueError, TypeError, BackendUnavailable: as `selective_scan`.
 
-    >>> import torch
-    >>> state = torch.zeros(1, 2, 1)
-    >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
-    >>> y = selective_state_update(state, x, x, A, B, B)
-    >>> y, state[0, :, 0]
-    (tensor([[1., 1.]]), tensor([1., 1.]))
+    Examples:
+        >>> import torch
+        >>> state = torch.zeros(1, 2, 1)
+        >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
+        >>> y = selective_state_update(state, x, x, A, B, B)
+        >>> y, state[0, :, 0]
+        (tensor([[1., 1.]]), tensor([1., 1.]))
     """
     check = Checker("selective_state_update")
     check_step(check, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)

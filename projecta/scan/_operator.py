@@ -83,7 +83,7 @@ def refuse_tangents(function: str, tensors: Iterable[Tensor | None], backend: st
 
 def _has_tangent(t: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        return True  # a trace cannot tell
+        return True  # unknown while tracing
     try:
         return forward_ad.unpack_dual(t).tangent is not None
     except RuntimeError:  # a batch of torch.func.vmap, whose tangents lie below

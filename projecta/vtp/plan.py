@@ -68,13 +68,14 @@ class Plan:
     Raises:
         ValueError: a value is out of its range. TypeError: one is of the wrong type.
 
-    >>> Plan(keep=0.7).tokens_kept(197)
-    139
-    >>> Plan(keep=0.7, at=(3, 6, 9), semantics="stage").schedule(197, 12)
-    (197, 197, 197, 139, 139, 139, 98, 98, 98, 69, 69, 69)
-    >>> Plan(keep=1.5)
-    Traceback (most recent call last):
-    ValueError: Plan: keep must lie in (0, 1]; got 1.5.
+    Examples:
+        >>> Plan(keep=0.7).tokens_kept(197)
+        139
+        >>> Plan(keep=0.7, at=(3, 6, 9), semantics="stage").schedule(197, 12)
+        (197, 197, 197, 139, 139, 139, 98, 98, 98, 69, 69, 69)
+        >>> Plan(keep=1.5)
+        Traceback (most recent call last):
+        ValueError: Plan: keep must lie in (0, 1]; got 1.5.
     """
 
     keep: float = 0.5
@@ -122,8 +123,9 @@ class Plan:
         before block 4. "evit3": EViT's three stages. "merge": pairs merged before every other of 12 blocks,
         `keep` of the FLOPs: the closest to the full tower for its arithmetic (docs/vtp.md).
 
-        >>> Plan.preset("early").fuse
-        'squeeze'
+        Examples:
+            >>> Plan.preset("early").fuse
+            'squeeze'
         """
         Checker("Plan.preset").one_of("name", name, tuple(PRESETS))
         return cls(keep=keep, **(PRESETS[name] | changes))
@@ -179,9 +181,10 @@ class Plan:
     def describe(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> str:
         """What the plan comes to, in each of the three meanings of a keep ratio.
 
-        >>> print(Plan(keep=0.5).describe(197, 12))
-        keep 0.500 of the patches, 0.500 per stage, 0.492 of the FLOPs
-        tokens per block: 99 x 12
+        Examples:
+            >>> print(Plan(keep=0.5).describe(197, 12))
+            keep 0.500 of the patches, 0.500 per stage, 0.492 of the FLOPs
+            tokens per block: 99 x 12
         """
         schedule = self.schedule(tokens, blocks, prefix, costs)
         end = (schedule[-1] - prefix) / (tokens - prefix)
@@ -216,9 +219,10 @@ class Plan:
 
         If nothing is pruned, the tokens returned are the tensor given.
 
-        >>> tokens = torch.tensor([[[0.0], [1.0], [3.0], [2.0], [1.0]]])
-        >>> Plan(keep=0.5).apply(tokens).kept
-        tensor([[0, 2, 3]])
+        Examples:
+            >>> tokens = torch.tensor([[[0.0], [1.0], [3.0], [2.0], [1.0]]])
+            >>> Plan(keep=0.5).apply(tokens).kept
+            tensor([[0, 2, 3]])
         """
         check = Checker("Plan.apply")
         check.that(tokens.dim() == 3, "tokens", "have shape (b, t, c)", tuple(tokens.shape))

@@ -59,13 +59,14 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
             already, has no block `plan.at`, or cannot do what the plan asks: "cls" and "value" need a class
             token, "probe" a pooling head, `mass` attention that takes a mask ("sdpa" or "eager").
 
-    >>> import torch
-    >>> from transformers import CLIPVisionConfig, CLIPVisionModel
-    >>> model = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    ...     num_attention_heads=2, image_size=32, patch_size=8))
-    >>> with prune(model, Plan(keep=0.5)) as handle:
-    ...     handle.tokens, model(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape[1]
-    ((9, 9), 9)
+    Examples:
+        >>> import torch
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+        >>> model = CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+        >>> with prune(model, Plan(keep=0.5)) as handle:
+        ...     handle.tokens, model(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape[1]
+        ((9, 9), 9)
     """
     check = Checker("prune")
     check.that(isinstance(plan, Plan), "plan", "be a projecta.vtp.Plan", type(plan).__name__, error=TypeError)
@@ -354,7 +355,7 @@ class Pruning:
 
 
 class _Begin:
-    """Before a tower: a pass begins, and its blocks are told of it."""
+    """Hook before a tower: starts a pass and gives it to the blocks."""
 
     def __init__(self, pruning: Pruning):
         self.pruning = pruning

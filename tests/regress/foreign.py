@@ -196,10 +196,22 @@ def run(*words):
     return result.exit_code, result.output
 
 
-def start(folder, *words, **options):
-    """The command, in a process of its own."""
+# As `python -m projecta` in a terminal: the tests may run where these signals are ignored.
+COMMAND = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+runpy.run_module("projecta", run_name="__main__", alter_sys=True)
+"""
+# Its parent, which starts it and waits.
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+def start(folder, *words, parent=False, **options):
+    """The command, in a process of its own; with `parent` below another, which is what is returned."""
+    own = [*(("-c", PARENT) if parent else ()), "-c", COMMAND]
     return subprocess.Popen(
-        [sys.executable, "-m", "projecta", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *own, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, **options,
     )  # fmt: skip
 

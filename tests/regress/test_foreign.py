@@ -294,7 +294,7 @@ def test_a_timing_of_zero_is_not_measured(zero):
         row.outcomes[side].append(Outcome("ok", (0.0 if side == zero else 1e-3,), 1))
     row.judge(statistics.Design())
     assert row.verdict == statistics.NOT_MEASURED
-    assert row.judgement.reason == f"{zero} took 0 s, less than its clock can tell: set a larger `number`"
+    assert row.judgement.reason == f"{zero} took 0 s, less than its clock resolves: set a larger `number`"
 
 
 def test_metrics_have_a_direction(workplace):

@@ -25,6 +25,8 @@ from projecta.regress.store.results import list_commits, read_measurements
 from tests.regress import foreign
 from tests.regress.foreign import ENDINGS, FAULTS, run, running, start
 
+pytestmark = pytest.mark.xdist_group("processes")  # they look for processes by name
+
 
 @pytest.fixture
 def project(workplace):
@@ -155,6 +157,22 @@ def test_killed_it_leaves_nothing_running(project, method):
     limit = time.monotonic() + 10
     while (running("4244") or running(str(project / "benchmarks"))) and time.monotonic() < limit:
         time.sleep(0.05)
+    assert not running("4244")
+    assert not running(str(project / "benchmarks"))
+
+
+def test_it_ends_with_its_parent(project):
+    """What a runner kills is the shell that called the command."""
+    foreign.make(project, LONG)
+    foreign.commit(project, "one")
+    process = start(project, "bench", "HEAD", "--machine", "desk", parent=True, start_new_session=True)
+    limit = time.monotonic() + 60
+    while not running("4244") and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert running("4244")
+    process.kill()
+    text, _ = process.communicate(timeout=30)  # ends when the command has closed its output
+    assert "Interrupted" in text
     assert not running("4244")
     assert not running(str(project / "benchmarks"))
 

@@ -1,4 +1,4 @@
-"""The front page: what it says of steps, verdicts and machines, and what it weighs."""
+"""The start page: what it says of steps, verdicts and machines, and what it weighs."""
 
 import csv
 import json

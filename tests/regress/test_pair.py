@@ -14,6 +14,8 @@ from projecta.regress.run.pair import measure_pair
 from tests.regress import foreign
 from tests.regress.foreign import ENDINGS, FAULTS, running
 
+pytestmark = pytest.mark.serial
+
 LOGGED = """
     import json, os, time
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tables that a project declares: in the report, as files with their provenance, and on the front page."""
+"""Tables that a project declares: in the report, as files with their provenance, and on the start page."""
 
 import csv
 import json

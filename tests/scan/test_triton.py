@@ -58,16 +58,10 @@ def _with_interpreter():
 
 @pytest.fixture(scope="module")
 def interpreter():
-    """Processes in which Triton was told to interpret before it was imported."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _with_interpreter) as pool:
+    """A process in which Triton was told to interpret before it was imported."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _with_interpreter) as pool:
         yield pool
         pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="module")
-def errors(interpreter):
-    """What `_errors` finds, for every case and mode, two at a time."""
-    return {(case, mode): interpreter.submit(_errors, case, mode) for case in CASES for mode in MODES}
 
 
 def _plan(mode, b, d, l, n, groups, packed, saves, wide, processors):
@@ -99,10 +93,8 @@ def _errors_of(selective_scan, case):
     wide = {name: widen(t) for name, t in arguments.items()}
     truth = run_with_gradients(selective_scan, wide, backend="reference")
     got = run_with_gradients(selective_scan, arguments, backend="triton")
-    again = run_with_gradients(selective_scan, arguments, backend="triton")
-    for name, value in got.items():
-        assert torch.equal(value, again[name]), name
-    for every in (16, 32) if CASES[case].get("l", 64) > 16 else (32,):
+    length = arguments["u"].shape[-1]
+    for every in (8, 16, 32) if length <= 64 else ():
         rare = run_with_gradients(selective_scan, arguments, backend="triton", save_every=every)
         for name, value in got.items():
             assert torch.equal(value, rare[name]), f"{name}, saved every {every}"
@@ -119,8 +111,8 @@ def _errors_of(selective_scan, case):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernels_agree_with_the_reference(errors, case, mode):
-    found = errors[case, mode].result(timeout=600)
+def test_the_kernels_agree_with_the_reference(interpreter, case, mode):
+    found = interpreter.submit(_errors, case, mode).result(timeout=600)
     tolerance = TOLERANCE[CASES[case].get("dtype", torch.float32)]
     assert {name: error for name, error in found.items() if not error <= tolerance} == {}
 
@@ -292,7 +284,7 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory):
     os.environ["PROJECTA_CUBINS"] = str(tmp_path_factory.mktemp("cubins"))
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         yield pool
     del os.environ["PROJECTA_CUBINS"]
 
@@ -419,7 +411,7 @@ def _check_repeats():
 
 
 def _check_plan():
-    """What was fastest on an H100 (docs/gpu.md): (saves, float32) -> lanes along time, chunks of time."""
+    """What was fastest on an H100: (saves, float32) -> lanes along time, chunks of time."""
     from projecta.scan.triton.plan import plan
 
     table = {

@@ -79,7 +79,7 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     size = amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
     why = j.reason
     if row.verdict == statistics.INCONCLUSIVE:
-        more = f"about {j.more} more pairs would tell" if j.more else "one pair tells nothing"
+        more = f"about {j.more} more pairs are needed" if j.more else "one pair has no spread"
         why = "; ".join(filter(None, [why, more]))
     return ratio, bounds, size, str(j.pairs or ""), why
 

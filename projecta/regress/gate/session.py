@@ -29,7 +29,7 @@ class Row:
 
     case: Case  # of head; of base, if head has none
     cases: dict[str, Case] = field(default_factory=dict)  # of each side that has it
-    environment: str = ""  # what it is told from others by, if there are several
+    environment: str = ""  # its name, if there are several
     outcomes: dict[str, list[Outcome]] = field(default_factory=lambda: {side: [] for side in SIDES})
     judgement: Judgement = field(default_factory=Judgement)
 
@@ -76,7 +76,7 @@ class Row:
             zero = "base" if min(base) <= 0 else "head"
             self.decide(
                 statistics.NOT_MEASURED,
-                f"{zero} took 0 s, less than its clock can tell: set a larger `number`",
+                f"{zero} took 0 s, less than its clock resolves: set a larger `number`",
             )
             return
         if not self.case.timed:
@@ -190,7 +190,7 @@ def run_session(
 def _matched(
     found: dict[str, list[Case]], pattern: str | None, environment: str
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of what both sides have, and settled ones of what only one has."""
+    """Rows of the cases of both sides; and rows, already judged, of those that one side lacks."""
     known = {side: {case.key: case for case in found[side]} for side in SIDES}
     labels = {side: {case.label: case for case in found[side]} for side in SIDES}
     both, one = [], []

@@ -42,7 +42,7 @@ class Design:
     pairs: int = 0  # that the last look waits for at least, as `projecta calibrate` found
 
     def looks(self) -> tuple[dict[int, float], dict[int, float]]:
-        """After how many pairs a benchmark may be said to PASS, and to have REGRESSED, each at its level."""
+        """Interim looks: numbers of pairs, with the alpha of each, for PASS and for REGRESSED."""
         return _plan(self.miss, self.pairs), _plan(self.error / max(1, self.benchmarks), self.pairs)
 
     @property

@@ -1,8 +1,7 @@
 """Is this machine fit to measure on? Looks at the GPU (driver, clocks, heat, who uses it), at disk and load.
 
-What is found is told and kept, whatever it is; a machine on which timings would not be its own is refused.
-Clocks are locked where that is asked for and permitted. Where it is not, that is noted and no reason to
-refuse.
+The state is printed and stored. A machine on which other work would disturb timings is refused. Clocks are
+locked where that is asked for and permitted; a clock that cannot be locked is noted, and no reason to refuse.
 """
 
 import dataclasses
@@ -30,7 +29,9 @@ _CLOCKS = (
     "clocks.default_applications.memory",
     "clocks.max.graphics",
 )
-_UNDONE = re.compile(r"permission|not supported|insufficient|root|error|fail", re.I)  # said with exit code 0
+_UNDONE = re.compile(
+    r"permission|not supported|insufficient|root|error|fail", re.I
+)  # nvidia-smi may fail with exit code 0
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,16 @@ class Findings:
 
     def lines(self) -> list[str]:
         """For people."""
-        told = [] if self.gpus else [f"GPU: none ({self.missing})"]
+        found = [] if self.gpus else [f"GPU: none ({self.missing})"]
         for gpu in self.gpus:
             free, total = (_amount(value, "MiB") for value in (gpu.free, gpu.memory))
-            told += [
+            found += [
                 f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, {free} of {total} free, "
                 f"{_amount(gpu.temperature, 'C')}, {len(gpu.processes)} process(es)",
                 f"GPU {gpu.index}: clock {_amount(gpu.clock, 'MHz')}, {gpu.lock}",
             ]
         load = "unknown" if self.load is None else f"{self.load:.2f} runnable processes per processor"
-        return [*told, f"disk: {self.disk:.1f} GiB free", f"load: {load}"]
+        return [*found, f"disk: {self.disk:.1f} GiB free", f"load: {load}"]
 
     def problems(self, limits: Limits, demanded: bool) -> list[str]:
         """Why nothing should be measured here now, one line each."""
@@ -150,12 +151,14 @@ def look(folder: Path) -> Findings:
 
 
 def lock(gpu: Gpu) -> None:
-    """Ask for the clock that the GPU can hold, and note what came of it."""
-    said = _ask("-i", gpu.index, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits")
-    default, memory, most = (_number(word) for word in [*(said[0] or "").split(", "), "", "", ""][:3])
+    """Lock the GPU at the clock that it can hold; `gpu.lock` says whether that worked."""
+    answer, reason = _ask(
+        "-i", gpu.index, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"
+    )
+    default, memory, most = (_number(word) for word in [*(answer or "").split(", "), "", "", ""][:3])
     wanted = default or most
     if wanted is None:
-        gpu.lock = f"not locked: no clock is known ({said[1] or 'nvidia-smi names none'})"
+        gpu.lock = f"not locked: no clock is known ({reason or 'nvidia-smi names none'})"
         return
     _ask("-i", gpu.index, "-pm", "1")  # without it the driver forgets the clock when nobody uses the GPU
     ways = [("-lgc", f"{wanted:.0f},{wanted:.0f}")]

@@ -200,9 +200,9 @@ from asv_runner.discovery import disc_benchmarks
 update_sys_path(sys.argv[1])
 found = {}
 for benchmark in disc_benchmarks(sys.argv[1], ignore_import_errors=True):
-    said = [s.higher_is_better for s in benchmark._attr_sources if hasattr(s, "higher_is_better")]
-    if said:
-        found[benchmark.name] = bool(said[0])
+    declared = [s.higher_is_better for s in benchmark._attr_sources if hasattr(s, "higher_is_better")]
+    if declared:
+        found[benchmark.name] = bool(declared[0])
 print(json.dumps(found))
 """
 _PACKAGES = """

@@ -107,8 +107,8 @@ def higher_is_better(entry: Mapping[str, Any]) -> bool:
     >>> higher_is_better({"unit": "images/s"}), higher_is_better({"unit": "unit", "higher_is_better": True})
     (True, True)
     """
-    said = entry.get("higher_is_better")
-    return str(entry["unit"]).lower().endswith(RATES) if said is None else bool(said)
+    declared = entry.get("higher_is_better")
+    return str(entry["unit"]).lower().endswith(RATES) if declared is None else bool(declared)
 
 
 def asv_name(case: Case) -> str:
@@ -164,13 +164,13 @@ def outcome_of(case: Case, code: int | None, printed: str, result: Path, seconds
 
 
 def last_words(printed: str) -> str:
-    """The exception that ended it, and where, in one line; else the last line."""
+    """The exception that ended a process, and its place, in one line; else the last line printed."""
     place, found = "", ""
     for line in printed.splitlines():
-        where, said = _PLACE.match(line), _EXCEPTION.match(line)
+        where, exception = _PLACE.match(line), _EXCEPTION.match(line)
         if where:
             place = f" ({Path(where[1]).name}:{where[2]})"
-        elif said:
-            found = said[1].strip() + place
+        elif exception:
+            found = exception[1].strip() + place
     lines = printed.strip().splitlines()
     return (found or (lines[-1].strip() if lines else ""))[:300]

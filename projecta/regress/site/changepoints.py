@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from projecta.regress.store.results import Measurement
 
-LEAST = 0.03  # of the level before: smaller steps are not told
-WINDOW = 200  # commits that are looked at
-SIZE = 2  # results that a level has at least: of a single one it is the gate that can tell
+LEAST = 0.03  # of the level before: smaller steps are not shown
+WINDOW = 200  # newest commits
+SIZE = 2  # least number of results in a level: a single one is the gate's to judge
 
 
 @dataclass(frozen=True)

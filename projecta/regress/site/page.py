@@ -1,4 +1,4 @@
-"""Writes the front page of the site: the last verdict, change points, a chart for each declared table.
+"""Writes the start page of the site: the last verdict, change points, a chart for each declared table.
 
 One page a machine; `index.html` is that of the machine used last. No script, one style sheet: a page is whole
 when it has arrived, works from any folder, and prints. Every chart has its numbers beside it, as a table and
@@ -92,12 +92,16 @@ def write_pages(
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    room = Environment(
+    environment = Environment(
         loader=PackageLoader("projecta.regress.site", "template"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    room.filters |= {"cell": tables.cell, "amount": output.amount, "percent": lambda x: f"{100 * x:+.1f} %"}
-    return room.get_template("page.html")
+    environment.filters |= {
+        "cell": tables.cell,
+        "amount": output.amount,
+        "percent": lambda x: f"{100 * x:+.1f} %",
+    }
+    return environment.get_template("page.html")
 
 
 def _page(
@@ -111,24 +115,23 @@ def _page(
         key=lambda step: (-step.date, not step.worse, -abs(step.change)),
     )
     newest = tables.newest_commit(measurements, history)
-    room = folder / DATA / machine
-    room.mkdir(parents=True, exist_ok=True)
+    data = folder / DATA / machine
+    data.mkdir(parents=True, exist_ok=True)
     sections = list(_sections(Source(newest, project.folder), declared))
     for section in sections:
         for chart in section.charts:
-            tables.write_csv(room / f"{chart.name}.csv", chart.rows)
+            tables.write_csv(data / f"{chart.name}.csv", chart.rows)
     link = project.config.show_commit_url.removesuffix("#")  # asv's way to say that there is none
-    told = [_told(step, link) for step in steps]
-    tables.write_csv(room / "changes.csv", told)
-    tables.write_csv(room / "newest.csv", [
+    changes = [_change(step, link) for step in steps]
+    tables.write_csv(data / "changes.csv", changes)
+    tables.write_csv(data / "newest.csv", [
         {"benchmark": s.label, "value": s.points[-1].value, "unit": s.unit, "commit": s.points[-1].commit}
         for s in series
     ])  # fmt: skip
     return Page(
         project.config.project, machine, pages, newest[0].commit if newest else "",
         _day(newest[0].date) if newest else "", _verdict(project.results / machine / output.LAST),
-        told[:SHOWN],
-        max(0, len(told) - SHOWN), sections, cards,
+        changes[:SHOWN], max(0, len(changes) - SHOWN), sections, cards,
         _histories(series, steps, read_noise(project, machine), headline),
     )  # fmt: skip
 
@@ -147,7 +150,7 @@ def _history_of(series: Series) -> str:
     return f"history.html#{series.benchmark}"
 
 
-def _told(step: Step, link: str) -> dict[str, Any]:
+def _change(step: Step, link: str) -> dict[str, Any]:
     return {
         "benchmark": step.series.label, "page": _history_of(step.series),
         "change": step.change, "worse": step.worse, "before": step.before, "after": step.after,

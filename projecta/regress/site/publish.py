@@ -1,4 +1,4 @@
-"""The site: asv's pages, made self-contained, behind a front page of our own.
+"""The site: asv's pages, made self-contained, behind a start page.
 
 asv's index.html, here history.html, names scripts and styles of four hosts. Each is in `vendor`, which is
 shipped, and is copied beside the page; the page names the copy, with the digest of what was copied: no
@@ -57,7 +57,7 @@ def serve(folder: Path, port: int) -> ThreadingHTTPServer:
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not told."""
+        """Requests are not logged."""
 
 
 def make_self_contained(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Tables and charts of a machine's newest results, as the project declares them.
 
 `tables` of [tool.projecta] in pyproject.toml names a Python file. Its function `sections()` returns a
-sequence of `Section`: what stands in the report, in the CSV files and on the front page, in this order.
+sequence of `Section`: the tables of the report, the CSV files and the start page, in this order.
 Without such a file there are no tables; histories and change points are shown all the same.
 """
 
@@ -65,7 +65,7 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Section:
-    """Tables under one heading of the front page."""
+    """Tables under one heading of the start page."""
 
     name: str
     title: str
@@ -79,7 +79,7 @@ class Lines:
     Args:
         name, title: of the table.
         value: the column's name, with its unit, like "time_ms". scale: from asv's unit to the column's.
-        by: the parameter that tells the lines apart. x: the numeric one.
+        by: the parameter that has one line a value. x: the numeric parameter, on the horizontal axis.
         benchmarks: asv's name of each benchmark, and the name of its panel.
         against: the line that the others are compared with, in parentheses, as "times as fast".
         slopes: whether each line's growth is fitted, as a power of x.
@@ -226,7 +226,7 @@ def write_report(source: Source, sections: Sequence[Section], folder: Path) -> l
             figure = table.draw(rows, charts.PRINT)
             if figure is not None:
                 written.append(charts.save(figure, folder / f"{table.name}.png", f"{table.title}. {caption}"))
-    record_provenance(written, provenance_of(origin))
+    record_provenance(written, "projecta bench; projecta report --into FOLDER", provenance_of(origin))
     return written
 
 

@@ -111,8 +111,8 @@ def push(
     age = int(run_git(project.repository, "log", "-1", "--format=%ct", "HEAD"))
     refused = ""
     for attempt in range(ATTEMPTS):
-        with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as room:
-            place = Path(room)
+        with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as temporary:
+            place = Path(temporary)
             parent = remote.checkout(place)
             taken: list[Path] = []
             damaged: list[Path] = []
@@ -139,8 +139,8 @@ def pull(project: Project, machine: str, remote: Remote) -> list[Path]:
     Of this machine's results those that lie here already are the newer ones. No branch: a first run.
     """
     changed = []
-    with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as room:
-        place = Path(room)
+    with tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True) as temporary:
+        place = Path(temporary)
         if not remote.checkout(place):
             return []
         for path in _files(place, None):
@@ -245,8 +245,8 @@ def _write(path: Path, data: bytes) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     root = path.parent if path.name in (BENCHMARKS, AGES) else path.parent.parent
-    with tempfile.TemporaryDirectory(dir=root, prefix=".writing-") as room:
-        fresh = Path(room, path.name)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".writing-") as temporary:
+        fresh = Path(temporary, path.name)
         fresh.write_bytes(data)
         fresh.replace(path)
 

@@ -47,13 +47,13 @@ def _journal(project: Project, fix: bool) -> Iterator[Finding]:
         return
     try:
         with contextlib.closing(sqlite3.connect(path)) as base:
-            said = base.execute("pragma integrity_check").fetchone()[0]
+            answer = base.execute("pragma integrity_check").fetchone()[0]
     except sqlite3.DatabaseError as error:
-        said = str(error)
-    if said == "ok":
+        answer = str(error)
+    if answer == "ok":
         return
     aside = "set aside; a new one begins, and asv's files, which were written from it, are read into it"
-    yield Finding(path, f"the journal is damaged: {said.splitlines()[0]}", aside)
+    yield Finding(path, f"the journal is damaged: {answer.splitlines()[0]}", aside)
     if fix:
         for suffix in ("-wal", "-shm", ""):
             _set_aside(project, path.with_name(path.name + suffix))

@@ -59,9 +59,9 @@ def export(
         )  # fmt: skip
     target = folder / results._filename
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as room:
-        results.save(room)
-        written = Path(room, results._filename)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        results.save(temporary)
+        written = Path(temporary, results._filename)
         if target.is_file():  # whole: `absorb` has read it
             _keep_what_only_the_old_file_has(journal, target, written, results)
         with written.open("rb") as file:

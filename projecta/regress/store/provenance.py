@@ -1,6 +1,7 @@
 """Where published numbers come from: `provenance.json` beside the tables, one entry for each file.
 
-An entry holds commit, date, machine, processor or GPU, and the versions of what was measured with.
+An entry holds commit, date, processor or GPU, the versions of what was measured with, and `by`: the command
+that repeats it.
 """
 
 import datetime
@@ -23,13 +24,16 @@ def read_provenance(folder: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def record_provenance(paths: Iterable[Path], facts: Mapping[str, Any]) -> None:
-    """Write where these files, all of one folder, come from; entries of other files stay."""
+def record_provenance(paths: Iterable[Path], by: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Write where these files, all of one folder, come from; entries of other files stay.
+
+    `by` is the command that repeats them; `facts` are this process's unless given.
+    """
     paths = list(paths)
     if not paths:
         return
     folder = paths[0].parent
-    known = read_provenance(folder) | {path.name: dict(facts) for path in paths}
+    known = read_provenance(folder) | {path.name: {"by": by, **(facts or facts_here())} for path in paths}
     kept = {name: entry for name, entry in sorted(known.items()) if (folder / name).is_file()}
     (folder / NAME).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
