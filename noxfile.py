@@ -99,7 +99,8 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    session.run("pytest", "--numprocesses", "2", "--dist", "loadgroup", "-m", "not serial")
+    one_thread = {"OMP_NUM_THREADS": "1"}  # torch's, for each of the two workers
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", "-m", "not serial", env=one_thread)
     session.run("pytest", "-m", "serial")
 
 

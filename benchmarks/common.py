@@ -1,4 +1,4 @@
-"""What every suite shares: device, clock, seeds, inputs, checks, peak memory. Holds no benchmark.
+"""Shared by all suites: device, clock, seeds, inputs, checks, peak memory. Holds no benchmark.
 
 Nothing here computes or touches the device when it is imported: asv forks the measuring processes
 from one that has imported the suites.
@@ -29,7 +29,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class WrongResult(Exception):
-    """What was about to be timed computes something else than the reference does."""
+    """The call to be timed gives another result than the reference."""
 
 
 class Suite:

@@ -1,4 +1,4 @@
-"""What mixes a sequence, by its length: attention, S4D, the selective scan, MRSS; width 256, forward."""
+"""Sequence mixers by length: attention, S4D, the selective scan, MRSS; width 256, forward."""
 
 import functools
 

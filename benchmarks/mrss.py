@@ -12,7 +12,7 @@ VERSION = common.version(__file__)
 
 
 def _inputs(l: int, d: int) -> dict[str, torch.Tensor]:
-    """As `common.scan_inputs`, with the steps that a Mamba layer begins with: .001 to .1, sorted."""
+    """As `common.scan_inputs`, with the steps that a Mamba layer begins with: 0.001 to 0.1, sorted."""
     inputs = common.scan_inputs(1, d, l)
     steps = torch.logspace(-3, -1, d, device=common.device())
     inputs["delta_bias"] = steps + torch.log(-torch.expm1(-steps))

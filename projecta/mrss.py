@@ -325,7 +325,7 @@ def _in_vectors(table: Tensor, g: int, width: int) -> np.ndarray | None:
 
 
 def _kernels(module: str) -> Any:
-    """Of backend "cpu": numba is imported when it is needed."""
+    """A module of backend "cpu"; numba is imported on first use."""
     return import_module(f"projecta.scan.cpu.{module}")
 
 

@@ -61,7 +61,7 @@ def median_ms(call: Callable[[], object], repeats: int = 30) -> float:
 
 
 def kernel_and_eager_ms(call: Callable[[], object]) -> tuple[float, float]:
-    """Of a call: one replay of its CUDA graph, and called eagerly."""
+    """Median times of a call: by replay of its CUDA graph, and eagerly."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

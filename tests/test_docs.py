@@ -88,6 +88,8 @@ def test_sessions_and_commands_exist():
     for name in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]:
         text = (ROOT / name).read_text()
         assert set(re.findall(r"nox -s (\w+)", text)) <= sessions, name
+        if name == "CHANGELOG.md":  # names what went, too
+            continue
         commands = set(re.findall(r"^(?:\$ )?projecta ([a-z]+)", text, re.M)) | set(
             re.findall(r"`projecta ([a-z]+)", text)
         )

@@ -230,7 +230,7 @@ class _Forward:
         self.periods: Tensor | None = None  # those of their states, with MRSS
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, which nobody was given a handle of."""
+        """Restore a copy, whose handle no caller holds."""
         self.__dict__.update(state, has_handle=False)
 
     def __call__(

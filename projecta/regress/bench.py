@@ -30,7 +30,7 @@ def measure(
     project: Project, journal: Journal, host: str, commits: Iterable[str], pattern: str | None, quick: bool,
     console: Console,
 ) -> int:  # fmt: skip
-    """Measure what the commits lack on this machine; return how many outcomes are broken.
+    """Measure the missing results of the commits on this machine; return the number of broken outcomes.
 
     `quick` runs everything once and keeps nothing.
     """
@@ -83,7 +83,7 @@ def _plan(
     wanted: Sequence[Case], found: dict[str, dict[str, Any]],
     known: dict[tuple[str, Combination], list[Run]], quick: bool,
 ) -> Iterator[tuple[int, Case]]:  # fmt: skip
-    """(round, case) of what is missing, round by round."""
+    """The (round, case) pairs without a result, round by round."""
     missing = {}
     for case in wanted:
         endings = [run.outcome.status for run in known.get((case.name, case.params), [])]
@@ -94,7 +94,7 @@ def _plan(
 
 
 def estimate(journal: Journal, host: str, todo: Sequence[tuple[int, Case]]) -> str:
-    """How long a plan takes, from what the same benchmarks took on this machine before."""
+    """Estimated duration of a plan, from earlier runs of the same benchmarks on this machine."""
     known = journal.durations(host)
     usual = statistics.median(known.values()) if known else GUESS
     seconds = sum(known.get((case.name, case.params), usual) for _, case in todo)
@@ -105,7 +105,7 @@ def estimate(journal: Journal, host: str, todo: Sequence[tuple[int, Case]]) -> s
 def _run(
     build: Build, todo: Sequence[tuple[int, Case]], quick: bool, console: Console
 ) -> Iterator[tuple[Case, Outcome]]:
-    """Run the plan, each round in a fresh worker; print a line for each, or show a bar on a terminal."""
+    """Run the plan, each round in a fresh worker; print a line for each case, or show a bar on a terminal."""
     worker, failed = Worker(build, _QUICK if quick else {}), set[Case]()
     current, start = 0, time.monotonic()
     with contextlib.closing(worker), Progress(
@@ -139,7 +139,7 @@ def _say(console: Console, line: str) -> None:
 
 
 def pace(percent: float, seconds: float) -> str:
-    """How far, how long so far, how long still.
+    """Progress: the share done, time so far, time left.
 
     >>> pace(25.0, 90.0)
     ' 25 %   1:30, about   4:30 left'

@@ -1,10 +1,10 @@
-"""The one exception that commands expect: what the user can put right. Any other is a crash."""
+"""`UsageError`, the exception for everything that the user can mend. Any other exception is a crash."""
 
 from typing import NoReturn
 
 
 class UsageError(ValueError):
-    """Something that the user can put right: a command prints it in one line and exits with 2."""
+    """An error that the user can mend: a command prints it in one line and exits with 2."""
 
 
 def cannot(do: str, reason: object, remedy: str = "") -> NoReturn:
@@ -18,7 +18,7 @@ def cannot(do: str, reason: object, remedy: str = "") -> NoReturn:
     raise UsageError(f"projecta: cannot {do}: {words}." + (f" {remedy}" if remedy else ""))
 
 
-# Of the extra `gate`.
+# The packages of the extra `gate`.
 PACKAGES = ("asv", "asv_runner", "click", "jinja2", "matplotlib", "numpy", "rich", "scipy", "virtualenv")
 
 

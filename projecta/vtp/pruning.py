@@ -158,7 +158,7 @@ class Pruning:
         return self.__dict__ | {"_thread": None, "_traced": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, whose handle nobody was given."""
+        """Restore a copy, whose handle no caller holds."""
         self.__dict__.update(state, _thread=threading.local(), has_handle=False)
 
     def _adopt(self, plan: Plan) -> None:

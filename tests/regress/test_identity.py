@@ -51,7 +51,7 @@ def suite(params, rounds=1):
 
 
 def stored(folder):
-    """Of the one result file: values by benchmark and parameters."""
+    """Values of the one result file, by benchmark and parameters."""
     path = next(p for p in (folder / ".asv/results/desk").glob("*-*.json"))
     data = json.loads(path.read_text())
     rows = {

@@ -68,7 +68,7 @@ def test_a_benchmark_without_a_timeout_takes_the_project_s(project):
     code, text = run("bench", "HEAD", "--machine", "desk", "--quick")
     assert code == 3
     assert text.count("took longer than its timeout of 1 s") == 1, text
-    assert text.splitlines()[-1] == "1 failed; why stands above."
+    assert text.splitlines()[-1] == "1 failed, with the reasons above."
 
 
 SLEEPS = """
@@ -201,7 +201,7 @@ def test_interrupted_it_writes_what_it_has(project, number):
     os.kill(process.pid, number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130, text
-    assert "what was measured so far is stored" in text
+    assert "what was measured is stored" in text
     assert not running(str(project / "benchmarks"))
     assert len([m for m in read_measurements(Project(project), "desk") if m.measured]) >= 2
 
@@ -337,7 +337,7 @@ def test_a_damaged_file_is_set_aside_and_written_anew(measured, damage):
     assert "`projecta doctor --fix` does so." in text
     code, text = run("bench", "HEAD", "--machine", "desk", "--bench", "time_sleep")
     assert code == 2
-    assert "`projecta doctor` puts it aside" in text
+    assert "`projecta doctor --fix` sets it aside" in text
     assert run("doctor", "--fix")[0] == 0
     assert next((measured / ".asv/results/quarantine").rglob(path.name)).is_file()
     assert run("doctor") == (0, "No problems.\n")

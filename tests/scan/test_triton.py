@@ -30,12 +30,12 @@ TOLERANCE = {
 MODES = ("states", "times, chunks")  # what `plan` is made to answer
 CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
-    "whole slabs": {"l": 48, "d": 16, "n": 16, "b": 1},
-    "whole blocks": {"l": 64, "d": 16, "n": 16, "b": 1},
+    "whole slabs": {"l": 48, "d": 8, "n": 16, "b": 1},
+    "whole blocks": {"l": 64, "d": 8, "n": 16, "b": 1},
     "whole blocks of time": {"l": 512, "d": 4, "n": 2, "b": 1, "dtype": HALF},
     "three chunks of two rows": {"l": 136, "d": 3, "n": 2, "b": 2},
     **{f"states {n}": {"n": n, "d": 3, "l": 11} for n in (1, 16, 17, 64)},
-    "groups": {"g": 2, "d": 20, "l": 11},
+    "groups": {"g": 2, "d": 12, "l": 11},
     "constant B": {"constant": "B", "l": 11},
     "constant C": {"constant": "C", "l": 11},
     "constant B, grouped C": {"constant": "B", "g": 2, "l": 11},

@@ -1,4 +1,4 @@
-"""Exit codes of the commands, and how a command ends when something raises."""
+"""Exit codes of the commands, and the handling of exceptions."""
 
 import errno
 import sys
@@ -23,7 +23,7 @@ _WORLD = {  # what the system refuses, and what helps
 
 
 def one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """End a command with one line and exit code 2 for what the user can put right.
+    """Decorator: errors that the user can mend end the command with one line and exit code 2.
 
     Any other exception is a crash: code 70, and the traceback in a file that the line names.
     """
@@ -44,7 +44,7 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _line_of(error: Exception) -> str | None:
-    """The line for an error that the user can put right: ours, asv's, or the system's."""
+    """The line for an error that the user can mend; None for any other."""
     asv = sys.modules.get("asv.util")  # it may not have been imported
     if isinstance(error, UsageError) or (asv is not None and isinstance(error, asv.UserError)):
         return " ".join(str(error).split())
@@ -66,7 +66,7 @@ def _record_crash(error: Exception) -> str:
 
 
 def project_at(root: Path) -> Any:
-    """The asv project there; asv is imported only now."""
+    """The asv project of a folder; imports asv."""
     from projecta.regress.project.config import Project
 
     return Project(root)

@@ -1,1 +1,1 @@
-"""Says whether a change made things slower or hungrier."""
+"""Judges whether a change costs time or memory."""

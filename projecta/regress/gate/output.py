@@ -23,12 +23,12 @@ LAST = "last.gate"  # beside a machine's results: the newest verdict, in JSON; a
 
 
 def sorted_rows(result: Result) -> list[Row]:
-    """The worst first, then the slowest."""
+    """Sort order: the worst verdict first, then the slowest benchmark."""
     return sorted(result.rows, key=lambda row: (_ORDER[row.verdict], -(row.judgement.ratio or 0), row.label))
 
 
 def table(result: Result) -> Any:
-    """For the terminal: a line for each benchmark, and why below where there is a reason."""
+    """Terminal table: a line for each benchmark, with the reason below it."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False)
@@ -70,7 +70,7 @@ def _escape(text: str) -> str:
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:
-    """Ratio, bounds, base, pairs, why."""
+    """The cells of a row: ratio, bounds, base, pairs, reason."""
     j = row.judgement
     ratio = "" if j.ratio is None else f"{j.ratio:.3f}"
     low = f"{j.low:.3f} to " if j.low else "up to "  # 0: too few pairs for a lower bound
@@ -85,7 +85,7 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
 
 
 def scale(value: float, unit: str) -> tuple[float, str]:
-    """A unit in which such a value is easily read, and how large it is."""
+    """A readable unit for a value, and its size."""
     if unit == "seconds":
         sizes = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
         return next((pair for pair in sizes if value >= pair[0]), (1e-9, "ns"))
@@ -102,7 +102,7 @@ def amount(value: float, unit: str) -> str:
 
 
 def sentence(result: Result) -> str:
-    """The verdict, and what it rests on."""
+    """The verdict line: verdict, pairs, tolerance."""
     counts = {v: sum(row.verdict == v for row in result.rows) for v in statistics.WORST_FIRST}
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "nothing matched"
     design = result.design
@@ -115,7 +115,7 @@ def sentence(result: Result) -> str:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Everything, samples included."""
+    """JSON of all rows, samples included."""
     design = result.design
     return {
         "verdict": result.verdict, "exit_code": statistics.EXIT_CODES[result.verdict], "base": result.base,
@@ -144,7 +144,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def as_markdown(result: Result) -> str:
-    """For a comment on a pull request: what did not pass in a table, the rest folded away."""
+    """Comment for a pull request: a table of rows that did not pass; the others are folded."""
     lines = [f"**{sentence(result)}**", ""]
     lines += [f"- warning: {line}" for line in result.warnings]
     rows = sorted_rows(result)
@@ -182,7 +182,7 @@ def write_json(result: Result, path: Path) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Each benchmark's pairs, their bounds, and the tolerance."""
+    """Chart of each benchmark's pairs, bounds and tolerance."""
     import matplotlib
 
     matplotlib.use("Agg")

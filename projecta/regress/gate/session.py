@@ -25,7 +25,7 @@ MOST_PAIRS = 40  # that calibration may ask for
 
 @dataclass
 class Row:
-    """A benchmark at one combination of parameters: what both sides gave, and what follows."""
+    """A benchmark at one combination of parameters: outcomes of both sides, and the judgement."""
 
     case: Case  # of head; of base, if head has none
     cases: dict[str, Case] = field(default_factory=dict)  # of each side that has it
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """Of each process that gave one: seconds a call, undisturbed, or the metric."""
+        """Values by side, one for each process: the lower quartile in seconds, or the metric."""
         return {
             side: [o.lower_quartile for o in self.outcomes[side] if o.lower_quartile is not None]
             for side in SIDES
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        """Head over base, pair by pair."""
+        """Ratios head / base, one for each pair."""
         base, head = (self.values[side] for side in SIDES)
         return [h / b if b else math.inf if h else 1.0 for b, h in zip(base, head, strict=False)]
 
@@ -59,7 +59,7 @@ class Row:
         self.judgement = replace(self.judgement, verdict=verdict, reason=reason)
 
     def judge(self, design: Design) -> None:
-        """After a pair: look at what there is."""
+        """Interim look after a pair."""
         last = {side: self.outcomes[side][-1] for side in SIDES}
         for side in reversed(SIDES):
             if last[side].status in FAILURES:
@@ -94,7 +94,7 @@ class Row:
 
 @dataclass
 class Result:
-    """A gate's rows, and what they were measured in."""
+    """A gate's rows, and the state of machine and environments."""
 
     base: str
     head: str
@@ -238,7 +238,7 @@ def judge_environments(
 
 
 def _goes_on(row: Row, pairs: int | None) -> bool:
-    """Whether a decided benchmark is measured all the same."""
+    """Whether to go on measuring a benchmark that has its verdict."""
     return (
         pairs is not None
         and row.case.timed

@@ -1,4 +1,4 @@
-"""Says whether a change made things slower or hungrier, with stated rates of error.
+"""Judges paired ratios with stated error rates (group-sequential signed-rank tests).
 
 The unit of replication is a pair: a process of base and one of head, whose samples were taken in alternation
 (`run.pair`): noise between processes is many times that within one. A timing's datum is the logarithm of the
@@ -32,7 +32,7 @@ GROWTH = 1.25  # of the pairs from look to look
 
 @dataclass(frozen=True)
 class Design:
-    """What a gate promises, and what it may cost."""
+    """Error rates, tolerances and limits of a gate."""
 
     tolerance: float = 0.03  # a timing's ratio up to 1 + tolerance is none of its business
     memory_tolerance: float = 0.005  # the same of other metrics
@@ -52,7 +52,7 @@ class Design:
 
 
 def _plan(share: float, last: int) -> dict[int, float]:
-    """LOOKS numbers of pairs, each larger by the same factor, and what each may spend of this share of error.
+    """Interim looks: numbers of pairs that grow by one factor, and the alpha that each spends.
 
     No p of n pairs is less than 2^-n. What the first look needs is enough for those that follow, which find
     what is plain; the last, which has the most pairs, has all that is left.
@@ -85,7 +85,7 @@ def pairs_for_power(spread: float, design: Design, slower: float, power: float =
 
 @dataclass
 class Judgement:
-    """What is known of a benchmark: the ratio head / base, its bounds, and the verdict, if there is one."""
+    """The ratio head / base of a benchmark, its bounds, and the verdict, if it is decided."""
 
     verdict: str | None = None
     ratio: float | None = None
@@ -163,7 +163,7 @@ def _pairs_needed(spread: float, distance: float, design: Design, slower: bool) 
 
 
 def invert(found: Judgement) -> Judgement:
-    """A judgement of base / head as one of head / base: of a metric that is better the higher it is.
+    """The judgement of base / head, restated for head / base: for metrics where higher is better.
 
     >>> invert(Judgement("REGRESSED", 1.25, 1.0, 2.0)).low
     0.5
@@ -176,7 +176,7 @@ def invert(found: Judgement) -> Judgement:
 def judge_exact(
     base: Sequence[float], head: Sequence[float], design: Design, floor: float, higher_is_better: bool = False
 ) -> Judgement:
-    """The verdict over a metric that does not vary: two values a side; `floor` is a difference that is none.
+    """The verdict over a metric that does not vary, from two values a side; below `floor` a difference is 0.
 
     If a side's own values differ by more than half of what is tolerated, there is no verdict: it varies.
     """

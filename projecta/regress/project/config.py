@@ -94,7 +94,7 @@ class Project:
 
 
 def check_pattern(regex: str) -> str:
-    """The regular expression, if it is one."""
+    """Compile a regular expression; UsageError if it is none."""
     try:
         re.compile(regex)
     except re.error as error:
@@ -103,13 +103,13 @@ def check_pattern(regex: str) -> str:
 
 
 def gate_pattern(root: Path) -> str | None:
-    """What the project gates: `gate` of [tool.projecta] in pyproject.toml; None is everything."""
+    """Pattern of gated benchmarks: `gate` of [tool.projecta]; None for all."""
     regex = read_setting(root, "gate")
     return None if regex is None else check_pattern(regex)
 
 
 def short_suites(root: Path) -> str | None:
-    """What is measured unless PROJECTA_FULL=1: all but `long` of [tool.projecta]; None is everything.
+    """Pattern of what is measured without PROJECTA_FULL=1: all but `long` of [tool.projecta]; None for all.
 
     Those suites would skip themselves: a skip must not pass for a result.
     """

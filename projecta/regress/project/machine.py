@@ -1,4 +1,4 @@
-"""The state of the machine and of an environment: what a measurement depends on beside the commit."""
+"""The state of the machine and of an environment, on which measurements depend."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ LASTING = ("system", "processor", "processors", "governor", "gpu", "threads")  #
 
 
 def state() -> dict[str, Any]:
-    """Processor, governor, clock, temperature, load, GPU and driver, threads; without what cannot be read."""
+    """Processor, governor, clock, temperature, load, GPU, driver, threads; unreadable ones are left out."""
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}", "processor": _processor(),
         "processors": os.cpu_count(),
@@ -32,7 +32,7 @@ def state() -> dict[str, Any]:
 
 
 def warnings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Where the machine differs from how it was when it was calibrated.
+    """Differences of the machine's state from its state at calibration.
 
     >>> warnings({"governor": "performance"}, {"governor": "powersave"})
     ['governor: performance when calibrated, powersave now']
@@ -111,7 +111,7 @@ def machine_name(name: str | None) -> str:
 
 
 def register_machine(name: str) -> None:
-    """Have asv note what kind of machine this is, if it has not."""
+    """Write asv's description of this machine, if it is missing."""
     from asv.machine import Machine, MachineCollection
     from asv.util import UserError
 

@@ -36,7 +36,7 @@ _UNDONE = re.compile(
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused."""
+    """Limits: a machine beyond them is refused."""
 
     free: float = 0.9  # least share of the GPU's memory
     temperature: float = 70.0  # most, C, at the start
@@ -62,7 +62,7 @@ class Gpu:
 
 @dataclass
 class Findings:
-    """A look at the machine."""
+    """The state of GPU, disk and load."""
 
     gpus: list[Gpu]
     missing: str  # why there is no GPU
@@ -70,7 +70,7 @@ class Findings:
     load: float | None
 
     def lines(self) -> list[str]:
-        """For people."""
+        """As lines of text."""
         found = [] if self.gpus else [f"GPU: none ({self.missing})"]
         for gpu in self.gpus:
             free, total = (_amount(value, "MiB") for value in (gpu.free, gpu.memory))
@@ -122,7 +122,7 @@ def examine_machine(
     folder: Path, limits: Limits, demanded: bool = False, lock_clocks: bool = False, patience: float = 0.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Findings, list[str]]:  # fmt: skip
-    """Look at the machine that `folder` is on; what was found, and why it is refused.
+    """Inspect the machine; return its state, and the reasons to refuse it.
 
     Args:
         demanded: whether a machine without a GPU is refused.
@@ -143,7 +143,7 @@ def examine_machine(
 
 
 def look(folder: Path) -> Findings:
-    """What there is, without touching it."""
+    """Read the state; change nothing."""
     gpus, missing = _gpus()
     processors = os.cpu_count() or 1
     load = os.getloadavg()[0] / processors if hasattr(os, "getloadavg") else None
@@ -177,7 +177,7 @@ def lock(gpu: Gpu) -> None:
 
 
 def as_json(found: Findings, problems: list[str]) -> dict[str, Any]:
-    """For machines."""
+    """As JSON."""
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"at": at, **dataclasses.asdict(found), "problems": problems}
 
@@ -188,7 +188,7 @@ def write_json(found: Findings, problems: list[str], path: Path) -> None:
 
 
 def _gpus() -> tuple[list[Gpu], str]:
-    """All GPUs with what runs on them, or why there are none."""
+    """All GPUs with their processes, or the reason why there are none."""
     answer, reason = _ask(f"--query-gpu={','.join(_FACTS)}", "--format=csv,noheader,nounits")
     if answer is None:
         return [], reason
@@ -219,7 +219,7 @@ def _clock(index: str) -> float | None:
 
 
 def _ask(*words: str) -> tuple[str | None, str]:
-    """What nvidia-smi answers, or None and the reason."""
+    """The output of nvidia-smi, or None and the reason."""
     try:
         done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=PATIENCE)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Has asv build a commit, and lists the benchmarks that it has."""
+"""Builds a commit by asv, and lists its benchmarks."""
 
 import ast
 import contextlib
@@ -26,7 +26,7 @@ class BuildFailed(RuntimeError):
 
 
 class Build:
-    """A commit, installed in an environment of asv's, and the benchmarks of the working tree in it.
+    """A commit installed in an asv environment, with the benchmarks of the working tree.
 
     Each `slot` has an environment of its own: "" is that of `asv run`. In an environment that exists already
     nothing can be installed: the commit's files are put first on the path of its interpreter.
@@ -108,7 +108,7 @@ class Build:
 
     @property
     def forks(self) -> bool:
-        """Whether a process may be the fork of one that has imported the suites."""
+        """Whether workers may fork from a process that has imported the suites."""
         return self.config.launch_method == "forkserver"
 
     def benchmarks(self) -> dict[str, dict[str, Any]]:
@@ -247,7 +247,7 @@ _NO_ROOTS = {
 
 
 def _roots(tree: Path) -> Iterator[Path]:
-    """Where packages may lie in a repository: its top, and folders of it that are no package's."""
+    """Folders of a repository that may hold packages: its top, and subfolders that are no package."""
     yield tree
     for folder in sorted(path for path in tree.iterdir() if path.is_dir()):
         if (
@@ -324,7 +324,7 @@ def cases(benchmarks: dict[str, dict[str, Any]]) -> list[Case]:
 
 
 def _worktree(project: Project, commit: str) -> Path:
-    """The commit's files, in a folder that is kept."""
+    """Check the commit out into a folder that later builds reuse."""
     tree = project.results.parent.resolve() / "trees" / commit
     if not tree.is_dir():
         tree.parent.mkdir(parents=True, exist_ok=True)

@@ -58,12 +58,12 @@ class Case:
 
     @property
     def label(self) -> str:
-        """As asv writes it, and as --bench matches it."""
+        """The name as asv writes it and --bench matches it."""
         return f"{self.name}({', '.join(self.params)})" if self.params else self.name
 
     @property
     def key(self) -> tuple[str, str, tuple[str, ...]]:
-        """What a result is known by. (A change of `params` moves the index.)"""
+        """The key of a result: name, version and parameters (a change of `params` moves the index)."""
         return self.name, self.version, self.params
 
     @property
@@ -73,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one process gave: samples (of a timing: seconds a call) or one value, or why it gave none."""
+    """Outcome of a process: samples (for a timing: seconds a call), one value, or the reason for neither."""
 
     status: str
     samples: tuple[float, ...] = ()
@@ -83,17 +83,17 @@ class Outcome:
 
     @property
     def value(self) -> float | None:
-        """The median of the samples, which one slow call does not move."""
+        """The median of the samples."""
         return statistics.median(self.samples) if self.samples else None
 
     @property
     def lower_quartile(self) -> float | None:
-        """The lower quartile: who disturbs a call makes it slower, and the least is one call's luck."""
+        """The lower quartile: interference only adds time, and the minimum hangs on a single call."""
         return sorted(self.samples)[len(self.samples) // 4] if self.samples else None
 
 
 def select(found: Sequence[Case], regex: str | None) -> list[Case]:
-    """The cases whose label the regular expression finds."""
+    """The cases whose label matches the pattern."""
     wanted = re.compile(regex or "")
     return [case for case in found if wanted.search(case.label)]
 
@@ -130,7 +130,7 @@ def too_long(limit: float) -> str:
 
 
 def outcome_of(case: Case, code: int | None, printed: str, result: Path, seconds: float) -> Outcome:
-    """What exit code (None: too long), output and result file say."""
+    """The outcome by exit code (None: timeout), output and result file."""
 
     def ended(status: str, reason: str) -> Outcome:
         return Outcome(status, reason=reason, seconds=seconds)

@@ -27,7 +27,7 @@ for group in groups:
 
 
 class Guard:
-    """Starts processes that lead groups; if this process ends before it is closed, they are killed."""
+    """Starts process groups; a guard process kills them if this process dies."""
 
     def __init__(self) -> None:
         words = [sys.executable, "-I", "-S", "-c", _GUARD]
@@ -50,7 +50,7 @@ class Guard:
         return process
 
     def close(self) -> None:
-        """End the groups that have not ended; then there is nobody to kill."""
+        """End the groups that still run, and the guard."""
         for group in self.groups:
             if group.poll() is None:
                 end_group(group)
@@ -60,7 +60,7 @@ class Guard:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """What interrupts this process waits until the block is done."""
+    """Delay signals until the block is done."""
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers if callable(signal.getsignal(number))}
@@ -92,7 +92,7 @@ def _signal_group(group: int, number: int) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, and so is the end of this process's parent: workers end, results are kept.
+    """Treat SIGTERM and the end of the parent process like Ctrl-C: workers end, results are kept.
 
     A process that ignores SIGHUP (nohup) goes on without its parent.
     """

@@ -1,4 +1,4 @@
-"""Starts workers and talks to them: what each order gave, or why it gave nothing.
+"""Starts worker processes, sends them orders and reads outcomes.
 
 `worker.py` runs in the environment that asv built, with asv's own benchmark code. A timeout here counts wall
 time, whatever the benchmark prints. The whole process group ends with the worker, even if this process is
@@ -143,7 +143,7 @@ class Worker:
         return found
 
     def _ensure_process(self, case: Case) -> None:
-        """A process that waits for an order; without forks each order takes a new one."""
+        """A waiting worker process; without fork each order takes a new process."""
         self._case, self._began = case, time.monotonic()
         if self._process is None or self._process.poll() is not None or not self.build.forks:
             self.restart()
@@ -171,7 +171,7 @@ class Worker:
         return code
 
     def _receive(self, limit: float) -> dict[str, Any]:
-        """The next message; {"ended": status} if the process has ended, None as status for too long."""
+        """The next message; {"ended": status} if the process has ended, with None for a timeout."""
         assert self._process is not None
         self._socket.settimeout(limit)
         line = ""

@@ -11,7 +11,7 @@ Panel = Mapping[str, Points]  # the points of each line
 
 
 class Style(NamedTuple):
-    """Colours of a chart: lines, text, rules, and what stands back."""
+    """Colours of a chart: lines, text, rules, and background elements."""
 
     lines: tuple[str, ...]
     ink: str
@@ -125,7 +125,7 @@ def scatter(groups: Mapping[str, Points], x: str, y: str, style: Style = PAGE) -
 
 
 def roofline(points: Mapping[str, Points], bandwidth: float, arithmetic: float, style: Style = PAGE) -> Any:
-    """What arithmetic and memory allow at each intensity, and what was reached."""
+    """Roofline: bounds by arithmetic and memory at each intensity, and measured points."""
     figure, (axis,) = _figure(1, 3.8, style)
     corner = arithmetic / bandwidth
     low, high = min(0.25, corner / 8), max(64.0, corner * 8)

@@ -30,7 +30,7 @@ Table = list[dict[str, Any]]
 
 @dataclass
 class Chart:
-    """A drawing, what it says, and its numbers."""
+    """A chart with its caption and numbers."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ class Section:
 
 @dataclass
 class Page:
-    """What the template shows of one machine."""
+    """Data of one machine for the template."""
 
     project: str
     machine: str
@@ -146,7 +146,7 @@ def _verdict(path: Path) -> dict[str, Any] | None:
 
 
 def _history_of(series: Series) -> str:
-    """Its page among asv's."""
+    """The benchmark's page in asv's site."""
     return f"history.html#{series.benchmark}"
 
 
@@ -162,7 +162,7 @@ def _change(step: Step, link: str) -> dict[str, Any]:
 def _histories(
     series: Sequence[Series], steps: Iterable[Step], noise: Mapping[str, float], headline: str | None
 ) -> list[dict[str, str]]:
-    """Charts of those that the project gates, or of those that changed most."""
+    """Charts of the gated benchmarks, or of those that changed most."""
     long = [one for one in series if len(one.points) > 1]
     if headline is not None:
         chosen = [one for one in long if re.search(headline, one.asv_label)]
@@ -188,7 +188,7 @@ def _histories(
 
 
 def _card(project: Project, machine: str) -> dict[str, str]:
-    """What is known of a machine: by asv, and by its last gate."""
+    """Facts about a machine, from asv and from its last gate."""
     facts = json.loads((project.results / machine / "machine.json").read_text())
     if str(facts.get("ram", "")).isdigit():
         facts["ram"] = f"{int(facts['ram']) / 2**30:.1f} GiB"

@@ -94,7 +94,7 @@ def make_self_contained(folder: Path) -> list[Path]:
 
 
 def digest(data: bytes) -> str:
-    """As the `integrity` of a page writes it.
+    """The digest in the form of the attribute `integrity`.
 
     >>> digest(b"")[:20]
     'sha384-OLBgp1GsljhM2'

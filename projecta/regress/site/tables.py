@@ -27,7 +27,7 @@ BOUND = "lower bound"  # the line of benchmarks that lack the parameter `by`
 
 @dataclass(frozen=True)
 class Source:
-    """What tables are made of: the newest commit's measurements, and the project's folder."""
+    """Input of tables: the newest commit's measurements, and the project's folder."""
 
     measurements: Sequence[Measurement]
     root: Path
@@ -51,7 +51,7 @@ class Table(Protocol):
     file: str
 
     def rows(self, source: Source) -> list[Row]:
-        """The numbers; none if nothing of it was measured."""
+        """The rows; none if nothing was measured."""
 
     def note(self, rows: Sequence[Row]) -> str:
         """One or two sentences for the page."""
@@ -287,7 +287,7 @@ def cell(value: Any) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """The rows below the names of their columns; of no rows an empty file."""
+    """Write rows as CSV with a header; no rows give an empty file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         if rows:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

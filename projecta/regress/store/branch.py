@@ -1,4 +1,4 @@
-"""Keeps results in git: a branch that holds what every machine measured, and nothing else.
+"""Keeps results in git: a branch with the results of every machine and nothing else.
 
 A runner brings its own machine's folder and the descriptions of the benchmarks; what is on the branch stays.
 Whoever pushes second fetches what the first one pushed, merges, and pushes again: nothing is forced, nothing
@@ -165,7 +165,7 @@ def base_of(project: Project, machine: str) -> str:
 
 
 def _files(folder: Path, machine: str | None) -> Iterator[Path]:
-    """What is kept of a results folder, relative to it; links are not followed."""
+    """Files of a results folder that the branch keeps, as relative paths; links are not followed."""
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
         wanted = re.fullmatch(r"\w[\w.-]*", place.name) and place.name != QUARANTINE
         if not wanted or machine not in (None, place.name) or place.is_symlink():
@@ -178,7 +178,7 @@ def _files(folder: Path, machine: str | None) -> Iterator[Path]:
 
 
 def _ours(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """A file of asv's: our values, and those that only they have."""
+    """Merge two asv files: our values, and values that only theirs has."""
     same = all(theirs.get(key) == ours.get(key) for key in ("commit_hash", "env_name"))
     if not same or not isinstance(theirs.get("results"), dict) or not isinstance(ours.get("results"), dict):
         return ours
@@ -240,7 +240,7 @@ def _text(data: dict[str, Any]) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all; in the folder that `projecta doctor` looks through for what was left."""
+    """Write a file atomically; `projecta doctor` finds leftovers in the folder."""
     if _bytes(path) == data:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _variables(address: str) -> dict[str, str]:
-    """git's environment: it asks nobody, and the token goes to that address alone."""
+    """git's environment: no prompts, and the token is sent to that address alone."""
     own = os.environ | _AUTHOR | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         own.pop(name, None)

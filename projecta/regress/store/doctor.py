@@ -1,4 +1,4 @@
-"""Finds what is wrong in a project's results, and puts it right or aside.
+"""Finds problems in a project's results, and repairs them or sets files aside.
 
 Nothing is deleted: what is moved lies in `quarantine` beside the results.
 """
@@ -24,7 +24,7 @@ QUARANTINE = "quarantine"
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a file, and what is, or was, done about it."""
+    """A problem with a file, and the repair."""
 
     path: Path
     problem: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def examine_results(project: Project, fix: bool) -> list[Finding]:
-    """Everything that is wrong; with `fix`, what can be put right or aside has been."""
+    """All problems; with `fix`, they are repaired or set aside."""
     found = [*_journal(project, fix), *_leftovers(project, fix)]
     for folder in sorted(project.results.iterdir()) if project.results.is_dir() else ():
         if folder.is_dir() and folder.name != QUARANTINE and not folder.name.startswith("."):
@@ -142,7 +142,7 @@ def _results(project: Project, path: Path, data: Any, fix: bool) -> Iterator[Fin
 
 
 def _partial(repository: Path) -> str:
-    """Which part of the history a clone has, if it may not have all of it."""
+    """The known part of the history, if a clone may be shallow."""
 
     def ask(*words: str) -> str:
         return subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True).stdout

@@ -86,7 +86,7 @@ def _keep_what_only_the_old_file_has(journal: Journal, target: Path, written: Pa
     }
 
     def believed(name: str, combination: Combination) -> bool:
-        """Not where an older version may have written the value of other parameters at this place."""
+        """Skip places where an older version may have written the value of other parameters."""
         for i, (version, here) in enumerate(order.get(name, [])):
             if here == combination:
                 return not any(row[:3] == (name, str(version), i) and row[3] != combination for row in moved)
@@ -106,7 +106,7 @@ def _merged(runs: Sequence[Run]) -> Outcome:
 
 
 def _value(outcome: Outcome) -> float | bool | None:
-    """As asv's runner gives it: a number, nan if skipped, None if it failed, True for samples."""
+    """The value as asv stores it: a number, nan if skipped, None if failed."""
     if outcome.status in FAILURES:
         return None
     if outcome.status != OK:
@@ -177,7 +177,7 @@ def _merge_row(
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether it is none: asv writes null for what failed, nan for what was skipped or not selected."""
+    """Whether a value is missing: asv writes null for failed, nan for skipped or not selected."""
     return value is None or value != value
 
 

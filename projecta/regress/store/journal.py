@@ -1,4 +1,4 @@
-"""What was measured, on disk before the next process starts: an SQLite file beside asv's results.
+"""The journal: an SQLite file beside asv's results; every outcome is on disk before the next process starts.
 
 A row for each process of a benchmark at one combination of parameters, with its outcome, samples, reason and
 provenance; known by benchmark, version and parameters. asv's own JSON is written from it, a file at a time,
@@ -50,7 +50,7 @@ create table if not exists noise (
 
 @dataclass(frozen=True)
 class Run:
-    """One process, as the journal keeps it."""
+    """One process in the journal."""
 
     benchmark: str
     version: str
@@ -60,7 +60,7 @@ class Run:
 
 
 class Journal:
-    """The file, open for writing by one process at a time.
+    """The journal file; one process at a time may write.
 
     Raises:
         ValueError: another process writes to it (its number is named), or the file is no SQLite database.
@@ -106,7 +106,7 @@ class Journal:
         self._lock.close()
 
     def provenance(self, facts: dict[str, Any]) -> int:
-        """The number under which these facts are kept."""
+        """The row number of these facts."""
         text = json.dumps(facts, sort_keys=True)
         self.base.execute("insert or ignore into provenance (facts) values (?)", [text])
         return self.base.execute("select id from provenance where facts = ?", [text]).fetchone()[0]
@@ -115,7 +115,7 @@ class Journal:
         self, machine: str, commit: str, environment: str, case: Case, outcome: Outcome, purpose: str,
         provenance: int,
     ) -> None:  # fmt: skip
-        """Keep what one process gave. ValueError if the disk is full; what was there stays."""
+        """Store one process's outcome. ValueError if the disk is full; earlier outcomes stay."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         row = (
             machine, commit, environment, case.name, case.version, MOVES, json.dumps(case.params), at,
@@ -134,7 +134,7 @@ class Journal:
             raise
 
     def runs(self, machine: str, commit: str, environment: str, purpose: str = BENCH) -> list[Run]:
-        """What is known of a commit, oldest first."""
+        """The outcomes of a commit, oldest first."""
         found = self.base.execute(
             "select benchmark, version, params, status, samples, number, reason, seconds, at from runs"
             " where machine = ? and commit_hash = ? and environment = ? and purpose = ? order by id",
@@ -176,7 +176,7 @@ class Journal:
     def absorb(
         self, machine: str, commit: str, environment: Any, benchmarks: dict[str, dict[str, Any]]
     ) -> None:
-        """Take over what asv's own file of a commit holds, where the journal holds nothing."""
+        """Import values from asv's file of a commit that the journal lacks."""
         from asv.results import Results, get_filename
         from asv.util import UserError
 
@@ -212,7 +212,7 @@ class Journal:
                     self.add(machine, commit, environment.name, case, outcome, BENCH, facts)
 
     def state(self, machine: str, commit: str) -> dict[str, Any]:
-        """What the machine was known by when the commit was measured last."""
+        """The machine's state when the commit was measured last."""
         row = self.base.execute(
             "select facts from runs join provenance on provenance.id = provenance"
             " where machine = ? and commit_hash = ? and purpose = ? order by runs.id desc limit 1",
@@ -224,7 +224,7 @@ class Journal:
     def keep_noise(
         self, machine: str, label: str, version: str, spread: float, pairs: int, provenance: int
     ) -> None:
-        """What `projecta calibrate` found: the standard deviation of the logarithm of a pair's ratio."""
+        """Store a calibration: the standard deviation of the log ratio of a pair."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.base.execute(
             "insert or replace into noise values (?, ?, ?, ?, ?, ?, ?)",
@@ -239,7 +239,7 @@ class Journal:
         return {label: (version, spread, pairs) for label, version, spread, pairs in rows}
 
     def write_noise(self, machine: str) -> None:
-        """Put what is known of a machine's noise beside its results, where the site finds it."""
+        """Write a machine's noise beside its results, for the site."""
         path = self.project.results / machine / NOISE
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {label: round(spread, 6) for label, (_, spread, _) in sorted(self.noise(machine).items())}
@@ -261,7 +261,7 @@ def _tuple(text: str) -> tuple[Any, ...]:
 
 
 def _explain(path: Path, error: sqlite3.Error) -> None:
-    """Raise a UsageError for what the user can put right; return for anything else."""
+    """Raise a UsageError for errors that the user can mend; return for others."""
     name = getattr(error, "sqlite_errorname", "")
     kept = "What was measured before is kept; run it again."
     if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):

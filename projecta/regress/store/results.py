@@ -96,7 +96,7 @@ def read_measurements(project: Project, machine: str) -> Iterator[Measurement]:
 
 
 def _state(project: Project, result: Any) -> dict[str, str]:
-    """What one of asv's files was measured in, as it says and as was noted beside it."""
+    """The state in which an asv file was measured."""
     facts = {key: value for key, value in result.params.items() if key != "machine"}
     path = (project.results / result._filename).with_suffix(STATE)  # machine/commit-environment
     with contextlib.suppress(OSError, ValueError):

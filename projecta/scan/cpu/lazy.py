@@ -91,7 +91,7 @@ def _settle(f, h, r, v):
 
 @inner
 def _rest(tokens):
-    """Of the block's exponent, what its inputs have still to decay, on average."""
+    """The share of a block's exponent by which its inputs still decay, on average."""
     return (tokens - 1) / (2.0 * tokens)
 
 

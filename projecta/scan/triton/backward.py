@@ -51,7 +51,7 @@ from projecta.scan.triton.warp import (
 def _own_steps_and_grads(
     s, g, gate, bias, t1, l, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Of the steps that a lane owns: delta, and the gradient of y before the gate."""
+    """Per-lane steps: delta, and the gradient of y before the gate."""
     own_s, own_g = (), ()
     for i in tl.static_range(len(s)):
         step, grad = s[i] + bias, g[i]
@@ -207,7 +207,7 @@ def _own_values(
     s, v, g, gate, ys, bias, t1, t_start, t_end, real, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Of the steps that a lane owns: delta, delta u, the gradient of y before the gate, u, softplus's slope,
+    """Per-lane steps: delta, delta u, the gradient of y before the gate, u, softplus's slope,
     and the gradient of z."""
     own_s, own_x, own_g, own_u, own_slope, own_gate = (), (), (), (), (), ()
     for i in tl.static_range(len(s)):

@@ -82,7 +82,7 @@ def sequence_of(bounds, sequence, l, slabs, EVERY: tl.constexpr):
 
 @triton.jit
 def own_rows(at, lane, n, factor, K: tl.constexpr, LANES: tl.constexpr):
-    """Of a row of n numbers those of a lane's K states, times a factor; zeros beyond n."""
+    """The numbers of a lane's K states in a row of n, times a factor; zeros beyond n."""
     found = ()
     for j in tl.static_range(K):
         row_n = j * LANES + lane
@@ -128,7 +128,7 @@ def first_stretches(
 
 @triton.jit
 def lane_of(index, LANES: tl.constexpr):
-    """Of a thread: which states and which channel it has, and the first thread that has that channel.
+    """Per-thread states and channel, and the first thread that has that channel.
 
     Threads 2 i and 2 i + 1 have the same states, so that they read B and C from shared memory in one go;
     the lanes of a channel are 2 threads apart, so that they read its steps side by side.
@@ -219,7 +219,7 @@ def own_steps(
     loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Of the steps that a lane owns: delta, then delta u."""
+    """Per-lane steps: delta, then delta u."""
     s, v = as_floats(loaded_s, delta, WIDE), as_floats(loaded_u, u, WIDE)
     steps, inputs = (), ()
     for i in tl.static_range(len(s)):
@@ -235,7 +235,7 @@ def own_steps(
 
 @triton.jit
 def own_outputs(sums, skip, loaded_u, loaded_z, u, z, WIDE: tl.constexpr):
-    """Of the steps that a lane owns: y before the gate, then after it."""
+    """Per-lane steps: y before the gate, then after it."""
     v = as_floats(loaded_u, u, WIDE)
     raws, gated = (), ()
     if len(loaded_z) > 0:
