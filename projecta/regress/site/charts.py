@@ -94,6 +94,8 @@ def _draw_bars(
         at = [
             j + (i - (len(names) - 1) / 2) * thick for j, group in enumerate(panel.values()) if name in group
         ]
+        if not at:  # its handle in the legend would have no colour
+            continue
         heights = [group[name] for group in panel.values() if name in group]
         drawn = axis.bar(at, heights, thick * 0.92, label=name, color=style.lines[i % len(style.lines)])
         axis.bar_label(drawn, [form.format(h) for h in heights], padding=2, fontsize=7, color=style.ink)
@@ -142,6 +144,7 @@ def roofline(points: Mapping[str, Points], bandwidth: float, arithmetic: float, 
             color=style.lines[i % len(style.lines)], label=name, markersize=5,
         )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="10^9 operations per second")
+    axis.set(xlim=(low, high), ylim=(None, 2 * arithmetic))
     _legend(figure, [axis], style)
     return figure
 
@@ -243,8 +246,8 @@ def svg(figure: Any) -> str:
 
 
 def save(figure: Any, path: Path, caption: str) -> Path:
-    """Write a figure in the style PRINT as PNG, with a caption below."""
+    """Write a figure in the style PRINT as PNG, with a caption above."""
     figure.patch.set(alpha=1, facecolor="white")
-    figure.supxlabel(caption, fontsize=7, color=PRINT.soft)
+    figure.suptitle(caption, fontsize=7, color=PRINT.soft)
     figure.savefig(path, dpi=150)
     return path
