@@ -1,4 +1,4 @@
-"""The documents speak the truth: figures come from results/, examples print what they say, links and names exist."""
+"""Checks of the documentation: figures come from results/, examples print what they say, links and names exist."""
 
 import re
 import subprocess

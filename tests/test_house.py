@@ -1,4 +1,4 @@
-"""What keeps the house in order: imports stay light, arrows go one way, the documents speak the truth."""
+"""Checks of the structure: light imports, their directions, sizes of files and functions, pins, extras."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARROWS = {  # room: the rooms that it may import
+ARROWS = {  # part of the package: the parts that it may import
     "_checks": set(),
     "scan": {"_checks"},
     "mrss": {"_checks", "scan"},

@@ -226,7 +226,9 @@ def write_report(source: Source, sections: Sequence[Section], folder: Path) -> l
             figure = table.draw(rows, charts.PRINT)
             if figure is not None:
                 written.append(charts.save(figure, folder / f"{table.name}.png", f"{table.title}. {caption}"))
-    record_provenance(written, "projecta bench; projecta report --into FOLDER", provenance_of(origin))
+    record_provenance(
+        written, f"projecta bench && projecta report --into {folder.name}", provenance_of(origin)
+    )
     return written
 
 
