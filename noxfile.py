@@ -1,5 +1,5 @@
-"""Sessions: bench (main job), tests, lint, docs, build, compat, browser, quick; studies: against, fidelity,
-accuracy, rates. Workflows also call preflight, pull, gate, push and publish; rehearse runs those here.
+"""Sessions: bench (main job), tests, lint, docs, build, compat, browser, quick. Studies: against, fidelity,
+accuracy, rates. The workflows also call preflight, pull, gate, push and publish; rehearse runs these locally.
 """
 
 import os
@@ -15,7 +15,7 @@ nox.options.default_venv_backend = "virtualenv"
 SETTINGS = nox.project.load_toml("pyproject.toml")
 EXTRAS = SETTINGS["project"]["optional-dependencies"]
 TESTED = SETTINGS["tool"]["projecta"]["tested"]  # package: lowest and highest version
-# The versions that asv measures with, so that tests and benchmarks see the same libraries.
+# The versions of asv.conf.json, so that tests and benchmarks use the same libraries.
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
 REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
 DOCS = ["mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8"]
@@ -23,26 +23,26 @@ MAMBA_SSM = "mamba-ssm==2.3.2.post1"
 BROWSER = ["playwright>=1.50", "axe-playwright-python>=0.1.4"]
 # Triton's interpreter and compiler need no GPU.
 TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
-# Who cancels a job on a runner signals nox alone, and kills what is left ten seconds later: in between,
-# projecta ends the benchmark and writes what was measured.
+# A runner that cancels a job signals only nox, and kills all its processes ten seconds later. In between,
+# projecta ends the benchmark and writes the results.
 STOPPING = {"interrupt_timeout": 2.0, "terminate_timeout": 20.0}
 
 
 def install_project(session: nox.Session) -> None:
-    """The package alone: its dependencies are installed by the session, pinned."""
+    """Install the package without its dependencies: the session installs them, pinned."""
     session.install("hatchling", "editables")
     session.install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
 def run_command(session: nox.Session, command: str, *words: str, **options: Any) -> None:
-    """The project's command, in an environment that has no torch: asv installs it where it measures."""
+    """Run a projecta command in an environment without torch: asv installs torch where it measures."""
     session.install(*EXTRAS["gate"])
     install_project(session)
     session.run("projecta", command, *session.posargs, *words, **options)
 
 
 def wanted(session: nox.Session) -> tuple[str, ...]:
-    """--bench from PROJECTA_BENCH, unless such a word is given: so a rehearsal measures little."""
+    """--bench from PROJECTA_BENCH, unless the caller gives --bench. A rehearsal thus measures little."""
     regex = os.environ.get("PROJECTA_BENCH")
     given = any(word in ("-b", "--bench") or word.startswith("--bench=") for word in session.posargs)
     return ("--bench", regex) if regex and not given else ()
@@ -56,13 +56,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def gate(session: nox.Session) -> None:
-    """Judge a change: BASE HEAD. INCONCLUSIVE fails no job: the table says how many pairs it would take."""
+    """Judge a change: BASE HEAD. INCONCLUSIVE does not fail a job; the table has the pairs needed."""
     run_command(session, "gate", *wanted(session), success_codes=[0, 5])
 
 
 @nox.session(reuse_venv=True)
 def preflight(session: nox.Session) -> None:
-    """Is this machine fit to measure on? With --gpu: on its GPU."""
+    """Check that this machine is ready to measure; with --gpu also its GPU."""
     run_command(session, "preflight")
 
 
@@ -74,13 +74,13 @@ def pull(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def push(session: nox.Session) -> None:
-    """Push this machine's results to their branch; what is there stays."""
+    """Push this machine's results to their branch; results on the branch stay."""
     run_command(session, "push")
 
 
 @nox.session(reuse_venv=True)
 def publish(session: nox.Session) -> None:
-    """Write the pages of the results that are here."""
+    """Write the pages from the local results."""
     run_command(session, "publish")
 
 
@@ -93,19 +93,19 @@ def rehearse(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def tests(session: nox.Session) -> None:
-    """Everything that must hold: pytest with doctests, every benchmark once. What takes times runs alone."""
+    """Run all tests, with doctests, and every benchmark once. Tests that measure time run alone."""
     session.install(*PINNED, TRITON, *EXTRAS["gate"], *EXTRAS["dev"])
     install_project(session)
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    one_thread = {"OMP_NUM_THREADS": "1"}  # torch's, for each of the two workers
+    one_thread = {"OMP_NUM_THREADS": "1"}  # one thread of torch for each of the two workers
     session.run("pytest", "-n", "2", "--dist", "loadgroup", "-m", "not serial", env=one_thread)
     session.run("pytest", "-m", "serial")
 
 
-# The library's tests: what depends on the versions of others. `oldest` has torch 2.9, of which some indexes
-# hold only a build for CUDA (3 GB); the newest torch is the newest of which there is a build for the CPU.
+# Tests that depend on the versions of other libraries. `oldest` has torch 2.9; some indexes have only its
+# CUDA build (3 GB). The newest torch is the newest with a CPU build.
 LIBRARY = [
     f"tests/{room}" for room in ["scan", "mamba", "vtp", "test_mrss.py", "test_s4d.py", "test_low_rank.py"]
 ]
@@ -125,7 +125,7 @@ def compat(session: nox.Session, versions: dict[str, str]) -> None:
     """The library's tests on the oldest and on the newest torch, transformers, triton and numba."""
     wanted = [name + rule for name, rule in versions.items() if name != "triton"]
     session.install("--upgrade", *wanted, "scikit-image==0.26.0", *EXTRAS["gate"], *EXTRAS["dev"])
-    session.install("--upgrade", "--no-deps", "triton" + versions["triton"])  # a build for CUDA wants its own
+    session.install("--upgrade", "--no-deps", "triton" + versions["triton"])  # torch's CUDA build pins triton
     install_project(session)
     names = ", ".join(map(repr, versions))
     code = (
@@ -139,7 +139,7 @@ def compat(session: nox.Session, versions: dict[str, str]) -> None:
 
 @nox.session(reuse_venv=True)
 def browser(session: nox.Session) -> None:
-    """The site in a real browser: a Chromium must be there (CHROMIUM names one). Keep screenshots."""
+    """Test the site in a real Chromium (CHROMIUM names the program). Keep screenshots."""
     session.install("torch==2.13.0", *EXTRAS["gate"], *EXTRAS["dev"], *BROWSER)
     install_project(session)
     named = ("--browser", os.environ.get("CHROMIUM", "chromium"), "--screenshots", ".screenshots")
@@ -148,7 +148,7 @@ def browser(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def quick(session: nox.Session) -> None:
-    """The suites' cases under pytest-benchmark, on the working tree; compare with --benchmark-compare."""
+    """Run the suites' cases with pytest-benchmark on the working tree; compare with --benchmark-compare."""
     session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"])
     install_project(session)
     session.run("pytest", "tests/test_speed.py", "--benchmark-only", "--benchmark-autosave", *session.posargs)
@@ -156,7 +156,7 @@ def quick(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def fidelity(session: nox.Session) -> None:
-    """What pruning does to real features: fetch weights and images once (160 MB), check, write tables."""
+    """Effect of pruning on real features: download weights and images once (160 MB), check, write tables."""
     session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"], *REAL)
     install_project(session)
     data = Path(".data")
@@ -176,7 +176,7 @@ def fidelity(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def accuracy(session: nox.Session) -> None:
-    """Train small models with the full scan and with MRSS, five seeds a task: hours. Write the table."""
+    """Train small models with the full scan and with MRSS, five seeds per task (hours). Write the table."""
     session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"], "scikit-learn>=1.5")
     install_project(session)
     session.run("python", "-m", "studies.accuracy", *session.posargs)
@@ -184,7 +184,7 @@ def accuracy(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def rates(session: nox.Session) -> None:
-    """The error rates of the gate: 20 real gates of each kind (a day), or what the words after -- name."""
+    """Error rates of the gate: 20 real gates for each planted change (a day), or the part named after --."""
     session.install(*EXTRAS["gate"])
     install_project(session)
     session.run("asv", "machine", "--yes")
@@ -199,7 +199,7 @@ def rates(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def docs(session: nox.Session) -> None:
-    """Build the documentation strictly, into .docs; `-- serve` serves it while it is written."""
+    """Build the documentation strictly, into .docs; `-- serve` previews it while you write."""
     session.install("torch==2.13.0", "numba==0.68.1", *DOCS)
     install_project(session)
     words = session.posargs or ["build", "--strict", "--site-dir", ".docs"]
@@ -208,7 +208,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def build(session: nox.Session) -> None:
-    """Build the distributions into dist; fail if TAG, a variable, is not the version."""
+    """Build the distributions into dist; fail if the variable TAG is not the version."""
     tag, version = os.environ.get("TAG"), SETTINGS["project"]["version"]
     if tag not in (None, f"v{version}"):
         session.error(f"the tag must be v{version}, the version of pyproject.toml; got {tag}")
@@ -219,7 +219,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def against(session: nox.Session) -> None:
-    """Time projecta beside transformers and mambapy on the CPU; with --gpu beside mamba-ssm's CUDA kernel."""
+    """Time projecta against transformers and mambapy on the CPU; with --gpu against mamba-ssm's kernel."""
     if "--gpu" in session.posargs:
         session.install("torch", "triton", "numba>=0.63", "ninja", *EXTRAS["gate"])
         install_project(session)

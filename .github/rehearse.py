@@ -1,10 +1,10 @@
-"""Runs here the nox sessions that benchmarks.yml calls, in their order, for two commits.
+"""Run the nox sessions of benchmarks.yml on this machine, in their order, for two commits.
 
     python .github/rehearse.py [--bench REGEX] [--folder FOLDER]
 
-A bare clone stands for the remote. In a clone of it the sessions run as the workflow writes them, for the
-commit before HEAD and for HEAD; only the GPU is not asked for. At the end the branch of results and the pages
-must hold both commits. Artifacts, permissions and events are GitHub's and are not rehearsed.
+A bare clone replaces the remote. The sessions run in a clone of it with the commands of the workflow, first
+for the commit before HEAD, then for HEAD. Only the options for a GPU are left out. At the end, the branch of
+results and the pages must hold both commits. GitHub's artifacts, permissions and events are not rehearsed.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def rehearse(source: Path, folder: Path, bench: str = "") -> Path:
     for commit in commits:
         git(clone, "checkout", "--quiet", "--detach", commit)
         for command in sessions(WORKFLOW.read_text()):
-            if "nox -s push" in command:  # results travel as an artifact, to a job that may write
+            if "nox -s push" in command:  # GitHub's artifact carries the results to a job that may write
                 shutil.copytree(clone / ".asv/results", clone / "incoming/t4", dirs_exist_ok=True)
             command = command.partition(" #")[0].replace(*WITHOUT_GPU)
             print(f"$ {command}", flush=True)

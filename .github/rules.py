@@ -1,9 +1,9 @@
-"""What the workflows must hold to: `python .github/rules.py` names what does not.
+"""Security rules for the workflows. `python .github/rules.py` prints every violation.
 
 A fork's code runs on hosted machines only, with no permission to write; every job has the permissions that
 its steps need, and no other.
 
-The tests break each rule in a copy of a workflow, and see that it is named.
+The tests break each rule in a copy of a workflow, and check that the violation is found.
 """
 
 import re
@@ -15,14 +15,14 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent / "workflows"
-# What starts a job on a machine of our own: nothing that a fork, or a stranger's comment, can cause.
+# Events that may start a job on a self-hosted machine. A fork or a stranger's comment cannot cause them.
 OURS = {"push": {"branches": ["main"]}, "schedule": ..., "workflow_dispatch": ...}
-HOSTED = re.compile(r"(ubuntu|windows|macos)-[\w.-]+")  # as runs-on; anything else counts as our own
+HOSTED = re.compile(r"(ubuntu|windows|macos)-[\w.-]+")  # runs-on; any other value counts as self-hosted
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}")
-LOCAL = re.compile(r"\./\.github/workflows/[\w.-]+")  # checked as a workflow of its own
+LOCAL = re.compile(r"\./\.github/workflows/[\w.-]+")  # a reusable workflow, which is checked like the others
 VERSION = re.compile(r"uses: [^\s#]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
 LEVELS = {"none": 0, "read": 1, "write": 2}
-NEEDS = [  # what a step does (an action, or a pattern in its commands; a word of `with`), and what that takes
+NEEDS = [  # action or pattern in the commands of a step, key in its `with`, permissions that it needs
     ("actions/checkout", "", {"contents": "read"}),
     ("actions/download-artifact", "run-id", {"actions": "read"}),
     ("actions/deploy-pages", "", {"pages": "write", "id-token": "write"}),
@@ -34,7 +34,7 @@ FETCHES = re.compile(r"\bgit (clone|fetch|pull)\b|\bgh (pr checkout|repo clone|r
 
 
 def violations(text: str) -> list[str]:
-    """Every rule that a workflow breaks, a line each: the rule's name first.
+    """Every violation in a workflow, one line each, beginning with the name of the rule.
 
     >>> violations("on: pull_request_target\\npermissions: {}\\njobs: {}")
     ['event: pull_request_target runs with our permissions on what a fork says']
@@ -45,13 +45,13 @@ def violations(text: str) -> list[str]:
 
 
 def events(data: dict[str, Any]) -> dict[str, Any]:
-    """What starts a workflow, and on which conditions; YAML 1.1 takes the word `on` for true."""
+    """Events that start a workflow, with their conditions. YAML 1.1 reads the key `on` as true."""
     on = data.get("on", data.get(True))
     return dict.fromkeys([on] if isinstance(on, str) else on) if not isinstance(on, dict) else on
 
 
 def is_ours(job: dict[str, Any]) -> bool:
-    """Whether a job may run on a machine of our own."""
+    """Whether a job may run on a self-hosted machine."""
     runner = job.get("runs-on", "")
     return "uses" not in job and not (isinstance(runner, str) and HOSTED.fullmatch(runner))
 

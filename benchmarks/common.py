@@ -1,7 +1,7 @@
-"""Shared by all suites: device, clock, seeds, inputs, checks, peak memory. Holds no benchmark.
+"""Helpers for all suites: device, clock, seeds, inputs, checks, peak memory. There is no benchmark here.
 
-Nothing here computes or touches the device when it is imported: asv forks the measuring processes
-from one that has imported the suites.
+Importing this module computes nothing and does not touch the device: asv forks the measuring processes from a
+process that has imported the suites.
 """
 
 import ast
@@ -24,19 +24,19 @@ LENGTHS = (512, 2048, 8192)
 PEAK_LENGTHS = (2048, 8192)
 LONG_LENGTHS = (2048, 8192, 32768, 65536)
 FULL = os.environ.get("PROJECTA_FULL") == "1"
-DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}  # of the backends that are made for one
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}  # backends that need one device type
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of glibc's malloc.h
 
 
 class WrongResult(Exception):
-    """The call to be timed gives another result than the reference."""
+    """The result of the timed call differs from the reference."""
 
 
 class Suite:
     """Attributes of every timing suite.
 
-    Each sample is one call; `repeat` bounds the samples of a process: (least, most, seconds).
-    One process measures each case; with PROJECTA_FULL=1 two do, at different times of the run.
+    Each sample is one call. `repeat` limits the samples of a process: (least, most, seconds).
+    One process measures each case. With PROJECTA_FULL=1 two processes do, at different times of the run.
     """
 
     number = 1
@@ -48,15 +48,16 @@ class Suite:
 
     @staticmethod
     def timer() -> float:
-        """The wall clock, read when the device has finished what it was given."""
+        """Wall-clock time, read after the device has finished its queued work."""
         synchronise()
         return timeit.default_timer()
 
 
 def version(source: str, revision: int = 1) -> str:
-    """asv's key to comparable results: a number of the suite's own, and a hash of the code that it shares.
+    """The version of a suite: asv compares only results of the same version.
 
-    The hash is of the syntax tree, so that comments and docstrings do not cut a history in two.
+    It is a revision number and a hash of the code of the suite and of this module. The hash is computed from
+    the syntax tree, so comments and docstrings do not change the version.
     """
     trees = [ast.parse(Path(path).read_text()) for path in (__file__, source)]
     for tree in trees:
@@ -74,14 +75,14 @@ def version(source: str, revision: int = 1) -> str:
 
 
 def skip(reason: str) -> NoReturn:
-    """Leave a benchmark out, for a reason that asv shows."""
+    """Skip a benchmark. asv shows the reason."""
     raise SkipNotImplemented(reason)
 
 
 def require(module: str, name: str, formerly: str = "") -> Any:
-    """`module.name` of the projecta under measurement; skip on commits that do not have it.
+    """`module.name` from the measured commit; skip if the commit does not have it.
 
-    `formerly` is the module that held it in older commits.
+    `formerly` is the module that defined it in older commits.
     """
     for home in filter(None, (module, formerly)):
         with contextlib.suppress(ImportError, AttributeError):
@@ -90,9 +91,9 @@ def require(module: str, name: str, formerly: str = "") -> Any:
 
 
 def require_backend(name: str) -> None:
-    """Skip on commits that do not have the backend yet, and if it is made for another kind of device.
+    """Skip if the commit does not have the backend, or if the backend needs another device type.
 
-    One that should run here but cannot is a failure.
+    A backend that should run here but cannot is a failure.
     """
     if name not in require("projecta", "available_backends")():
         skip(f"this commit has no backend {name!r}")
@@ -101,7 +102,7 @@ def require_backend(name: str) -> None:
 
 
 def require_full() -> None:
-    """Skip unless PROJECTA_FULL=1: for sizes that want a large machine."""
+    """Skip unless PROJECTA_FULL=1: for sizes that need a large machine."""
     if not FULL:
         skip("long; set PROJECTA_FULL=1 to run it")
 
@@ -124,7 +125,7 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
 
 
 def scan_inputs(b: int, d: int, l: int, n: int = 16) -> dict[str, torch.Tensor]:
-    """Arguments of a Mamba layer's scan: rates 1...n, steps around softplus(-3), as it is initialised."""
+    """Arguments of a Mamba layer's scan as initialised: rates 1...n, steps around softplus(-3)."""
     return {
         "u": randn(b, d, l, seed=0),
         "delta": 0.5 * randn(b, d, l, seed=1),
@@ -138,7 +139,7 @@ def scan_inputs(b: int, d: int, l: int, n: int = 16) -> dict[str, torch.Tensor]:
 
 
 def pick_channels(inputs: dict[str, torch.Tensor], count: int = 4) -> dict[str, torch.Tensor]:
-    """Some channels of `scan_inputs`, in float64 on the CPU: channels do not mix, a few judge the rest."""
+    """Some channels of `scan_inputs`, in float64 on the CPU. Channels do not mix, so a few suffice."""
     rows = channel_rows(inputs["u"].shape[1], count)
     along = {"u": 1, "delta": 1, "z": 1, "A": 0, "D": 0, "delta_bias": 0}
     return {
@@ -160,8 +161,8 @@ def check_close(name: str, got: torch.Tensor, truth: torch.Tensor, tolerance: fl
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """The most memory (MiB) that the call takes over what is resident; on the GPU if there is one."""
-    call()  # what is loaded or cached once belongs to the floor
+    """Peak memory of the call above the memory held before it, in MiB; on the GPU if there is one."""
+    call()  # one-time loads and caches belong to the floor
     gc.collect()
     if device().type == "cuda":
         synchronise()
@@ -182,24 +183,24 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def return_freed_memory() -> None:
-    """Have the allocator give large blocks back at once: where peaks are measured, before anything large.
+    """Make the allocator return freed large blocks at once. For peaks, call it before large allocations.
 
-    Otherwise the peak is that of the heap, leftovers and holes included, and not of live memory.
+    Otherwise the measured peak is that of the heap, including free blocks, and not that of live memory.
     """
     _allocate(trim=2**17, mmap=2**17)
 
 
 def _keep_freed_memory() -> None:
-    """Have the allocator use freed blocks again, of up to 32 MiB: where time is measured, so from the start.
+    """Make the allocator reuse freed blocks of up to 32 MiB. Timings need it, so it runs at import.
 
-    Otherwise it depends on how the heap of a process happens to lie whether each call gets its tensors in
-    fresh pages: for the gradients of a scan 2 page faults or 2,186, 6.7 or 9.6 ms, for the process's life.
+    Otherwise the heap layout of a process decides if each call gets its tensors in fresh pages. The gradients
+    of a scan then take either 2 page faults and 6.7 ms or 2,186 and 9.6 ms, for the life of the process.
     """
     _allocate(trim=2**31 - 1, mmap=2**25)
 
 
 def _allocate(trim: int, mmap: int) -> None:
-    """At how many free bytes at its end the heap shrinks, and from what size on blocks are no part of it."""
+    """`trim`: free bytes at which the heap shrinks. `mmap`: size from which blocks are outside the heap."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.mallopt(_M_TRIM_THRESHOLD, trim)
@@ -221,7 +222,7 @@ def _status_kib(field: str) -> int:
 
 @functools.cache
 def photographs(count: int, size: int = 224) -> torch.Tensor:
-    """Real photographs that scikit-image ships, (count, 3, size, size), normalised as CLIP wants them."""
+    """Photographs from scikit-image, (count, 3, size, size), normalised for CLIP."""
     import numpy as np
     import skimage.data
     import skimage.transform

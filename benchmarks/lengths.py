@@ -13,7 +13,7 @@ VERSION = common.version(__file__)
 
 @functools.cache
 def _attention(l: int):
-    """Causal attention of 4 heads of 64, as torch does it; its first rows are checked."""
+    """torch's causal attention with 4 heads of width 64. The first 64 rows are checked."""
     q, k, v = (common.randn(1, HEADS, l, WIDTH // HEADS, seed=seed) for seed in range(3))
     run = torch.inference_mode()(
         functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
@@ -36,7 +36,7 @@ def _layer(layer: str, l: int):
 
 
 class Lengths(common.Suite):
-    """b = 1, float32, the backend that "auto" takes."""
+    """b = 1, float32, the backend that "auto" selects."""
 
     params = (LAYERS, common.LENGTHS)
     param_names = ("layer", "length")

@@ -1,5 +1,8 @@
-"""A Hugging Face Mamba model of mamba-130m's width: prefill, decoding and a training step, as transformers
-runs it ("stock") and on projecta's scan ("accelerated"). 4 layers; 24, as mamba-130m, in the Full suites."""
+"""A Hugging Face Mamba model of mamba-130m's width: prefill, decoding and a training step.
+
+"stock" is the model as transformers runs it; "accelerated" uses projecta's scan. The model has 4 layers.
+In the Full suites it has 24 layers, like mamba-130m.
+"""
 
 import contextlib
 import functools
@@ -10,13 +13,13 @@ from transformers import MambaConfig, MambaForCausalLM
 from benchmarks import common
 
 KINDS = ("stock", "accelerated")
-PREFIX = 32  # tokens of the stock model that judge the first of a longer, causal run
-TOLERANCE = 1e-3  # through 24 layers, float32 itself is 3e-4 away from float64
+PREFIX = 32  # the stock model checks this many first tokens of a run; the model is causal
+TOLERANCE = 1e-3  # after 24 layers, float32 differs from float64 by 3e-4
 VERSION = common.version(__file__)
 
 
 @functools.cache
-@torch.inference_mode(False)  # weights that training can use, whoever asks for them first
+@torch.inference_mode(False)  # training needs normal tensors, even if the first call is in inference mode
 def _model(layers: int):
     """Layers of width 768, 16 states, 50,280 tokens; random weights from a fixed seed."""
     config = MambaConfig(
@@ -40,7 +43,7 @@ def _as(kind: str, layers: int):
 
 
 def _check(kind: str, run, l: int, layers: int) -> None:
-    """`run` gives the logits of l tokens; what the stock model gives for the first of them is right."""
+    """Compare the first logits of `run`, a call on l tokens, with those of the stock model."""
     got = run()
     if kind != "stock":
         with torch.inference_mode():
@@ -50,7 +53,7 @@ def _check(kind: str, run, l: int, layers: int) -> None:
 
 @functools.cache
 def _prefill(kind: str, l: int, layers: int):
-    """A call that reads l tokens into a fresh cache; logits of all of them."""
+    """A call that reads l tokens into a fresh cache and returns all logits."""
     ids = _tokens(l)
 
     @torch.inference_mode()
@@ -64,7 +67,7 @@ def _prefill(kind: str, l: int, layers: int):
 
 @functools.cache
 def _decode(kind: str, l: int, layers: int):
-    """A call that feeds l tokens one by one, each on the cache that the ones before it left."""
+    """A call that decodes l tokens one by one, with a cache."""
     ids = _tokens(l)
 
     @torch.inference_mode()
@@ -82,7 +85,7 @@ def _decode(kind: str, l: int, layers: int):
 
 
 def _step(kind: str, ids: torch.Tensor, layers: int):
-    """Forward, loss and all gradients; the logits."""
+    """Run forward, loss and all gradients; return the logits."""
     model = _model(layers)
     model.zero_grad(set_to_none=True)
     with _as(kind, layers):
@@ -93,7 +96,7 @@ def _step(kind: str, ids: torch.Tensor, layers: int):
 
 @functools.cache
 def _train(kind: str, l: int, layers: int):
-    """A call of a training step; its gradients are checked on few tokens, its logits on all."""
+    """A call of a training step. A gradient is checked on 8 tokens, the first logits on all l."""
     if kind != "stock":
         found = []
         for each in (kind, "stock"):
@@ -161,7 +164,7 @@ class FullModelPrefill(_Suite):
 
 
 class FullModelTrain(_Suite):
-    """The stock model takes minutes: a graph of every step of every layer."""
+    """The stock model takes minutes: its autograd graph holds every step of every layer."""
 
     layers = 24
     params = (KINDS, (128, 512))

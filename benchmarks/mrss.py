@@ -1,4 +1,4 @@
-"""The multi-resolution scan beside the full one: forward, and forward and backward, by theta and length."""
+"""The multi-resolution scan against the full scan: forward, and forward and backward, by theta and length."""
 
 import functools
 
@@ -12,7 +12,7 @@ VERSION = common.version(__file__)
 
 
 def _inputs(l: int, d: int) -> dict[str, torch.Tensor]:
-    """As `common.scan_inputs`, with the steps that a Mamba layer begins with: 0.001 to 0.1, sorted."""
+    """`common.scan_inputs` with the initial step sizes of a Mamba layer: 0.001 to 0.1, sorted."""
     inputs = common.scan_inputs(1, d, l)
     steps = torch.logspace(-3, -1, d, device=common.device())
     inputs["delta_bias"] = steps + torch.log(-torch.expm1(-steps))
@@ -71,7 +71,7 @@ class _Case(common.Suite):
 
 
 class _Peak:
-    """Marks the suites of memory."""
+    """Marks the suites that measure memory."""
 
 
 class Mrss(_Case):
@@ -95,7 +95,7 @@ class MrssGrad(_Case):
 
 
 class _Long(_Case):
-    """At the width of mamba-130m, to 65,536 steps."""
+    """The width of mamba-130m, up to 65,536 steps."""
 
     params = (("full scan", *THETAS), common.LONG_LENGTHS)
     timeout = 1200

@@ -1,4 +1,4 @@
-"""What bounds the scan on this machine: how fast memory is copied, and how fast products are added up."""
+"""Limits of this machine for the scan: memory bandwidth and arithmetic throughput."""
 
 import functools
 import time
@@ -11,7 +11,7 @@ VERSION = common.version(__file__)
 
 
 def _best(call, tries: int = 5) -> float:
-    """Seconds of the fastest of a few calls, the first not counted."""
+    """Seconds of the fastest of `tries` calls, after one warm-up call."""
     call()
     seconds = []
     for _ in range(tries):
@@ -24,7 +24,7 @@ def _best(call, tries: int = 5) -> float:
 
 
 class Bandwidth(common.Suite):
-    """Bytes read and written while 256 MiB of float32 are copied, far more than caches hold."""
+    """Bytes read and written by a copy of 256 MiB of float32, far more than the caches hold."""
 
     version = VERSION
     unit = "GB/s"
@@ -36,7 +36,7 @@ class Bandwidth(common.Suite):
 
 
 class Arithmetic(common.Suite):
-    """Multiply-and-adds of a float32 matrix product, 2048 x 2048 x 2048; one is one operation."""
+    """A float32 matrix product, 2048 x 2048 x 2048. One multiply-add counts as one operation."""
 
     version = VERSION
     unit = "Gop/s"

@@ -1,4 +1,4 @@
-"""S4D, the baseline that does not select: as a convolution and as a recurrence, by length."""
+"""S4D, the baseline without selection: convolution and recurrence, by length."""
 
 import functools
 
@@ -12,9 +12,9 @@ VERSION = common.version(__file__)
 
 @functools.cache
 def _scan(mode: str, l: int, d: int):
-    """A call of the scan, checked against the recurrence of a few channels in float64 by `reference`."""
+    """A call of the scan. A few channels are checked against the reference recurrence in float64."""
     s4d_scan, s4d_rates = (common.require("projecta.s4d", name) for name in ("s4d_scan", "s4d_rates"))
-    backend = "cpu" if common.device().type == "cpu" else "vectorised"  # the scan's, with complex A
+    backend = "cpu" if common.device().type == "cpu" else "vectorised"  # the scan's backend, with complex A
     arguments = {
         "u": common.randn(1, d, l, seed=0),
         "delta": torch.logspace(-3, -1, d, device=common.device()),

@@ -10,7 +10,7 @@ from benchmarks import common
 
 BACKENDS = ("vectorised", "cpu", "triton")
 STEPS = 64
-OPERATIONS = {"forward": 13, "backward": 21}  # of vectors, per token, 16 channels and state
+OPERATIONS = {"forward": 13, "backward": 21}  # vector operations per token, 16 channels and state
 VERSION = common.version(__file__)
 
 
@@ -33,7 +33,7 @@ def _scan(backend: str, l: int, d: int, *, backward: bool):
     truth = run(picked, grad.cpu()[:, rows].double(), "reference")
     got = run(inputs, grad, backend)
     for name, g, t in zip(("y", *(f"d{name}" for name in inputs)), got, truth, strict=False):
-        if name not in ("dB", "dC"):  # sums over all channels: the tests hold them
+        if name not in ("dB", "dC"):  # sums over all channels: the tests check them
             axis = 0 if name in ("dA", "dD", "ddelta_bias") else 1
             common.check_close(
                 f"{backend} {name}", g.detach().index_select(axis, rows.to(g.device)), t.detach(), 1e-4
@@ -129,7 +129,7 @@ class ScanGradPeak(_Forward):
 
 
 class ScanBound(common.Suite):
-    """The least memory that any backend needs, by arithmetic, beside the peaks of the same sizes."""
+    """Calculated lower bound of the memory of any backend, at the sizes of the peak suites."""
 
     params = (common.PEAK_LENGTHS,)
     param_names = ("length",)
@@ -146,10 +146,11 @@ class ScanBound(common.Suite):
 
 
 class FullScanLimit(common.Suite):
-    """How many times the arithmetic limit a scan takes, backend "cpu", d and n as named, float32.
+    """Time of a scan divided by its arithmetic limit; backend "cpu", float32.
 
-    The limit: 13 vector operations per token, channel and state forward (exponential 10, update and
-    read-out 3), 21 backward (the states again 13, gradients 8), over what a core was just measured to do.
+    The limit is the time of the vector operations at the measured speed of a core. Forward takes 13 per
+    token, channel and state: the exponential 10, update and read-out 3. Backward takes 21: the states again
+    13, the gradients 8.
     """
 
     params = (("forward", "backward"), (1, 8), (64, 768, 1536, 5120), (64, 512, 2048, 16384), (16, 64))
@@ -184,7 +185,7 @@ class FullScanLimit(common.Suite):
 
 @functools.cache
 def _seconds_per_vector_operation() -> float:
-    """Of 16 float32 lanes on one core: twelve independent chains of fused multiply-adds, the best of five."""
+    """16 float32 lanes on one core: twelve independent chains of fused multiply-adds, best of five runs."""
     numba = importlib.import_module("numba")
     load, store, fma = (
         common.require("projecta.scan.cpu.simd", name, formerly="projecta.scan._vectors")
@@ -227,7 +228,7 @@ class Step(common.Suite):
 
 
 class _Long(common.Suite):
-    """At the width of mamba-130m, to 65,536 steps."""
+    """The width of mamba-130m, up to 65,536 steps."""
 
     params = (("vectorised", "cpu", "triton"), common.LONG_LENGTHS)
     param_names = ("backend", "length")

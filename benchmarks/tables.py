@@ -1,6 +1,6 @@
-"""Tables and charts of projecta's own benchmarks; `projecta report` and the start page read them.
+"""Tables and charts of projecta's benchmarks, for `projecta report` and the start page.
 
-It must import on every commit: what it needs of projecta is imported by `sections()`.
+This module must import on every commit, so only its functions import from projecta.
 """
 
 from collections.abc import Mapping, Sequence
@@ -135,7 +135,7 @@ def vtp_chart(rows: Rows, style):
 
 
 def target_rows(source) -> list[dict[str, Any]]:
-    """Change of latency and peak memory against the full tower, measured and as a T4 should reach."""
+    """Change of latency and peak memory against the full tower: measured, and the target on a T4."""
     own = {(row["plan"], row["keep_ratio"]): row for row in vtp_rows(source) if row["batch"] == 8}
     full, rows = own.get(("full", 1.0)), []
     for keep in (0.7, 0.5):
@@ -191,9 +191,9 @@ def accuracy_chart(rows: Rows, style):
 
 
 def roofline_rows(source) -> list[dict[str, Any]]:
-    """Operations per byte of the forward scan, and 10^9 of them a second, by backend and length.
+    """Operations per byte and 10^9 operations per second of the forward scan, by backend and length.
 
-    At least u, delta, z, B and C are read and y is written, once each, in float32.
+    The bytes are the least possible: u, delta, z, B and C are read once and y is written once, in float32.
     """
     ceilings = {m.benchmark: m.value for m in source.measurements if m.benchmark.startswith("roofline.")}
     bandwidth, arithmetic = (

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks import common
 
-ROWS = {  # what to give Plan, beside keep
+ROWS = {  # arguments of Plan, besides keep
     "input": {"at": 0, "score": "norm"},
     "early": {"at": 4, "score": "cls", "fuse": "squeeze", "mass": True},
     "evit3": {"at": (3, 6, 9), "score": "cls", "fuse": "mean"},
@@ -21,7 +21,7 @@ CONTROLS = (
     "early 0.7", "early 0.5", "evit3 0.7", "evit3 0.5", "aligned", "resized 0.7", "resized 0.5",
     "checkerboard 0.7", "checkerboard 0.5", "random 0.7", "random 0.5", "merging 0.7", "merging 0.5",
 )  # fmt: skip
-SIDES = {0.7: 192, 0.5: 160}  # of a resized image: 144 and 100 of 196 patches
+SIDES = {0.7: 192, 0.5: 160}  # side of a resized image: 144 and 100 of 196 patches
 VERSION = common.version(__file__)
 
 
@@ -29,8 +29,7 @@ VERSION = common.version(__file__)
 def _tower():
     """CLIP ViT-B/16's vision tower at full size, random weights from a fixed seed.
 
-    The gains of the norm before block 0 are drawn as well: with gains of 1 all tokens would have the same
-    length.
+    The gains of the norm before block 0 are random too: with gains of 1 all tokens have the same length.
     """
     config = CLIPVisionConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
@@ -45,7 +44,7 @@ def _tower():
 
 @torch.inference_mode()
 def _written_out(model, pixels, at, trace, owner, masses, with_mass):
-    """The tower pruned once, written out: which tokens stay and what they take in is given."""
+    """Reference for a tower pruned once. `trace`, `owner` and `masses` give the kept and merged tokens."""
     tower, bias = model.vision_model, None
     tokens = tower.pre_layrnorm(tower.embeddings(pixels))
     for i, block in enumerate(tower.encoder.layers):
@@ -60,7 +59,7 @@ def _written_out(model, pixels, at, trace, owner, masses, with_mass):
 
 
 def plan_of(case: str):
-    """The plan of a case; None: the tower is as it is."""
+    """The plan of a case; None means no pruning."""
     Plan = common.require("projecta.vtp", "Plan")
     name, _, keep = case.partition(" ")
     if name not in ("full", "resized", "input", "random"):
@@ -71,7 +70,7 @@ def plan_of(case: str):
 
 
 def _tokens(case: str) -> tuple[int, tuple[int, ...]]:
-    """How many tokens are embedded, and how many each block sees."""
+    """The number of embedded tokens, and the number of tokens in each block."""
     plan, embedded = plan_of(case), 197
     if case.startswith("resized"):
         embedded = (SIDES[float(case.split()[1])] // 16) ** 2 + 1
@@ -79,12 +78,12 @@ def _tokens(case: str) -> tuple[int, tuple[int, ...]]:
 
 
 def _check(case: str, plan, got, pixels) -> None:
-    """`got` is what the tower, pruned once, gives these pixels when it is written out."""
+    """Compare `got`, the output of the tower pruned once, with `_written_out`."""
     prune = common.require("projecta.vtp", "prune", formerly="projecta.clip")
     model, batch = _tower(), len(pixels)
     with prune(model, plan) as handle, torch.inference_mode():
         model(pixel_values=pixels)
-    if plan.score == "norm":  # the longest, by another way
+    if plan.score == "norm":  # find the longest tokens independently
         with torch.inference_mode():
             tokens = model.vision_model.pre_layrnorm(model.vision_model.embeddings(pixels))
         longest = tokens[:, 1:].norm(dim=-1).topk(handle.tokens[-1] - 1).indices.sort().values + 1
@@ -122,7 +121,7 @@ def _call(case: str, batch: int):
 
 @functools.cache
 def _forward(case: str, batch: int):
-    """The call, once two of its images agree with the tower written out."""
+    """The call, after the outputs of two images are checked against `_written_out`."""
     (run, pixels), plan = _call(case, batch), plan_of(case)
     got = run()
     if plan is not None and len(plan.stages) == 1:
@@ -166,10 +165,10 @@ class VtpPeak(_Forward):
 
 
 class VtpBound(_Forward):
-    """The peak by arithmetic: 4 b (c t + (3 c + 3 m) t') bytes; t tokens embedded, at most t' in a block.
+    """Calculated peak: 4 b (c t + (3 c + 3 m) t') bytes for t embedded tokens and at most t' in a block.
 
-    The embedding's output lives as long as the encoder runs. In a block: its input, its residual and what the
-    MLP reads; of the MLP's width m, what its first map gives, the gate of its activation, their product.
+    The embedding's output lives as long as the encoder runs. A block holds three tensors of width c (input,
+    residual, input of the MLP) and three of the MLP's width m (output of its first map, gate, their product).
     """
 
     def track_peak_forward(self, case, batch):
@@ -178,7 +177,7 @@ class VtpBound(_Forward):
 
 
 class VtpFlops(common.Suite):
-    """Arithmetic of the tower over that of the full one."""
+    """FLOPs of the tower divided by those of the full tower."""
 
     params = (CASES,)
     param_names = ("case",)
@@ -187,13 +186,13 @@ class VtpFlops(common.Suite):
 
     def track_flops_ratio(self, case):
         costs, (embedded, seen) = common.require("projecta.vtp", "VIT_B16"), _tokens(case)
-        patch = 2 * 3 * 16**2 * 768  # to embed one
+        patch = 2 * 3 * 16**2 * 768  # FLOPs to embed one patch
         whole = costs.of((197,) * 12) + 196 * patch
         return (costs.of(tuple(seen)) + (embedded - 1) * patch) / whole
 
 
 class _Large(common.Suite):
-    """The batches of a large GPU."""
+    """Batch sizes for a large GPU."""
 
     params = ((*CASES, "merging 0.5"), (64, 256))
     param_names = ("case", "batch")
@@ -221,7 +220,7 @@ class FullVtpPeak(_Large):
 
 
 class FullVtpControl(Vtp):
-    """Other plans, and what pruning must be compared with."""
+    """Other plans, and controls to compare pruning with."""
 
     params = (CONTROLS, (8,))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULE_OF = {
     "BackendUnavailable": "projecta.scan",
     "available_backends": "projecta.scan",
     "selective_scan": "projecta.scan",
@@ -23,7 +23,7 @@ _HOME = {
     "Plan": "projecta.vtp",
 }
 _MODULES = ("low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
-_EXTRA = {"torch": "scan", "numpy": "scan"}  # that installs a package
+_EXTRA = {"torch": "scan", "numpy": "scan"}  # the extra that installs each package
 
 __all__ = [
     "BackendUnavailable",
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     try:
-        if name in _HOME:
-            return getattr(import_module(_HOME[name]), name)
+        if name in _MODULE_OF:
+            return getattr(import_module(_MODULE_OF[name]), name)
         if name in _MODULES:
             return import_module(f"projecta.{name}")
     except ModuleNotFoundError as error:
@@ -63,4 +63,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOME, *_MODULES, "__version__"])
+    return sorted([*_MODULE_OF, *_MODULES, "__version__"])

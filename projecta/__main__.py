@@ -1,4 +1,4 @@
-"""The command `projecta`; it names the extra to install where a package is missing."""
+"""The command `projecta`. If a package is missing, it names the extra to install."""
 
 import sys
 

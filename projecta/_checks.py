@@ -30,15 +30,15 @@ class Checker:
             fail(self.function, argument, rule, value, advice, error)
 
     def tensor(self, argument: str, value: Any, device: Any = None):
-        """A torch tensor, on `device` if that is given."""
-        torch = sys.modules.get("torch")  # not imported here: who passes a tensor has imported it
+        """Check that `value` is a torch tensor, on `device` if given."""
+        torch = sys.modules.get("torch")  # not imported here: a caller with a tensor has imported it
         if torch is None or not isinstance(value, torch.Tensor):
             fail(self.function, argument, "be a tensor", type(value).__name__, error=TypeError)
         if device is not None and value.device != device:
             fail(self.function, argument, f"be on {device} like u", value.device)
 
     def shape(self, argument: str, value: Any, shape: Sequence[int], axes: str, why: str = ""):
-        """`axes` names the expected `shape`, as in "(b, d, l)"; `why` says where it comes from."""
+        """`axes` names the expected `shape`, as in "(b, d, l)"; `why` explains it, as in "like u"."""
         if value.shape != tuple(shape):
             rule = f"have shape {axes} = {tuple(shape)}" + (f" {why}" if why else "")
             self.that(False, argument, rule, tuple(value.shape))
@@ -54,7 +54,7 @@ class Checker:
 
 
 def host(package: str) -> str:
-    """An imported package and its version, for messages about what it passes or lacks.
+    """Name and version of an imported package, for error messages.
 
     >>> host("transformers_of_nobody")
     'transformers_of_nobody of an unknown version'

@@ -9,7 +9,7 @@ from projecta._checks import Checker
 
 
 def break_even_rank(linear: nn.Linear) -> int:
-    """The largest rank at which two factors multiply less than the map itself: r (in + out) < in out.
+    """The largest rank at which two factors need fewer multiplications than W: r (in + out) < in out.
 
     Examples:
         >>> break_even_rank(nn.Linear(768, 3072))
@@ -20,11 +20,11 @@ def break_even_rank(linear: nn.Linear) -> int:
 
 
 class Factorised(nn.Sequential):
-    """x -> (x V^T) U^T + bias: what `factorise` returns.
+    """The map x -> (x V^T) U^T + bias, returned by `factorise`.
 
     Attributes:
-        rank: of the factors. error: ||W - U V||_F / ||W||_F, exact. break_even: the largest rank that saves
-            arithmetic.
+        rank: rank of the factors. error: ||W - U V||_F / ||W||_F, exact. break_even: the largest rank that
+            saves arithmetic.
     """
 
     def __init__(self, first: nn.Linear, second: nn.Linear, error: float, break_even: int):
@@ -40,12 +40,12 @@ def factorise(linear: nn.Linear, rank: int) -> Factorised:
 
         W = P S Q^T (singular values);   U = P_r S_r^(1/2) (out, r),   V = S_r^(1/2) Q_r^T (r, in)
 
-    No other product of this rank has a smaller error: the root of the sum of squares of the singular values
-    left out (Eckart and Young, 1936). The map given is not changed. Above `break_even` the factors cost more
-    than they save.
+    The error is the root of the sum of squares of the omitted singular values. No other product of this rank
+    has a smaller one (Eckart and Young, 1936). `linear` is not changed. Above rank `break_even` the factors
+    cost more than W.
 
     Raises:
-        TypeError: `linear` is no nn.Linear. ValueError: `rank` is not in 1...min(in, out).
+        TypeError: `linear` is not an nn.Linear. ValueError: `rank` is not in 1...min(in, out).
 
     Examples:
         >>> half = factorise(nn.Linear(8, 8), 2)
@@ -80,7 +80,7 @@ def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "Merged
         W <- W + alpha / r B A      (LoRA, arXiv 2106.09685, section 4.1)
 
     Args:
-        linear: W (out, in). A: (r, in). B: (out, r). alpha: the update's scale, over r.
+        linear: W (out, in). A: (r, in). B: (out, r). alpha: scale of the update, before division by r.
 
     Returns:
         A handle whose `unmerge()` restores W bit for bit; also a context manager. It keeps a copy of W.
@@ -109,7 +109,7 @@ def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "Merged
 
 
 class MergedLora:
-    """What `merge_lora` returns."""
+    """Handle of a merged update, returned by `merge_lora`."""
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, alpha: float):
@@ -121,7 +121,7 @@ class MergedLora:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the map. A second call does nothing more."""
+        """Restore the map. A second call does nothing."""
         if self._before is not None:
             self._linear.weight.copy_(self._before)
             self._before = None

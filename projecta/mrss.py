@@ -1,19 +1,19 @@
-"""Multi-resolution selective scan (MRSS): the selective scan's recurrence, slow states updated less often.
+"""Multi-resolution selective scan (MRSS): a selective scan that updates slow states less often.
 
-Two dials trade accuracy for time. A state with period p is updated once per block of p tokens; what arrives
-in between is accumulated undecayed, so that no input is lost or late:
+Two parameters trade accuracy for time: periods and decay. A state with period p is updated once per block of
+p tokens. Inputs in between are accumulated without decay, so that no input is lost or late:
 
     S = sum of delta, acc = sum of delta B u                       over the block so far
     y_t = C_t (h + acc) + D u_t                                    within the block
     h = f(A S) h + f(A S (p - 1) / (2 p)) acc                     at the block's last token, before its output
 
-and the decay factor f is exp ("exact") or max(0, 1 + z / 8)^8 ("compound"), which needs no exponential and
-keeps exp's values at 0 (1) and far out (0). The inputs of a block are decayed from their mean distance to its
-end, (p - 1) / 2 steps: with period 1 nothing is left to decay and the formula is the selective scan's.
+The decay factor f is exp ("exact") or max(0, 1 + z / 8)^8 ("compound"). "compound" needs no exponential, and
+equals exp at z = 0 (1) and for z -> -inf (0). The inputs of a block are decayed over their mean distance to
+its end, (p - 1) / 2 steps. With period 1 this is 0, and the formula is that of the selective scan.
 
-Blocks start with each sequence; a short last block ends with it (its own length then stands for p in the
-returned state). A sequence that comes in pieces, or token by token, is carried by a `MrssState`, which holds
-unfinished blocks as they are: the result is that of one scan.
+Each sequence starts a block. A short last block ends with the sequence: its length replaces p in the returned
+state. For a sequence that comes in pieces, or token by token, a `MrssState` holds unfinished blocks: the
+result is the same as that of one scan.
 """
 
 import itertools
@@ -33,16 +33,16 @@ from projecta.scan._operator import Inputs, only_once, refuse_tangents
 
 BACKENDS = ("reference", "vectorised", "cpu")
 DECAYS = ("compound", "exact")
-PERIODS = (1, 4, 8, 16)  # what `choose_periods` chooses from; 2 costs the kernels as much as 1
-VECTOR = (16, 4)  # adjacent channels and states that share a period, so that a vector of them is one update
-SEGMENT_ELEMENTS = 2_000_000  # elements of (t, b, d, n) in flight
+PERIODS = (1, 4, 8, 16)  # candidates of `choose_periods`; 2 costs the kernels as much as 1
+VECTOR = (16, 4)  # numbers of adjacent channels and states that share a period: one vector is one update
+SEGMENT_ELEMENTS = 2_000_000  # elements of (t, b, d, n) in memory at a time
 
 
 class MrssState(NamedTuple):
-    """What a sequence leaves behind in the middle of blocks.
+    """The state of a sequence that may stop in the middle of blocks.
 
-    h: the states as of their blocks' starts. acc: what has arrived since. span: the sum of delta since; all
-    (b, d, n). length: tokens since, (d, n). Float32, float64 for float64 inputs; length int64.
+    h: the states at the start of their blocks. acc: the inputs accumulated since. span: the sum of delta
+    since; all (b, d, n). length: tokens since, (d, n). Float32, float64 for float64 inputs; length int64.
     """
 
     h: Tensor
@@ -52,7 +52,7 @@ class MrssState(NamedTuple):
 
     @classmethod
     def start(cls, h: Tensor) -> "MrssState":
-        """At the start of every block, from the states h (b, d, n).
+        """A state at the start of every block, with the given h (b, d, n).
 
         Examples:
             >>> MrssState.start(torch.zeros(1, 2, 3)).length.shape
@@ -80,8 +80,7 @@ def mrss_scan(
     decay: str = "compound",
     backend: str = "auto",
 ) -> "Tensor | tuple[Tensor, Tensor | MrssState]":
-    """Scan as `selective_scan` does, with each state updated once per its period; the formula is this
-    module's.
+    """Scan as `selective_scan` does, but update each state once per period, by the formula of this module.
 
     Arguments that are not listed, the result and the errors are those of `projecta.selective_scan`; complex A
     needs "exact".
@@ -89,11 +88,11 @@ def mrss_scan(
     Args:
         periods: update periods in tokens, integers >= 1, (n,) or (d, n). None: `choose_periods(A,
             delta_bias)`.
-        decay: "compound" or "exact". Periods all 1 with "exact" are `selective_scan`, bit for bit.
-        initial_state: as in `selective_scan`, or a `MrssState`, from which the sequence goes on; then the
-            last state is one as well.
-        backend: "reference" (a loop over time), "vectorised", "cpu" (kernels; periods of 1, 2, 4, 8 or 16
-            that 64 bytes of adjacent channels and 4 states share), or "auto": "cpu" where it can.
+        decay: "compound" or "exact". With "exact" and periods of 1 the bits are those of `selective_scan`.
+        initial_state: as in `selective_scan`, or a `MrssState` of an earlier piece of the sequence; then the
+            last state is a `MrssState` too.
+        backend: "reference" (a loop over time), "vectorised", "cpu" (kernels; periods 1, 2, 4, 8 or 16, equal
+            in 64 bytes of adjacent channels and 4 states), or "auto": "cpu" if possible.
 
     Examples:
         >>> u, delta = torch.ones(1, 2, 4), torch.full((1, 2, 4), 0.1)
@@ -137,12 +136,12 @@ def mrss_scan(
 def _scan_sequences(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, first, cu_seqlens, table, decay, backend
 ) -> tuple[Tensor, Tensor]:
-    """y and the last states, one sequence after another, by the reference or vectorised over time."""
+    """y and the last states, one sequence after another, by backend "reference" or "vectorised"."""
     scan_one, each = _scan_vectorised, lambda function, *along: function(*along)
     if backend == "reference":
         scan_one, each = _scan_reference, reference.by_token
     bounds = [0, u.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()
-    rows = len(u) if cu_seqlens is None else 1  # of the batch, in each sequence of the list
+    rows = len(u) if cu_seqlens is None else 1  # batch rows per sequence
     if first is None:
         first = A.new_zeros(rows * (len(bounds) - 1), *A.shape)
     real = A.real.dtype if A.is_complex() else A.dtype
@@ -151,7 +150,7 @@ def _scan_sequences(
         x, step = u[..., start:stop].to(real), delta[..., start:stop]
         step = each(lambda t: reference.step_size(t, delta_bias, delta_softplus, real), step)
         B_cut, C_cut = (t if t.dim() == 2 else t[..., start:stop] for t in (B, C))
-        with torch.autocast(u.device.type, enabled=False):  # the state is float32 whatever surrounds it
+        with torch.autocast(u.device.type, enabled=False):  # the state stays float32
             y, h = scan_one(x, step, A, B_cut, C_cut, h, table, decay)
         gate = None if z is None else z[..., start:stop]
         ys.append(each(lambda y, x, z: reference.skip_and_gate(y, x, D, z), y, x, gate).to(u.dtype))
@@ -174,7 +173,7 @@ def mrss_update(
     periods: Tensor | list[int] | None = None,
     decay: str = "compound",
 ) -> Tensor:
-    """Advance `state` by one token, overwriting it; `mrss_scan` of the tokens so far gives the same outputs.
+    """Advance `state` in place by one token. The outputs equal those of `mrss_scan` over all tokens so far.
 
     Other arguments are those of `mrss_scan`.
 
@@ -224,11 +223,10 @@ def choose_periods(
     """The largest period p of `PERIODS` with |A| step p <= theta for each state, (d, n).
 
     Args:
-        A: (d, n). delta_bias, delta_softplus: as in `mrss_scan`; the step is the one that the bias alone
-            gives,
-        step: unless it is given: (d,), the root mean square of each channel's steps, say.
+        A: (d, n). delta_bias, delta_softplus: as in `mrss_scan`; they give the step if `step` is None.
+        step: step size of each channel (d,), for example the root mean square of its steps.
         theta: how far a state may decay within a block. Smaller is slower and more accurate.
-        vector: so many adjacent channels and states get the least of their periods. (1, 1): each its own.
+        vector: numbers of adjacent channels and states that get the smallest of their periods.
 
     Examples:
         >>> choose_periods(-torch.tensor([[0.01, 0.1, 1.0]]), torch.tensor([1.0]), vector=(1, 1))
@@ -245,7 +243,7 @@ def choose_periods(
 
 
 def _in_tiles(t: Tensor, vector: tuple[int, int]) -> Tensor:
-    """(d, n) as (tiles, channels, tiles, states); the last row and column are repeated to fill them."""
+    """(d, n) as (tiles, channels, tiles, states); the last row and column are repeated as padding."""
     (d, n), (channels, states) = t.shape, vector
     rows = torch.arange(-(-d // channels) * channels, device=t.device).clamp_max(d - 1)
     columns = torch.arange(-(-n // states) * states, device=t.device).clamp_max(n - 1)
@@ -253,17 +251,17 @@ def _in_tiles(t: Tensor, vector: tuple[int, int]) -> Tensor:
 
 
 def error_bound(theta: float, decay: str = "compound") -> float:
-    """How far what a token reads of a state is from the full scan's, at most, in units of max|B u| / |A|.
+    """Bound the error of a state, as tokens read it, against the full scan, in units of max|B u| / |A|.
 
-    With x = |A| S <= theta in every block, g(x) = x / (1 - e^-x), the full scan's own states stay within g of
-    these units. A block's end adds (e^-x - f(-x)) g, at most x^2 / 16 of it for "compound" and 0 for "exact",
-    and for each input the difference of its decay from f(-x (p - 1) / (2 p)), at most
-    w = max(1 - f(-x / 2), f(-x / 4) - e^-x). The sum over all blocks is geometric:
+    Let x = |A| S <= theta in every block, and g = x / (1 - e^-x). The states of the full scan are at most g
+    units. Each block end adds two errors. The state decays by f(-x), not e^-x: at most g x^2 / 16 units for
+    "compound", 0 for "exact". Each input decays by f(-x (p - 1) / (2 p)), not by its exact factor: at most
+    w = max(1 - f(-x / 2), f(-x / 4) - e^-x) of the input. The sum over all blocks is geometric:
 
-        at blocks' ends      g (g x / 16 + w)
-        within blocks        x (2 - e^-x) more: neither the state nor what has arrived is decayed yet
+        at block ends        g (g x / 16 + w)
+        within blocks        x (2 - e^-x) more: neither the state nor the inputs are decayed yet
 
-    It vanishes as theta does. The state that a sequence starts from must be within g of the units as well.
+    The bound goes to 0 with theta. The initial state of a sequence must be at most g units as well.
 
     Examples:
         >>> [round(error_bound(theta), 3) for theta in (0.01, 0.1, 0.5)]
@@ -304,7 +302,7 @@ def _choose(check, backend, u, A, B, C, table) -> tuple[str, np.ndarray | None]:
         check.that(
             found is not None, "periods",
             f"be 1, 2, 4, 8 or 16, and equal in {64 // A.element_size()} adjacent channels of a group and 4 "
-            "states, for backend 'cpu'", "others", "Take those of choose_periods, or backend='vectorised'.",
+            "states, for backend 'cpu'", "other periods", "Use choose_periods, or backend='vectorised'.",
         )  # fmt: skip
     if backend == "auto":
         backend = "vectorised" if found is None else "cpu"
@@ -312,7 +310,7 @@ def _choose(check, backend, u, A, B, C, table) -> tuple[str, np.ndarray | None]:
 
 
 def _in_vectors(table: Tensor, g: int, width: int) -> np.ndarray | None:
-    """The periods of each vector of channels and four states, flat, if these share them; else None."""
+    """The period of each vector of channels and four states, flat; None if the kernels cannot take them."""
     kernels, periods = _kernels("layout"), table.numpy()
     if not periods.size or periods.max() > kernels.CHUNK or (periods & (periods - 1)).any():
         return None
@@ -394,7 +392,7 @@ def _scan_reference(x, delta, A, B, C, h, periods, decay):
 
 
 def _tokens(x, delta, A, B, C, state, periods, decay):
-    """y, and what the tokens leave behind."""
+    """y, and the state after the tokens."""
     d = x.shape[1]
     periods = periods.to(x.device)
     h, acc, S, length = state
@@ -411,7 +409,7 @@ def _tokens(x, delta, A, B, C, state, periods, decay):
 
 
 def _scan_piece(u, delta, A, B, C, D, z, delta_bias, softplus, state, periods, decay, backend):
-    """On from a state: token by token to where all blocks start, and from the last such place on."""
+    """Go on from a state: by `mrss_scan` between common starts of all blocks, else token by token."""
     check = Checker("mrss_scan")
     canonical = canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, None, None)
     check.one_of("decay", decay, DECAYS)
@@ -465,7 +463,7 @@ def _end_block(A, S, h, acc, length, decay):
 
 
 def _scan_vectorised(x, delta, A, B, C, h, periods, decay):
-    """Channels with equal periods go together, and of those the states with the same period."""
+    """Group the channels with equal rows of periods, and in each group the states with equal periods."""
     b, d, l = x.shape
     B, C = _same_groups(B, C, d, l)
     blocks = list(_blocks(periods, x.device))
@@ -511,7 +509,7 @@ def _segment_length(periods: Tensor, elements: int) -> int:
 
 
 def _same_groups(B: Tensor, C: Tensor, d: int, l: int) -> tuple[Tensor, Tensor]:
-    """Both as (b, g, n, l); a constant one makes every channel a group of its own."""
+    """B and C as (b, g, n, l); if one is constant in time, every channel becomes a group."""
     if B.dim() == C.dim() == 4:
         return B, C
     B, C = (t[None, :, :, None].expand(-1, -1, -1, l) if t.dim() == 2 else t for t in (B, C))
@@ -531,14 +529,14 @@ def _time_first(t: Tensor) -> Tensor:
 
 
 def _scan_block(x, delta, A, B, C, h, p, decay):
-    """y (t, b, g, k) and the last state of states with one period p; x, delta (t, b, g, k), A (g, k, n), h
+    """y (t, b, g, k) and the last state, for states with one period p; x, delta (t, b, g, k), A (g, k, n), h
     (b, g, k, n).
 
-    Within a block of p tokens the output is a product of small matrices: the state is only formed at the
-    block's end.
+    Within a block of p tokens the output is a product of small matrices. The state is computed only at the
+    end of the block.
     """
     l = len(x)
-    short = l % p  # tokens of the last block, if it is short; steps of size 0 fill it up
+    short = l % p  # tokens of a short last block, else 0; steps of size 0 pad it
     x, delta, B, C = (_in_blocks(t, p) for t in (x, delta, B, C))  # (m, p, ...)
     drive, B, C = (delta * x).to(A.dtype), B.to(A.dtype), C.to(A.dtype)
     acc = (
@@ -565,7 +563,7 @@ def _scan_block(x, delta, A, B, C, h, p, decay):
 
 
 def _in_blocks(t: Tensor, p: int) -> Tensor:
-    """(t, ...) as (blocks, p, ...), filled up with zeros."""
+    """(t, ...) as (blocks, p, ...), padded with zeros."""
     short = -len(t) % p
     return (F.pad(t, (0, 0) * (t.dim() - 1) + (0, short)) if short else t).unflatten(0, (-1, p))
 
@@ -577,7 +575,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx, a, v, h):
         if any(ctx.needs_input_grad):
             a, v, kept = a.clone(), v.clone(), a
-        else:  # both are our own temporaries
+        else:  # both are temporaries: overwrite them
             kept = None
         v[0] += a[0] * h
         hs = vectorised.linear_recurrence_(a, v)

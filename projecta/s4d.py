@@ -1,16 +1,16 @@
-"""S4D (Gu, Gupta, Goel, Re: arXiv 2206.11893): the diagonal state space model that does not select.
+"""S4D (Gu, Gupta, Goel, Re: arXiv 2206.11893): a diagonal state space model with fixed steps.
 
     x' = A x + B u,   y = 2 Re(C x) + D u        (Re(C x) once where A is real)
 
-with steps that do not depend on the input, so that the whole map is one convolution:
+The steps do not depend on the input, so the whole map is one convolution:
 
     x_t = A_bar x_{t-1} + B_bar u_t
     zoh:       A_bar = exp(delta A)                              B_bar = (A_bar - 1) / A * B
     bilinear:  A_bar = (1 + delta A / 2) / (1 - delta A / 2)     B_bar = delta B / (1 - delta A / 2)
     K_t = 2 Re(sum over n of C_n A_bar_n^t B_bar_n),             y = K * u + D u
 
-The baseline of selective scans: the same recurrence, run by `selective_scan` itself, with constant delta, B
-and C.
+S4D is a baseline for selective scans: the same recurrence with constant delta, B and C, which
+`selective_scan` itself can run.
 """
 
 import math
@@ -28,7 +28,7 @@ DISCRETISATIONS = ("zoh", "bilinear")
 
 
 def s4d_rates(n: int, init: str = "lin", device: torch.device | str | None = None) -> Tensor:
-    """Initial A of n states: those of conjugate pairs, one of each (complex64), or real ones (float32).
+    """Initial A of n states: one of each conjugate pair (complex64), or real (float32).
 
         lin:   A_k = -1/2 + i pi k                          (section 4.2)
         inv:   A_k = -1/2 + i N / pi (N / (2 k + 1) - 1)    with N = 2 n
@@ -53,8 +53,8 @@ def discretise(
 ) -> tuple[Tensor, Tensor]:
     """log A_bar and B_bar, both (d, n), for steps delta (d,) and rates A (d, n); B is ones if not given.
 
-    The logarithm, since powers of A_bar are wanted: A_bar^t = exp(t log A_bar). It is complex for real A and
-    "bilinear", which turns rates beyond 2 / delta into alternating signs.
+    The logarithm gives powers of A_bar: A_bar^t = exp(t log A_bar). It is complex for real A and "bilinear",
+    because A_bar is negative if |A| > 2 / delta.
     """
     Checker("discretise").one_of("discretisation", discretisation, DISCRETISATIONS)
     z = delta[:, None] * A
@@ -64,15 +64,15 @@ def discretise(
         return z, B_bar * torch.where(z == 0, 1.0, torch.expm1(safe) / safe)
     half = (z if z.is_complex() else torch.complex(z, torch.zeros_like(z))) / 2
     log = torch.log1p(half) - torch.log1p(-half)
-    log = torch.complex(log.real.clamp(min=-1e4), log.imag)  # of 0, too: 0^0 is 1
+    log = torch.complex(log.real.clamp(min=-1e4), log.imag)  # finite for A_bar = 0, too: 0^0 is 1
     return log, B_bar / (1 - z / 2)
 
 
 def s4d_kernel(log_A_bar: Tensor, B_bar: Tensor, C: Tensor, l: int) -> Tensor:
     """K (d, l) = 2 Re(sum over n of C B_bar A_bar^t), t = 0...l - 1.
 
-    t is written r s + q, so that no (d, n, l) tensor is formed: powers for all r and all q, then one product
-    of matrices.
+    Let t = r s + q: compute the powers for all r and all q, then one matrix product. So no (d, n, l) tensor
+    is formed.
     """
     side = max(1, math.isqrt(max(l - 1, 0)) + 1)
     q = torch.arange(side, device=C.device)
@@ -107,9 +107,9 @@ def s4d_scan(
         D: skip weight (d,).
         discretisation: "zoh" or "bilinear".
         initial_state: (b, d, n).
-        mode: "convolution", by FFT, O(l log l) and parallel in time, or "recurrence", by `selective_scan`:
-            the same result to 1e-5 of the largest value.
-        backend: of the recurrence, as in `selective_scan`.
+        mode: "convolution" (FFT, O(l log l), parallel in time) or "recurrence" (by `selective_scan`). The
+            results agree to 1e-5 of the largest value.
+        backend: backend of the recurrence, as in `selective_scan`.
 
     Returns:
         y (b, d, l) in u's dtype; with `return_last_state` also the last state (b, d, n).
@@ -162,10 +162,10 @@ def s4d_scan(
 
 
 def _recur(x, delta, log_A_bar, B_bar, C, state, backend):
-    """By the selective scan, which adds delta u B at a step, and reads 2 Re(C h) where A is complex."""
+    """Scan by `selective_scan`. It adds delta u B at each step, and outputs 2 Re(C h) if A is complex."""
     steps, real = delta[None, :, None].expand(x.shape), not C.is_complex()
     rates, B = log_A_bar / delta[:, None], B_bar / delta[:, None]
-    if rates.is_complex() and real:  # alternating signs: as complex numbers
+    if rates.is_complex() and real:  # A_bar may be negative: use complex numbers
         B, C, state = (torch.complex(t, torch.zeros_like(t)) for t in (B, C / 2, state))
     y, last = selective_scan(
         x, steps, rates, B, C, return_last_state=True, initial_state=state, backend=backend
@@ -174,7 +174,7 @@ def _recur(x, delta, log_A_bar, B_bar, C, state, backend):
 
 
 def _convolve(x, log_A_bar, B_bar, C, state, with_last):
-    """By FFT; the last state, if asked for, is one more sum over time."""
+    """Convolve by FFT. The last state, if asked for, is one more sum over time."""
     l, size = x.shape[-1], 2 * x.shape[-1]
     kernel = s4d_kernel(log_A_bar, B_bar, C, l)
     y = torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(kernel, n=size), n=size)[..., :l]
@@ -192,7 +192,7 @@ def _convolve(x, log_A_bar, B_bar, C, state, with_last):
 
 
 def _powers(log_A_bar: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A_bar^t (d, n, len(t)), worked out in float64: the phase grows with t."""
+    """A_bar^t (d, n, len(t)), computed in float64, because the phase grows with t."""
     wide = torch.complex128 if log_A_bar.is_complex() else torch.float64
     powers = (log_A_bar.to(wide)[..., None] * t.double()).exp()
     return (powers if dtype.is_complex else powers.real).to(dtype)
@@ -202,11 +202,11 @@ class S4DBlock(nn.Module):
     """An S4D layer over (b, l, d): the state space model of each channel, GELU, and a gated linear map.
 
     Args:
-        d: channels. n: states of a channel (complex ones stand for a conjugate pair each).
-        init: of A: "lin", "inv" or "real". discretisation: "zoh" or "bilinear".
-        step_range: steps start spread over it, on a log scale.
+        d: channels. n: states per channel (each complex state represents a conjugate pair).
+        init: initial A: "lin", "inv" or "real". discretisation: "zoh" or "bilinear".
+        step_range: range of the initial steps, log-uniform.
 
-    `forward` convolves; `step` takes one token on from a state, with the same result.
+    `forward` convolves; `step` advances a state by one token, with the same result.
 
     Examples:
         >>> block = S4DBlock(4)

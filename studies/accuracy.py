@@ -1,10 +1,10 @@
-"""Tasks that need memory: what a small Mamba learns with the full scan, with MRSS, and keeps post hoc.
+"""Accuracy of a small Mamba on tasks that need memory: full scan, training with MRSS, and MRSS post hoc.
 
-Two layers of width 64 and 16 states of transformers' Mamba on projecta's scan, trained from scratch: as it is
-("full"), with MRSS at theta 0.5 from the initial steps ("trained"), and the full model calibrated afterwards
-("post hoc", theta 0.1 and others). Seeds are fixed; nothing is tuned on either side.
+The model is transformers' Mamba on projecta's scan: two layers of width 64, 16 states, trained from scratch.
+"full" uses the full scan. "trained" uses MRSS at theta 0.5 with the initial step sizes. "post hoc" is the
+full model, calibrated after training (theta 0.1 and others). Seeds are fixed; nothing is tuned.
 
-`python -m studies.accuracy` writes results/mrss_accuracy.csv and .png, from what each seed gave.
+`python -m studies.accuracy` writes results/mrss_accuracy.csv and .png from the results of all seeds.
 """
 
 import csv
@@ -23,13 +23,13 @@ from projecta.regress.store.provenance import record_provenance
 
 SEEDS, JUDGED, BATCH, WIDTH, LAYERS = (0, 1, 2, 3, 4), 5120, 32, 64, 2
 TRAINED, POST_HOC = (0.5,), (0.05, 0.1, 0.25, 0.5)
-TESTED = 256  # tokens of a test of induction heads
-IGNORE = -100  # of cross_entropy: tokens that nobody asks about
+TESTED = 256  # sequence length in the test of induction heads
+IGNORE = -100  # ignore_index of cross_entropy: positions without an answer
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Task(NamedTuple):
-    """draw(count, generator, test) gives token ids (b, l), and what to answer at each, or IGNORE."""
+    """draw(count, generator, test) returns token ids (b, l), and the answer at each position or IGNORE."""
 
     draw: Callable[[int, torch.Generator, bool], Batch]
     vocabulary: int
@@ -40,7 +40,7 @@ class Task(NamedTuple):
 def copying(count: int, draw: torch.Generator, test: bool, l: int = 96, asked: int = 12) -> Batch:
     """Selective copying (Gu & Dao 2023, section 4.1.1): repeat the tokens that were hidden among blanks.
 
-    0 is blank, 1 asks, 2...15 are data.
+    Token 0 is blank, 1 asks for an answer, 2...15 are data.
     """
     ids = torch.zeros(count, l + asked, dtype=torch.long)
     where = torch.rand(count, l, generator=draw).argsort(1)[:, :asked].sort(1).values
@@ -53,7 +53,7 @@ def copying(count: int, draw: torch.Generator, test: bool, l: int = 96, asked: i
 
 
 def induction(count: int, draw: torch.Generator, test: bool, l: int | None = None) -> Batch:
-    """Induction heads (section 4.1.2): what followed the marker 0 the first time? Trained at 64."""
+    """Induction heads (section 4.1.2): which token followed the first marker 0? Training length is 64."""
     l = l or (TESTED if test else 64)
     ids = torch.randint(1, 16, (count, l), generator=draw)
     first = torch.randint(0, l - 2, (count, 1), generator=draw)
@@ -67,7 +67,7 @@ def induction(count: int, draw: torch.Generator, test: bool, l: int | None = Non
 def recall(count: int, draw: torch.Generator, test: bool, pairs: int = 6) -> Batch:
     """Multi-query associative recall (Arora et al. 2023): pairs of key and value, then every key again.
 
-    Keys are 0...15, values 16...31; the value is asked at its key's second place.
+    Keys are 0...15, values 16...31. The answer to a key's second occurrence is its value.
     """
     keys = torch.rand(count, 16, generator=draw).argsort(1)[:, :pairs]
     values = torch.randint(16, 32, (count, pairs), generator=draw)
@@ -88,7 +88,7 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def digits(count: int, draw: torch.Generator, test: bool) -> Batch:
-    """Scikit-learn's 1,797 digits pixel by pixel, moved by up to one pixel; the last 597 are the test."""
+    """Scikit-learn's 1,797 digits pixel by pixel, shifted by up to one pixel; the last 597 are the test."""
     images, labels = _digits()
     low, high = (1200, len(images)) if test else (0, 1200)
     rows = torch.randint(low, high, (count,), generator=draw)
@@ -102,7 +102,7 @@ def digits(count: int, draw: torch.Generator, test: bool) -> Batch:
 
 @functools.cache
 def _sources() -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes of the standard library's modules: for training, and every eighth for the test."""
+    """Bytes of the standard library's modules: every eighth is for the test, the others for training."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     parts = [b"".join(p.read_bytes() for p in group) for group in ([*_without(paths, 8)], paths[::8])]
     train, test = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
@@ -114,7 +114,7 @@ def _without(paths: list[Path], every: int):
 
 
 def language(count: int, draw: torch.Generator, test: bool, l: int = 256) -> Batch:
-    """Byte by byte through Python's standard library."""
+    """Predict the next byte in the source of Python's standard library."""
     text = _sources()[test]
     starts = torch.randint(0, len(text) - l - 1, (count, 1), generator=draw)
     window = text[starts + torch.arange(l + 1)].long()
@@ -147,7 +147,7 @@ def _loss(model, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 
 
 def train(name: str, seed: int, mrss: float | None = None, steps: int | None = None):
-    """The model, and the handle that keeps it on the scan it was trained with."""
+    """The trained model, and the handle of the scan that it was trained with."""
     from projecta.mamba import accelerate
 
     task = TASKS[name]
@@ -184,7 +184,7 @@ def judge(name: str, model, count: int = JUDGED) -> float:
 
 
 def compare(name: str, seed: int, steps: int | None = None, count: int = JUDGED) -> dict[str, float]:
-    """Every way to scan: what it reaches."""
+    """The result with each scan, by name."""
     from projecta.mamba import accelerate, calibrate
 
     task, found = TASKS[name], {}
@@ -203,7 +203,7 @@ def compare(name: str, seed: int, steps: int | None = None, count: int = JUDGED)
 
 
 def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
-    """What each way to scan loses against the full one, by task, every seed a dot."""
+    """Draw the change of each scan against the full one, by task, with one dot per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,7 +229,7 @@ def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Every task, seed and way to scan. What a seed gave is written at once and not measured again.
+    """Measure every task, seed and scan. The results of a seed are written at once and not measured again.
 
     `python -m studies.accuracy [FOLDER] [TASK...]`
     """
@@ -267,7 +267,7 @@ def main() -> None:
 
 
 def _read(path: Path) -> dict[tuple[str, int, int], dict[str, float]]:
-    """What each task, at as many steps as today, and seed gave, by the way to scan."""
+    """Stored values by scan, for each task and seed. Results with other numbers of steps are left out."""
     found: dict[tuple[str, int, int], dict[str, float]] = {}
     rows = csv.DictReader(io.StringIO(path.read_text()) if path.exists() else [])
     for row in rows:

@@ -25,12 +25,12 @@ SHAPES = (  # b, d, l
     (8, 1536, 8192), (32, 1536, 2048), (64, 1536, 256), (1, 5120, 2048), (8, 5120, 2048), (4, 1024, 1000),
 )  # fmt: skip
 STATES = 16
-TOLERANCE = {torch.float16: 3e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}  # as mamba-ssm's own tests
+TOLERANCE = {torch.float16: 3e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}  # as in mamba-ssm's tests
 PASSES = ("forward", "both")  # both: forward + backward
 
 
 def build_kernel(csrc: Path) -> Any:
-    """mamba-ssm's extension, compiled for the GPU at hand."""
+    """mamba-ssm's extension, compiled for this machine's GPU."""
     from torch.utils.cpp_extension import load
 
     major, minor = torch.cuda.get_device_capability()
@@ -79,7 +79,7 @@ def kernel_and_eager_ms(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """The most memory that a call allocates over what is resident."""
+    """Peak memory of a call above the memory held before it."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

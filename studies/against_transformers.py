@@ -1,8 +1,8 @@
-"""What a user on a CPU has today, beside projecta: the scan of transformers, mambapy's, and whole models.
+"""Time projecta against transformers and mambapy on a CPU: the selective scan, and whole Mamba models.
 
 `python -m studies.against_transformers [FOLDER]` times them interleaved in one process and writes
-against_transformers.csv: one row for each case and implementation, with the median time in ms and how many
-times as fast projecta is (median, least and most over the rounds).
+against_transformers.csv. It has one row for each case and implementation: the median time in ms, and the
+ratio of this time to projecta's (median, least and most over the rounds).
 
     scan     b = 1, d = 1536, n = 16, l = 2048, float32, with z, D, bias and softplus: the layer of mamba-130m
     model    24 layers of that width: prefill of 256 tokens, a training step of 32, decoding of 16
@@ -58,7 +58,7 @@ def scan_calls(backward: bool, b: int = 1, d: int = 1536, l: int = 2048, n: int 
 
     calls: dict[str, Call] = {OURS: call(ours)}
     calls["mambapy"] = call(parallel)
-    if not backward:  # minutes with gradients: a graph of every step
+    if not backward:  # takes minutes with gradients: the autograd graph holds every step
         calls["transformers"] = call(loop)
     truth = calls[OURS]()
     for name, run in calls.items():

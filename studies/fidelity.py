@@ -1,7 +1,7 @@
-"""What pruning does to a model's answers: DINOv2-S/14, real weights and images, by plan and keep ratio.
+"""Effect of pruning on a model's features: DINOv2-S/14, real weights and images, by plan and keep ratio.
 
-`python -m studies.fidelity` writes the table of all rows, results/vtp_fidelity.csv. It needs what
-`nox -s fidelity` fetches.
+`python -m studies.fidelity` writes the table of all rows, results/vtp_fidelity.csv. It needs the files that
+`nox -s fidelity` downloads.
 """
 
 import csv
@@ -23,7 +23,7 @@ FUSED = ("mean", "cluster", "squeeze")
 
 
 def rows() -> dict[str, dict]:
-    """Every row of the table: what to give Plan, beside keep. The controls come first."""
+    """Arguments of Plan, besides keep, for every row of the table. The controls come first."""
     table: dict[str, dict] = {
         "control: resized image": {"resize": True},
         "control: checkerboard, block 0": {"score": "grid"},
@@ -78,20 +78,24 @@ def _features(pixels: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _truth(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the full model says of both views."""
+    """The full model's features of both views."""
     return tuple(_features(view) for view in _images(name))
 
 
 @functools.cache
 def _saliency(name: str) -> torch.Tensor:
-    """How salient the original model, with its decoder, finds each patch of the first view: (b, patches)."""
+    """Saliency of each patch of the first view, from the original model with its decoder: (b, patches)."""
     maps = torch.cat([real.run_onnx()(x) for x in _images(name)[0].split(BATCH)])
     return torch.nn.functional.avg_pool2d(maps, real.PATCH).flatten(1)
 
 
 def measure(name: str, row: dict, keep: float) -> dict[str, float]:
-    """Cosine of the class token to the full model's, its lowest tenth; whether its nearest among the second
-    views, seen by the full model, is its own; how many of the most salient patches were kept; FLOPs."""
+    """Compare the pruned model with the full model: one row of the table.
+
+    Cosine of both class tokens: mean and 10 % quantile. Retrieval: share of images whose nearest second view,
+    by the full model, is their own. Salient kept: share of the most salient patches that stay. FLOPs: share
+    of the full model's.
+    """
     prune = common.require("projecta.vtp", "prune", formerly="projecta.clip")
     Plan = common.require("projecta.vtp", "Plan")
     model, pixels, saliency = real.dinov2(), _images(name)[0], None
@@ -135,7 +139,7 @@ def _flops(schedule: tuple[int, ...]) -> float:
 
 @torch.inference_mode()
 def picture(path: Path) -> None:
-    """One photograph under the preset "early"."""
+    """Draw one photograph as pruned by the preset "early"."""
     prune, draw = (common.require("projecta.vtp", name) for name in ("prune", "draw"))
     pixels = _images("natural")[0][:2]
     mean, std = (

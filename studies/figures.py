@@ -51,7 +51,7 @@ def _against(case: str, name: str) -> dict[str, str]:
 
 
 def headline() -> str:
-    """What a user has today, and projecta."""
+    """Existing tools and projecta."""
     rows = []
     for case, name, label in (
         ("scan, forward", "transformers", "Selective scan of a mamba-130m layer, CPU, forward"),
@@ -137,7 +137,7 @@ def lengths() -> str:
 
 
 def gpu_means() -> str:
-    """mamba-ssm's kernel over projecta's, geometric means by dtype."""
+    """Time and memory against mamba-ssm's kernel, geometric means by dtype."""
     found, rows = read("against_mamba_ssm.csv"), []
     for title, column in (
         ("forward: times as fast", "forward_times_as_fast"),
@@ -212,7 +212,7 @@ def vtp() -> str:
 
 
 def fidelity() -> str:
-    """Selected rows of the study of fidelity."""
+    """Selected rows of the fidelity study."""
     chosen = (
         "control: resized image",
         "control: checkerboard, block 0",
@@ -273,7 +273,7 @@ def mrss_accuracy() -> str:
 
 
 def mrss_time() -> str:
-    """Time of MRSS beside the full scan."""
+    """Time of MRSS against the full scan."""
     found = read("mrss_time.csv")
     columns = sorted({int(row["length"]) for row in found})
     cells = {(r["pass"], r["case"], int(r["length"])): ms(r["time_ms"]) for r in found}
@@ -285,7 +285,7 @@ def mrss_time() -> str:
 
 
 def _false_alarms(tool: str) -> tuple[int, int]:
-    """REGRESSED of identical code, and gates, by gate_rates.csv: one row a benchmark, several rows a gate."""
+    """REGRESSED gates on identical code, and all gates. gate_rates.csv has several rows per gate."""
     by_gate: dict[tuple[str, str], list[str]] = {}
     last: dict[str, int] = {}
     for row in read("gate_rates.csv"):
@@ -356,7 +356,7 @@ def pages() -> list[Path]:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as results/ has them now."""
+    """The page with its tables filled from results/."""
     return BLOCK.sub(lambda block: block[1] + FIGURES[block[2]]() + block[3], text)
 
 

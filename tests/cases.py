@@ -1,4 +1,4 @@
-"""What several test files draw from: random scans, and the benchmarks of the suites."""
+"""Helpers of several test files: random scans, and the benchmarks of the suites."""
 
 import importlib
 import itertools
@@ -12,7 +12,7 @@ SUITES = ("scan", "s4d", "mrss", "lengths", "mamba", "vtp")
 def make_scan(
     b=2, d=4, l=33, n=3, g=None, constant="", complex_A=False, packed=None, dtype=torch.float32, without=()
 ):
-    """Arguments of a scan as a dict; `constant` names those of "BC" that do not vary in time, `packed` the bounds."""
+    """Arguments of a scan. `constant`: those of "BC" that do not vary in time. `packed`: sequence bounds."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     A = -torch.rand(d, n, dtype=wide) * n - 0.1
     if complex_A:
@@ -54,19 +54,19 @@ def run_with_gradients(scan, arguments, **options):
 
 
 def run_strided(scan, arguments, seed, **options):
-    """The same where the arguments lie, and with gradients of the results that lie anyhow."""
+    """The same without copies of the arguments, and with output gradients of random strides."""
     draw = random.Random(seed)
     return _run({n: t.detach() for n, t in arguments.items()}, scan, lambda t: strided(t, draw), options)
 
 
 def strided(t, draw, expand=True):
-    """t's values (or some of them, expanded) within a margin of NaN, with strides that `draw` chooses."""
+    """t's values (or some of them, expanded) with random strides, inside a margin of NaN."""
     if draw.random() < 0.1:
         return t.clone()
     if expand and t.dim() > 1 and draw.random() < 0.2 and t.numel():
         axis = draw.randrange(t.dim())
         return strided(t.narrow(axis, 0, 1), draw, False).expand(t.shape)
-    order = draw.sample(range(t.dim()), t.dim())  # of the axes in memory
+    order = draw.sample(range(t.dim()), t.dim())  # order of the axes in memory
     steps = [draw.choice((1, 1, 2, 3)) for _ in order]
     sizes = [t.shape[axis] * step + 4 for axis, step in zip(order, steps, strict=True)]
     whole = torch.full(
@@ -96,7 +96,7 @@ def _run(leaves, scan, lay, options):
 
 
 def benchmarks(prefix):
-    """(suite, class, method) of every benchmark whose name starts with `prefix`, suites named Full... left out."""
+    """(suite, class, method) of every benchmark whose name starts with `prefix`, without the Full suites."""
     for suite in SUITES:
         module = importlib.import_module(f"benchmarks.{suite}")
         for name, kind in vars(module).items():

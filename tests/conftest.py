@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The timings are for `nox -s quick`; test_benchmarks.py runs the same cases once, as a test."""
+    """Only `nox -s quick` collects test_speed.py; test_benchmarks.py runs the same cases once."""
     return (
         True if collection_path.name == "test_speed.py" and not config.getoption("benchmark_only") else None
     )
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request):
-    """Each backend but the reference; skipped where it cannot run, unless it was named."""
+    """Each backend but the reference; skipped where it cannot run, unless --backends names it."""
     reason = available_backends().get(request.param, "no such backend")
     if reason:
         (pytest.fail if request.config.getoption("backends") else pytest.skip)(f"{request.param}: {reason}")
@@ -45,7 +45,7 @@ def backend(request):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder where commands are called, and in which asv keeps its file of machines."""
+    """An empty working folder for commands; asv keeps its machine file below it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / ".asv"))
     return tmp_path
@@ -59,5 +59,5 @@ def _deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-    if "torch._dynamo" in sys.modules:  # what one test compiled must not count against the next
+    if "torch._dynamo" in sys.modules:  # compilations must not count towards the next test's limit
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The instruments: every benchmark runs once at its smallest size, and what they read is true."""
+"""Every benchmark runs once at its smallest size, and the measuring helpers read true values."""
 
 import functools
 import multiprocessing
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.serial
 
 
 def _misses(suite):
-    """How often what the suite's module keeps had to be made."""
+    """The cache misses of each cached function in the suite's module."""
     kept = [f for f in vars(sys.modules[f"benchmarks.{suite}"]).values() if hasattr(f, "cache_info")]
     return [f.cache_info().misses for f in kept]
 
@@ -77,7 +77,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
 
 def _peaks():
-    """Known amounts, as (MiB, read): by NumPy, gone when the call ends, and by torch."""
+    """(allocated MiB, read MiB) for calls that allocate by NumPy and by torch."""
     common.return_freed_memory()
 
     def hold(planted):
@@ -92,9 +92,9 @@ def _peaks():
     ]
 
 
-def test_a_planted_peak_is_read():
-    """In a new process, as asv measures: elsewhere a block may land in a hole of the heap that NumPy
-    has asked huge pages for, and count as two MiB more."""
+def test_peak_mib_reads_a_known_peak():
+    """Runs in a new process, as asv does. In another process a block may get a hole of the heap for which
+    NumPy requested huge pages, and count 2 MiB more."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for planted, read in pool.submit(_peaks).result(timeout=120):
             assert read == pytest.approx(planted, abs=1)
@@ -115,7 +115,7 @@ def _faults():
 
 
 def test_a_timed_call_uses_freed_memory_again():
-    """Else each process faults as often as its heap happens to make it: here up to 4,096 times a call."""
+    """Otherwise the heap layout of a process decides the page faults: here up to 4,096 per call."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(_faults).result(timeout=120) < 4096
 
@@ -135,7 +135,7 @@ class FakeDevice:
 
 
 def test_the_timer_waits_for_an_asynchronous_device(monkeypatch):
-    """asv reads the timer before and after a call: a plain clock sees the queueing alone, ours the work."""
+    """asv reads the timer before and after a call. A plain clock sees only the queueing, ours the work."""
     device = FakeDevice()
     monkeypatch.setattr(common, "synchronise", device.synchronise)
 
@@ -147,7 +147,7 @@ def test_the_timer_waits_for_an_asynchronous_device(monkeypatch):
 
     assert read(time.perf_counter) < 0.2 / 5
     device.synchronise()
-    # A sleep may take longer, on a busy machine by far, but never less.
+    # A sleep may take longer, much longer on a busy machine, but never less.
     assert min(read(common.Suite.timer) for _ in range(3)) == pytest.approx(0.2, rel=0.05)
 
 
@@ -171,7 +171,7 @@ def test_photographs_are_real_and_different():
 
 
 def test_the_quick_session_finds_its_cases():
-    """test_speed.py is left out of an ordinary run: hold that it can be collected, and from the same suites."""
+    """A normal run leaves out test_speed.py, so check that it can be collected, from the same suites."""
     words = [
         "-m",
         "pytest",

@@ -1,4 +1,4 @@
-"""Checks of the documentation: figures come from results/, examples print what they say, links and names exist."""
+"""Checks of the documentation: figures match results/, examples print their comments, links exist."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ PROSE = {
 FIGURE = re.compile(
     r"(?<![\w.])\d[\d.,]*(?: to \d[\d.,]*)? ?(?:ms|us|s|MiB|GiB|MB|GB|images/s|%|times as fast)(?!\w)"
 )
-SETTINGS = {  # what is chosen or required, not measured
+SETTINGS = {  # settings and requirements, not measurements
     "docs/gate.md": {"40 ms", "12 ms", "95 %", "1 %", "5 %", "0 s"},
     "docs/benchmark.md": set(),
 }
@@ -68,7 +68,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_examples_print_what_they_say():
+def test_examples_print_their_comments():
     pages = ["README.md", "docs/mamba.md", "docs/pruning.md"]
     done = subprocess.run([sys.executable, "-c", RUN, *pages], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_sessions_and_commands_exist():
     for name in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]:
         text = (ROOT / name).read_text()
         assert set(re.findall(r"nox -s (\w+)", text)) <= sessions, name
-        if name == "CHANGELOG.md":  # names what went, too
+        if name == "CHANGELOG.md":  # it also names removed commands
             continue
         commands = set(re.findall(r"^(?:\$ )?projecta ([a-z]+)", text, re.M)) | set(
             re.findall(r"`projecta ([a-z]+)", text)

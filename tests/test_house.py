@@ -29,7 +29,7 @@ def room_of(path):
     return path.relative_to(ROOT / "projecta").parts[0].removesuffix(".py")
 
 
-def test_arrows_go_one_way():
+def test_imports_in_the_package_go_one_way():
     for path in (ROOT / "projecta").rglob("*.py"):
         room = room_of(path)
         for node in ast.walk(ast.parse(path.read_text())):
@@ -56,7 +56,7 @@ INNER = {  # the same within projecta/regress
 }
 
 
-def test_arrows_in_regress_go_one_way():
+def test_imports_in_regress_go_one_way():
     folder = ROOT / "projecta/regress"
     for path in folder.rglob("*.py"):
         room = path.relative_to(folder).parts[0].removesuffix(".py")
@@ -74,8 +74,8 @@ def test_files_and_functions_are_short():
                 assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
 
 
-def test_suites_import_what_asv_offers():
-    """asv puts the suites alone on the path; a commit may lack any module of projecta."""
+def test_suites_do_not_import_the_project_at_the_top():
+    """asv puts only the suites on the path, and a commit may lack any module of projecta."""
     for path in (ROOT / "benchmarks").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -140,8 +140,8 @@ def test_public_names_are_lazy_and_complete():
         projecta.nothing  # noqa: B018
 
 
-def test_asv_measures_with_what_the_tests_use():
-    """One exact pin each: asv.conf.json, the sessions and the extras agree."""
+def test_asv_and_the_tests_use_the_same_versions():
+    """asv.conf.json, the nox sessions and the extras have the same exact pins."""
     from asv.util import load_json
 
     config = load_json(str(ROOT / "asv.conf.json"), js_comments=True)
@@ -169,15 +169,15 @@ def test_the_tested_range_holds_the_pins():
         assert order(low) <= order(pin) <= order(high)
 
 
-def test_no_benchmark_hides_in_a_helper_name():
-    """asv takes names that start like this for benchmarks, wherever they stand."""
+def test_no_helper_has_the_name_of_a_benchmark():
+    """asv collects every name with such a prefix as a benchmark."""
     collected = re.compile(r"^(time|timeraw|mem|peakmem|track)_|^(Time|Mem|PeakMem|Track)[A-Z_]")
     for node in ast.parse((ROOT / "benchmarks" / "common.py").read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             assert not collected.match(node.name)
 
 
-MISSING = {  # package: what asks for it, the extra that has it
+MISSING = {  # package: (code that needs it, extra that installs it)
     "torch": ("import projecta; projecta.selective_scan", "scan"),
     "click": ("import runpy; runpy.run_module('projecta', run_name='__main__')", "gate"),
 }

@@ -8,7 +8,7 @@ from projecta.low_rank import break_even_rank, factorise, merge_lora
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 20), (20, 12), (16, 16)])
-def test_full_rank_is_the_map_and_error_is_what_it_says(inputs, outputs):
+def test_full_rank_is_exact_and_the_error_is_correct(inputs, outputs):
     linear, x = nn.Linear(inputs, outputs).double(), torch.randn(5, inputs, dtype=torch.float64)
     torch.testing.assert_close(factorise(linear, min(inputs, outputs))(x), linear(x))
     errors = []

@@ -58,7 +58,7 @@ def test_periods_of_one_with_exact_decay_are_the_selective_scan(name, case):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(0, 39), st.lists(st.integers(1, 9), min_size=3, max_size=3))
 def test_causal(l, t, periods):
-    """What happens from t on changes nothing before t, not even the sequence's end."""
+    """Inputs from step t on do not change outputs before t, even if the sequence ends at t."""
     t = min(t, l)
     torch.manual_seed(0)
     arguments = make_scan(l=l, dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_causal(l, t, periods):
 
 
 def test_no_input_is_late():
-    """The last token of any phase reaches the output at once, undecayed."""
+    """The last token reaches the output at once, at any position within a period."""
     for l in range(1, 9):
         arguments = make_scan(l=l, dtype=torch.float64, without=("D", "z", "initial_state"))
         u = arguments["u"].requires_grad_()
@@ -98,7 +98,7 @@ def test_chosen_periods_follow_the_time_constant():
     A, bias = -torch.tensor([[0.001, 0.1, 1.0]]), torch.tensor([0.5413])  # softplus: 1
     assert choose_periods(A, bias, theta=0.5, vector=(1, 1)).tolist() == [[16, 4, 1]]
     assert choose_periods(A, bias, theta=0.1, vector=(1, 1)).tolist() == [[16, 1, 1]]
-    assert choose_periods(A, bias, theta=0.5).tolist() == [[1, 1, 1]]  # the three go together
+    assert choose_periods(A, bias, theta=0.5).tolist() == [[1, 1, 1]]  # the three states share one vector
     A, step = -torch.ones(40, 6), torch.linspace(0.01, 0.3, 40)
     table = choose_periods(A, theta=0.5, step=step)
     assert table[:, 0].tolist() == [4] * 16 + [1] * 24
@@ -127,13 +127,13 @@ def test_the_error_stays_within_its_bound(decay, theta, p, seed, alike):
 def test_the_bound_vanishes_with_theta():
     bounds = [error_bound(theta) for theta in (0.4, 0.04, 0.004)]
     assert bounds[0] > 9 * bounds[1] > 80 * bounds[2] > 0
-    for theta in torch.linspace(0.01, 12, 500).tolist():  # what the bound takes for granted
+    for theta in torch.linspace(0.01, 12, 500).tolist():  # the assumption of the bound
         z = torch.tensor(-theta, dtype=torch.float64)
         lost = (torch.exp(z) - decay_factor(z, "compound")).item()
         assert 0 <= lost <= theta**2 / 16
 
 
-VECTORS = {  # what the kernels take: some periods for each 64 bytes of channels and four states
+VECTORS = {  # cases of the kernels: one period for each 64 bytes of channels and four states
     "plain": {"d": 20, "l": 101, "n": 8},
     "groups": {"d": 40, "l": 33, "n": 5, "g": 2},
     "constant": {"d": 9, "l": 50, "constant": "BC"},
@@ -150,7 +150,7 @@ def vector_periods(d, n, g, width):
     return table.repeat_interleave(4, 1)[:, :n]
 
 
-# Each takes 10 s to compile: every type for one case, and every case for two types.
+# Each takes 10 s to compile: every dtype for one case, and every case for two dtypes.
 KERNELS = [("plain", torch.float32, "exact"), ("plain", torch.bfloat16, "exact")]
 KERNELS += [("plain", torch.float64, "compound"), ("plain", torch.bfloat16, "compound")]
 KERNELS += [(c, t, d) for c in VECTORS for t, d in ((torch.float64, "exact"), (torch.float32, "compound"))]

@@ -1,4 +1,4 @@
-"""S4D: the convolution, the recurrence and a loop written out agree."""
+"""S4D: the convolution, the recurrence and a plain loop agree."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_bilinear_turns_fast_real_rates_into_alternating_signs(mode):
 
 @pytest.mark.parametrize("mode", ["convolution", "recurrence"])
 @pytest.mark.parametrize(("b", "l"), [(2, 0), (0, 4)])
-def test_nothing_in_nothing_out(mode, b, l):
+def test_empty_inputs_give_empty_outputs(mode, b, l):
     a = make(b=b, l=l)
     y, last = s4d_scan(**a, mode=mode, return_last_state=True)
     assert y.shape == (b, 3, l)

@@ -12,7 +12,7 @@ from projecta.mrss import MrssState, choose_periods
 
 
 class State(NamedTuple):
-    """What a block remembers of a sequence.
+    """The state of a block after a part of a sequence.
 
     conv: the last inputs of the convolution (b, d_inner, d_conv - 1). ssm: the state of the scan (b, d_inner,
     d_state), or with MRSS a `MrssState`.
@@ -35,9 +35,9 @@ class MambaBlock(nn.Module):
         dt_init: "random" or "constant" weights of dt_proj, of size dt_scale / sqrt(dt_rank).
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have a bias.
-        backend: of the scan, as in `projecta.selective_scan`.
-        mrss: scan by `projecta.mrss_scan` (compound decay), with the periods that this theta gives at the
-            initial step sizes, which are then sorted; 0.5, say. The periods are a buffer of the module.
+        backend: backend of the scan, as in `projecta.selective_scan`.
+        mrss: theta, for example 0.5: scan by `projecta.mrss_scan` (compound decay), with the periods that
+            theta gives at the initial step sizes, which are sorted. The periods are a buffer of the module.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -106,7 +106,7 @@ class MambaBlock(nn.Module):
             spread = math.log(dt_max) - math.log(dt_min)
             steps = torch.exp(torch.rand(self.d_inner, device=device) * spread + math.log(dt_min))
             steps = steps.clamp(min=dt_init_floor)
-            if mrss is not None:  # so that neighbours can share their periods
+            if mrss is not None:  # so that adjacent channels can share periods
                 steps = steps.sort().values
                 self.register_buffer("periods", choose_periods(rates, theta=mrss, step=steps))
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus's inverse
@@ -123,7 +123,7 @@ class MambaBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, state: State | None = None, return_state: bool = False
     ) -> Tensor | tuple[Tensor, State]:
-        """Map (b, l, d_model) to as much, going on from `state` if it is given; differentiable in both.
+        """Map (b, l, d_model) to the same shape, starting from `state` if given; differentiable in both.
 
         Returns the output, with `return_state` also the state after the last token.
         """

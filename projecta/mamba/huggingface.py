@@ -1,4 +1,4 @@
-"""`accelerate`: the Mamba-1 layers of a Hugging Face model on projecta's scan, and `calibrate` for MRSS."""
+"""`accelerate`: run the Mamba-1 layers of a Hugging Face model on projecta's scan. `calibrate`: for MRSS."""
 
 import sys
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ _MIXERS = {  # the layers of transformers that `accelerate` knows, by the module
 
 
 class Calibration(NamedTuple):
-    """What `calibrate` finds: theta, and the root mean square of each channel's steps (d_inner,) by layer."""
+    """Result of `calibrate`: theta, and the root mean square of each channel's steps (d_inner,) by layer."""
 
     theta: float
     steps: dict[str, Tensor]
@@ -29,14 +29,14 @@ class Calibration(NamedTuple):
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], theta: float = 0.1) -> Calibration:
-    """Run a Hugging Face Mamba model over `batches`, and note the step sizes that its layers take.
+    """Run a Hugging Face Mamba model over `batches`, and record the step sizes of its layers.
 
     Args:
         model: as for `accelerate`. batches: token ids (b, l), or dictionaries of the model's arguments.
         theta: how far a state may decay within a block of `mrss_scan`.
 
     Returns:
-        What to give `accelerate` as `mrss`.
+        The argument `mrss` of `accelerate`.
     """
     check = Checker("calibrate")
     check.that(theta > 0, "theta", "be above 0", theta)
@@ -69,20 +69,20 @@ def accelerate(
 ) -> "Acceleration":
     """Run the Mamba layers of a Hugging Face model on projecta's scan, until the handle's `remove()`.
 
-    Weights, names, caches and `generate` stay as they are. One result differs, for the better: a call with a
-    cache and several new tokens goes on from the cached state; transformers starts such a call from zero.
+    Weights, names, caches and `generate` stay the same. One result differs: a call with a cache and several
+    new tokens continues from the cached state; transformers wrongly starts such a call from zero.
 
     Args:
         model: any model with Mamba-1 layers of transformers (mamba, falcon_mamba, jamba). Only this instance
-            changes. A second call changes nothing more. A deep copy of an accelerated model (or one that was
-            saved and loaded) is accelerated too: a call with the copy takes it over, with its own arguments.
-        mrss: read several tokens by `projecta.mrss_scan`, with the periods that a `Calibration` gives; a
-            number is its theta, at the steps that the biases alone give. A layer's channels are sorted by
-            step size, in its weights, until `remove()`. Single tokens are still decoded by the full update.
-        backend: of the scan and the step, as in `projecta.selective_scan`.
+            changes. A second call changes nothing. A deep copy of an accelerated model (or one that was saved
+            and loaded) is accelerated too; `accelerate` of the copy replaces its arguments by the given ones.
+        mrss: scan several tokens by `projecta.mrss_scan`. A `Calibration` gives the periods; a number is
+            theta, for the steps that the biases alone give. A layer's channels are sorted by step size, in
+            its weights, until `remove()`. Single tokens are still decoded by the full update.
+        backend: backend of the scan and the step, as in `projecta.selective_scan`.
 
     Returns:
-        A handle. As a context manager it undoes at its end what its own call did.
+        A handle. As a context manager it undoes at its end the changes of this call.
 
     Raises:
         TypeError: the model has no such layer. ValueError: it is accelerated already, on another backend, or
@@ -149,7 +149,7 @@ def _mixers(check: Checker, model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _sort_order(check: Checker, mixer: Any, step: Tensor | None, calibrated: bool, name: str) -> Tensor:
-    """The layer's channels by step size."""
+    """The order of the layer's channels by step size."""
     check.that(
         step is not None or not calibrated, "mrss", "be a calibration of this model", f"none of layer {name}"
     )
@@ -158,14 +158,14 @@ def _sort_order(check: Checker, mixer: Any, step: Tensor | None, calibrated: boo
     )
     check.that(
         plain and mixer.A_log.is_floating_point(), "model",
-        "have layers of plain weights, whose channels can be sorted, for mrss", "others",
+        "have layers of plain weights, whose channels can be sorted, for mrss", "other layers",
     )  # fmt: skip
     return (mixer.dt_proj.bias.detach().float() if step is None else step).argsort(stable=True)
 
 
 @torch.no_grad()
 def _permute(layer: Any, order: Tensor) -> None:
-    """Put a layer's channels (d_inner) into another order, in place; what it computes stays the same."""
+    """Reorder a layer's channels (d_inner) in place; its outputs stay the same."""
     both = torch.cat([order, order + len(order)])  # in_proj gives x, then z
     for module, rows in ((layer.in_proj, both), (layer.conv1d, order), (layer.dt_proj, order)):
         for t in (module.weight, module.bias):
@@ -178,7 +178,7 @@ def _permute(layer: Any, order: Tensor) -> None:
 
 
 class Acceleration:
-    """What `accelerate` returns. layers: how many layers run on projecta now."""
+    """Handle returned by `accelerate`. layers: how many layers run on projecta now."""
 
     def __init__(self, mixers: list[Any], backend: str):
         self._mixers = mixers
@@ -193,7 +193,7 @@ class Acceleration:
         return sum(isinstance(vars(mixer).get("forward"), _Forward) for mixer in self._mixers)
 
     def remove(self) -> None:
-        """Give the layers their own forward back. A second call does nothing."""
+        """Restore the original forward of the layers. A second call does nothing."""
         for mixer in self._mixers:
             if isinstance(vars(mixer).get("forward"), _Forward):
                 _restore(mixer)
@@ -207,12 +207,12 @@ class Acceleration:
 
 
 def _name_layer(layer: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    """Before a layer's `_Forward`: which layer was called, for a replica (nn.DataParallel) shares it."""
+    """Hook before a layer: passes the called layer to `_Forward`, which replicas (nn.DataParallel) share."""
     return args, options | {"layer": layer}
 
 
 def _restore(mixer: Any) -> None:
-    """Give a layer its own forward back, and the order of its channels."""
+    """Restore a layer's original forward, and the order of its channels."""
     if mixer.forward.order is not None:
         _permute(mixer, mixer.forward.order.argsort())
     for key in [key for key, hook in mixer._forward_pre_hooks.items() if hook is _name_layer]:
@@ -221,13 +221,13 @@ def _restore(mixer: Any) -> None:
 
 
 class _Forward:
-    """Takes the place of one layer's `forward`; copied and saved together with the layer."""
+    """Replaces one layer's `forward`; copied and saved together with the layer."""
 
     def __init__(self, mixer: Any, backend: str):
         self.mixer, self.backend = mixer, backend
-        self.has_handle = True  # that somebody can call `remove` of
-        self.order: Tensor | None = None  # of the channels, and
-        self.periods: Tensor | None = None  # those of their states, with MRSS
+        self.has_handle = True  # whether a caller can `remove` it
+        self.order: Tensor | None = None  # of the channels, with MRSS
+        self.periods: Tensor | None = None  # of the states, with MRSS
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose handle no caller holds."""
@@ -243,7 +243,7 @@ class _Forward:
         layer: Any = None,
         **unknown: Any,
     ) -> Tensor:
-        """The layer's arguments; attention_mask is (b, l) or longer.
+        """Run the layer; attention_mask is (b, l) or longer.
 
         `cache`, a transformers `Cache`, was named `cache_params` before transformers 5.24.
         """

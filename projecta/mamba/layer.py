@@ -1,4 +1,4 @@
-"""A Mamba layer, computed from its weights: what `MambaBlock` and the layers of transformers share.
+"""A Mamba layer, computed from its weights: shared by `MambaBlock` and the layers of transformers.
 
     x, z        = in_proj(input)                        (b, l, d_inner) each
     x           = silu(causal depthwise conv(x))
@@ -7,8 +7,8 @@
     output      = out_proj(y)
 
 Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3.4 and
-figure 3. Both kinds of layers name their weights alike, so one set of functions runs both. Everything stays
-(b, l, d_inner) in memory; the scan takes the transposed views as they are.
+figure 3. Both layer classes use the same weight names, so one set of functions runs both. Tensors stay
+(b, l, d_inner) in memory; the scan takes transposed views.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def join_columns(before: Tensor, x: Tensor) -> Tensor:
 def convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
     """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x.
 
-    As a convolution of an image one pixel high whose channels are last, it leaves x where it lies.
+    It is computed as a channels-last convolution of an image one pixel high, without a copy of x.
     """
     l, width = x.shape[1], layer.conv1d.kernel_size[0]
     if not l:  # torch's convolutions refuse an empty image
@@ -78,7 +78,7 @@ def as_wide(t: Tensor) -> Tensor:
 def scan_layer(
     layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, periods: Tensor | None = None
 ) -> tuple[Tensor, Any]:
-    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if there are `periods`."""
+    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if `periods` is given."""
     delta, bias, B, C = select(layer, x)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
     A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)

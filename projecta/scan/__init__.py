@@ -9,8 +9,8 @@ Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spa
 algorithm 2.
 
 A backend is a module or a folder here with `unavailable`, `selective_scan` and `selective_state_update`.
-These take the arguments checked and in canonical form: A in the dtype of the state (float32, float64 if u is,
-or their complex kin), B and C as (d, n) or (b, g, n, l), complex if A is.
+The last two take checked arguments in canonical form: A in the dtype of the state (float32, float64 if u is,
+or the complex type of either), B and C as (d, n) or (b, g, n, l), complex if A is.
 """
 
 import os
@@ -26,9 +26,9 @@ from projecta.scan._operator import Inputs
 
 SAVE_EVERY = (8, 16, 32)
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
-# What "auto" takes by device type, if it can run; else, and on a GPU for float64 and complex A, "vectorised".
+# Choice of "auto" by device type. If it cannot run, and on a GPU for float64 and complex A: "vectorised".
 AUTO = {"cpu": "cpu", "cuda": "triton"}
-# Backends that are made for one device type. Triton's interpreter runs on the CPU.
+# Backends for one device type only. Triton's interpreter runs on the CPU.
 _ONLY = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"}
 
 
@@ -86,9 +86,9 @@ def selective_scan(
         cu_seqlens: int32 (s + 1): packs s sequences into one row (b = 1); sequence i is
             cu_seqlens[i]...cu_seqlens[i + 1], and each starts from its own state. The values are checked on
             the CPU only, where reading them is free.
-        save_every: where gradients are asked for, backend "triton" saves the state every so many steps: 8,
-            16 or 32. More steps take less memory and more time. The other backends choose themselves. Under
-            `torch.utils.checkpoint` one layer's states exist at a time: there 8 is the choice.
+        save_every: steps between the states that backend "triton" saves if gradients are needed: 8, 16 or 32.
+            More steps take less memory and more time. The other backends ignore it. Under
+            `torch.utils.checkpoint` only one layer's states exist at a time: take 8.
         backend: one of `available_backends()`, or "auto": the table `AUTO` of this module.
 
     Returns:
@@ -109,8 +109,8 @@ def selective_scan(
     """
     given, kind = (u, delta, A, B, C, D, z, delta_bias, initial_state), None
     if not torch.compiler.is_compiling() and _may_replay(backend, u, cu_seqlens):
-        kind = _loaded["triton"].replay.kind_of(given, bool(delta_softplus), save_every)
-        launch = None if kind is None else _loaded["triton"].replay.known(kind[0])
+        kind = _loaded["triton"].replay.cache_key(given, bool(delta_softplus), save_every)
+        launch = None if kind is None else _loaded["triton"].replay.cached_launch(kind[0])
         if kind is not None and launch is not None:
             found = launch(u, A, kind[1])
             return found if return_last_state else found[0]
@@ -123,7 +123,7 @@ def selective_scan(
     )
     if kind is not None and hasattr(module, "prepare"):  # "auto" may have taken another backend
         canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-        module.replay.learn(kind[0], module.prepare(Inputs(*given), canonical, delta_softplus))
+        module.replay.cache_launch(kind[0], module.prepare(Inputs(*given), canonical, delta_softplus))
     return (y, last_state) if return_last_state else y
 
 
@@ -152,9 +152,9 @@ def selective_state_update(
         x: input (b, d). dt: step size (b, d). A: (d, n).
         B: (b, n), or (b, g, n) with g dividing h d. C: as B.
         D: (d,). z: (b, d). dt_bias: (d,). dt_softplus: apply softplus to the biased step.
-        state_batch_indices: int32 or int64 (b,): row i of the batch reads and overwrites state[this[i]] of a
-            pool of N states, (N, d, n) or (N, h, d, n); the others stay. Indices lie in 0...N - 1 and differ
-            from each other, which is checked on the CPU only, where reading them is free.
+        state_batch_indices: int32 or int64 (b,): row i of the batch reads and overwrites entry
+            state_batch_indices[i] of a pool of N states, (N, d, n) or (N, h, d, n). Indices are distinct and
+            in 0...N - 1. This is checked on the CPU only, where reading them is free.
         backend: as in `selective_scan`.
 
     Returns:
@@ -196,12 +196,12 @@ def selective_state_update(
 
 
 def _flattens(state: Tensor) -> bool:
-    """Whether a state's heads and channels are one axis without a copy."""
+    """Whether a state's heads and channels flatten into one axis without a copy."""
     return state.dim() == 3 or state.stride(1) == state.shape[2] * state.stride(2)
 
 
 def _may_replay(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the call may be one that backend "triton", once loaded, can do by launches that it prepared."""
+    """Whether backend "triton" is loaded and may have prepared launches for this call."""
     return (
         "triton" in _loaded
         and cu_seqlens is None
@@ -216,7 +216,7 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def _why_not(name: str) -> str:
-    """Load a backend; say why it cannot run here, or ""."""
+    """Load a backend; return why it cannot run here, or ""."""
     if name not in _loaded:
         try:
             _loaded[name] = import_module(f"projecta.scan.{name}")
@@ -225,12 +225,12 @@ def _why_not(name: str) -> str:
     return _loaded[name].unavailable()
 
 
-# As torch.compiler.assume_constant_result marks it, which would first import a compiler: 0.7 s.
+# The mark of torch.compiler.assume_constant_result, which would import a compiler first (0.7 s).
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require_backend(check: Checker, name: str, device: str = "") -> None:
-    """Raise unless the backend can run here, on that type of device if one is given."""
+    """Raise if the backend cannot run here, or not on the given type of device."""
     reason = _why_not(name)
     if not reason and device and _ONLY.get(name, device) != device:
         reason = f"it takes {_ONLY[name]} tensors, not {device}"

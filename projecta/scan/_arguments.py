@@ -96,7 +96,7 @@ def _check_bounds(check, cu_seqlens, device, l) -> int:
 
 
 def check_step(check, state, x, dt, A, B, C, D, z, dt_bias, indices) -> None:
-    """Check every argument of a step, whose channels may be (d,) or (h, d)."""
+    """Check every argument of a step; its channels may be (d,) or (h, d)."""
     check.tensor("x", x)
     check.dtype("x", x, FLOATS)
     check.that(x.dim() in (2, 3), "x", "have shape (b, d) or (b, h, d)", tuple(x.shape))
@@ -129,7 +129,7 @@ def check_step(check, state, x, dt, A, B, C, D, z, dt_bias, indices) -> None:
 
 
 def _check_indices(check, indices, state, each, axes, b) -> None:
-    """`state` is a pool of states of shape `each`, and `indices` names b of them."""
+    """Check that `state` is a pool of states of shape `each`, and that `indices` selects b of them."""
     name = "state_batch_indices"
     rule = f"have shape (N, *{axes}) with {axes} = {each}"
     check.that(state.shape[1:] == each, "state", rule, tuple(state.shape))

@@ -3,15 +3,15 @@
 A backend gives three functions over the canonical arguments (see `projecta.scan`):
 
     forward(inputs, delta_softplus, y, last_state, saved)       writes the last three; `saved` may be empty
-    backward(grad_y, grad_last, saved, inputs, delta_softplus, grads)   writes `grads`, None where an input is
-    saved_shape(inputs, sequences, every) -> the shape of what the backward pass needs besides the inputs
+    backward(grad_y, grad_last, saved, inputs, delta_softplus, grads)   writes `grads`, None for absent inputs
+    saved_shape(inputs, sequences, every) -> the shape of `saved`, the additional inputs of `backward`
 
-and gets a callable with the signature of `reference.selective_scan` that autograd,
-`torch.compile(fullgraph=True)` and `torch.library.opcheck` accept. Nothing is saved when no gradient can be
-asked for. `every` is how many steps apart a backend that can choose saves states; 0 saves nothing.
+The result is a callable with the signature of `reference.selective_scan`. Autograd,
+`torch.compile(fullgraph=True)` and `torch.library.opcheck` accept it. Nothing is saved if no gradient can be
+asked for. `every` is the number of steps between saved states, if a backend can choose it; 0 saves nothing.
 
-These operators have first derivatives in reverse mode. Forward mode and second derivatives raise: PyTorch
-would take both for zero.
+These operators have first derivatives in reverse mode. Forward mode and second derivatives raise an error:
+PyTorch would return zero for both.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ KINDS = (Tensor, torch.nn.Parameter)
 DIFFERENTIABLE = 9  # all but cu_seqlens
 
 
-def _as_it_is(u: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast inside: the backends choose their types."""
+def without_autocast(u: Tensor) -> contextlib.AbstractContextManager:
+    """Disable autocast: the backends choose their types."""
     kind = u.device.type
     return (
         torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
@@ -53,7 +53,7 @@ def _as_it_is(u: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _register(name: str, function: Callable, shapes: Callable) -> Callable:
-    """What `torch.library.custom_op` does, but without importing a compiler at the first call (0.7 s)."""
+    """Register as `torch.library.custom_op` does, but import no compiler at the first call (0.7 s)."""
     name = f"projecta::{name}"
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
@@ -64,7 +64,7 @@ def _register(name: str, function: Callable, shapes: Callable) -> Callable:
 
 def refuse_derivative(function: str, derivative: str, backend: str = "") -> NoReturn:
     """Raise for a derivative that only backend "reference" has."""
-    got = f"{backend!r}" if backend else "another"
+    got = f"{backend!r}" if backend else "a backend without it"
     fail(
         function,
         "backend",
@@ -86,12 +86,12 @@ def _has_tangent(t: Tensor) -> bool:
         return True  # unknown while tracing
     try:
         return forward_ad.unpack_dual(t).tangent is not None
-    except RuntimeError:  # a batch of torch.func.vmap, whose tangents lie below
+    except RuntimeError:  # a batch of torch.func.vmap, which hides tangents
         return True
 
 
-class _NotAgain(torch.autograd.Function):
-    """The first `count` tensors, which depend on the others too; their derivative raises."""
+class _NoSecondDerivative(torch.autograd.Function):
+    """Return the first `count` tensors as functions of all tensors; their derivative raises."""
 
     @staticmethod
     def forward(ctx, function, backend, count, *tensors):
@@ -106,22 +106,24 @@ class _NotAgain(torch.autograd.Function):
 def only_once(
     function: str, backend: str, grads: Iterable[Tensor | None], sources: Iterable[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of an autograd.Function, which were computed from `sources`: their own derivative raises.
+    """Gradients of an autograd.Function, computed from `sources`, whose derivative raises.
 
-    (`once_differentiable` raises only if the derivative is by an incoming gradient, and else gives None.)
+    (`once_differentiable` raises only for derivatives by an incoming gradient; else it gives None.)
     """
     grads = list(grads)
     if not torch.is_grad_enabled():
         return grads
     present = [g for g in grads if g is not None]
     marked = iter(
-        _NotAgain.apply(function, backend, len(present), *present, *(t for t in sources if t is not None))
+        _NoSecondDerivative.apply(
+            function, backend, len(present), *present, *(t for t in sources if t is not None)
+        )
     )
     return [None if g is None else next(marked) for g in grads]
 
 
-def unwatched() -> bool:
-    """Whether nothing looks on that must see an operator: no trace, mode, transform or dual number."""
+def untraced() -> bool:
+    """Whether no trace, dispatch mode, transform or dual number is active that must see an operator."""
     return (
         forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
@@ -131,9 +133,9 @@ def unwatched() -> bool:
 
 
 def _plain(tensors: Inputs) -> bool:
-    """Whether neither something that looks on nor a kind of tensor wants an operator."""
+    """Whether the call may skip the operator: it is `untraced`, and all tensors are plain."""
     return (
-        unwatched()
+        untraced()
         and all(t is None or (type(t) in KINDS and not (t.is_conj() or t.is_neg())) for t in tensors)
         and tensors.u.device.type != "meta"
     )
@@ -156,7 +158,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         y, last_state, saved = allocate(inputs, every)
-        with _as_it_is(u):
+        with without_autocast(u):
             forward(inputs, delta_softplus, y, last_state, saved)
         return y, last_state, saved
 
@@ -172,7 +174,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         grads = backward_shapes(grad_y, grad_last, saved, *inputs)
         present: list[Any] = [None if t is None else g for g, t in zip(grads, inputs, strict=False)]
-        with _as_it_is(u):
+        with without_autocast(u):
             backward(grad_y, grad_last, saved, inputs, delta_softplus, Inputs(*present))
         return grads
 
@@ -210,10 +212,10 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=8
     ):  # fmt: skip
         tensors = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-        refuse_tangents("selective_scan", tensors, backend)  # here: torch.func hides tangents from kernels
+        refuse_tangents("selective_scan", tensors, backend)  # torch.func hides tangents from kernels
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if not torch.compiler.is_compiling() and not save and _plain(tensors):
-            return scan(*tensors, delta_softplus, 0)[:2]  # a third of a small call is the dispatcher's
+            return scan(*tensors, delta_softplus, 0)[:2]  # the dispatcher takes a third of a small call
         y, last_state, _ = scan_op(*tensors, delta_softplus, save_every if save else 0)
         return y, last_state
 

@@ -1,13 +1,13 @@
-"""The recurrence, written to be read beside the paper; it judges every other backend.
+"""The recurrence in the notation of the paper. Every other backend is tested against it.
 
-One plain loop over time. It is differentiated by autograd alone, so that its gradients owe nothing to ours,
-and it computes in float64 when u is float64. Shapes and symbols: see `projecta.scan`.
+One plain loop over time. Only autograd differentiates it, so its gradients do not depend on other code of
+projecta. It computes in float64 if u is float64. Shapes and symbols: see `projecta.scan`.
 
 Departures from the paper (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
 section 3): none in the formula. B is discretised as delta * B (the simplified rule of the paper's released
 code), A as exp(delta * A).
 
-What this is not: fast, or frugal with memory in training.
+It is not fast, and it takes much memory in training.
 """
 
 import itertools
@@ -66,10 +66,10 @@ def _scan_one(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
 
 
 def by_token(function: Callable, *along: Tensor | None) -> Tensor:
-    """`function` of one token (b, d, 1) after the other.
+    """Apply `function` to one token (b, d, 1) after the other.
 
-    A token's result then has the same bits whatever is computed beside it: exp and its kin round differently
-    in a vector and in what is left over.
+    A token's result then has the same bits for any number of tokens: exp and similar functions round
+    differently in a full vector and in the remainder.
     """
     if not along[0].shape[-1]:  # type: ignore[union-attr]
         return function(*along)
@@ -79,9 +79,9 @@ def by_token(function: Callable, *along: Tensor | None) -> Tensor:
 
 
 def over_time(x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> list[Sequence[Tensor]]:
-    """The steps of each; a constant B or C stands at every step.
+    """The steps of each tensor; a constant B or C is repeated at every step.
 
-    `unbind`, since the gradient of an index at every step would fill a tensor of all steps at every step.
+    `unbind`, because the gradient of an index would fill a tensor of all steps at every step.
     """
     return [t.unbind(-1) if t.dim() > 2 else [t] * x.shape[-1] for t in (x, delta, B, C)]
 
@@ -102,7 +102,7 @@ def for_channels(B: Tensor, d: int) -> Tensor:
 
 
 def read_out(state: Tensor, C: Tensor) -> Tensor:
-    """y = C h, or 2 Re(C h) when the state is complex (a conjugate pair of states each)."""
+    """y = C h, or 2 Re(C h) when the state is complex (each represents a conjugate pair)."""
     y = (state * C).sum(-1)
     return 2 * y.real if y.is_complex() else y
 

@@ -1,12 +1,11 @@
 """The scan in plain PyTorch operations, on any device, without a loop over every step.
 
-Time is cut into segments, so that memory does not grow with (b, d, l, n), and a segment into chunks of
-`CHUNK` steps that are scanned side by side: `CHUNK` steps of a loop work on every chunk at once, then the
-state is carried from chunk to chunk. Stable for any length: only products of the decay factors are formed,
-none is divided by.
+Time is cut into segments, so that memory does not grow with (b, d, l, n). A segment is cut into chunks of
+`CHUNK` steps. A loop of `CHUNK` steps advances all chunks at once, then the state is carried from chunk to
+chunk. The scan is stable for any length: decay factors are multiplied, never divided by.
 
-The backward pass recomputes each segment from the state at its start, which is all that the forward pass
-saves.
+The backward pass recomputes each segment from the state at its start. The forward pass saves only these
+states.
 
 Inside a segment, time comes first and channels are grouped as B and C are: (t, b, g, k, n) with d = g k.
 """
@@ -21,7 +20,7 @@ from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
 
 CHUNK = 16  # steps per chunk: the loop's length
-SEGMENT_ELEMENTS = 3_000_000  # elements of (t, b, d, n) that a segment aims at: it should stay in the cache
+SEGMENT_ELEMENTS = 3_000_000  # size of a segment in elements of (t, b, d, n): it should fit in the cache
 
 
 def unavailable() -> str:
@@ -33,10 +32,10 @@ selective_state_update = reference.selective_state_update  # one step has nothin
 
 
 def linear_recurrence_(a: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = a_t h_{t-1} + v_t (reversed: a_t h_{t+1}) along axis 0 from h = 0; v becomes h, a is lost."""
+    """h_t = a_t h_{t-1} + v_t (reversed: a_t h_{t+1}), axis 0, from h = 0; v becomes h, a is overwritten."""
     whole = len(a) // CHUNK * CHUNK
     parts = [t for t in (slice(0, whole), slice(whole, len(a))) if t.start < t.stop]
-    before = None  # the part done last
+    before = None  # the previous part
     for part in reversed(parts) if reverse else parts:
         if before is not None:
             first, neighbour = (part.stop - 1, before.start) if reverse else (part.start, before.stop - 1)
@@ -47,7 +46,7 @@ def linear_recurrence_(a: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
 
 
 def _scan_chunks_(a: Tensor, v: Tensor, reverse: bool) -> None:
-    """`linear_recurrence_` for one chunk, or any number of whole ones."""
+    """`linear_recurrence_` for one chunk of any length, or several whole chunks."""
     chunk = min(CHUNK, len(a))
     a, v = (t.view(len(t) // chunk, chunk, *t.shape[1:]) for t in (a, v))
     steps = range(chunk - 1, -1, -1) if reverse else range(chunk)
@@ -60,7 +59,7 @@ def _scan_chunks_(a: Tensor, v: Tensor, reverse: bool) -> None:
 
 
 def _segments(l: int, elements_per_step: int) -> list[tuple[int, int]]:
-    """(start, stop) of the segments: whole chunks, but for the last."""
+    """(start, stop) of the segments; all but the last are whole chunks."""
     size = max(1, SEGMENT_ELEMENTS // (elements_per_step * CHUNK)) * CHUNK
     return [(start, min(start + size, l)) for start in range(0, l, size)]
 
@@ -118,7 +117,7 @@ class _Scan:
         return raw, F.softplus(raw) if self.delta_softplus else raw
 
     def buffers(self, count: int) -> list[Tensor]:
-        """Room for (t, b, g, k, n) tensors that all segments share: fresh pages cost more than the sums."""
+        """(t, b, g, k, n) buffers that all segments share: page faults cost more than the arithmetic."""
         longest = max((stop - start for start, stop in self.segments), default=0)
         return [self.A.new_empty(longest, self.b, *self.A.shape) for _ in range(count)]
 
@@ -127,7 +126,7 @@ class _Scan:
         return torch.mul(delta[..., None], self.A, out=out[: len(delta)]).exp_()
 
     def spread(self, x: Tensor, B: Tensor, out: Tensor) -> Tensor:
-        """x_t B_t, (t, b, g, k, n), for x (t, b, g, k) and B as `weights` gives it."""
+        """x_t B_t, (t, b, g, k, n), for x (t, b, g, k) and B from `weights`."""
         return torch.mul(x[..., None], B if B.dim() == 3 else B[..., None, :], out=out[: len(x)])
 
     def hidden(
@@ -150,7 +149,7 @@ class _Scan:
 
 
 def _real(t: Tensor) -> Tensor:
-    """2 Re(t) of a complex t: each complex state stands for a conjugate pair."""
+    """2 Re(t) of a complex t: each complex state represents a conjugate pair."""
     return 2 * t.real if t.is_complex() else t
 
 
@@ -163,17 +162,17 @@ def _forward(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor
     scan = _Scan(inputs, delta_softplus)
     initial = None if inputs.initial_state is None else scan.states(inputs.initial_state)
     last = scan.states(last_state)
-    last.copy_(torch.zeros_like(last) if initial is None else initial)  # what an empty sequence ends with
+    last.copy_(torch.zeros_like(last) if initial is None else initial)  # the last state of an empty sequence
     carry = None
-    room_a, room_v = scan.buffers(2)
+    buffer_a, buffer_v = scan.buffers(2)
     for i, (start, stop) in enumerate(scan.segments):
         if saved.numel():
             saved[i] = 0 if carry is None else carry.view(saved[i].shape)
         x = scan.channels(inputs.u, start, stop)
         _, delta = scan.step_size(start, stop)
         B, C = (scan.weights(t, start, stop) for t in (inputs.B, inputs.C))
-        v = scan.spread(delta * x, B, room_v)
-        h = scan.hidden(scan.decay(delta, room_a), v, initial, carry, start, stop)
+        v = scan.spread(delta * x, B, buffer_v)
+        h = scan.hidden(scan.decay(delta, buffer_a), v, initial, carry, start, stop)
         out = scan.read_out(h, C, x)
         if inputs.z is not None:
             out = out * F.silu(scan.channels(inputs.z, start, stop))
@@ -194,21 +193,21 @@ def _backward(
     dinitial = None
     if grads.initial_state is not None:
         dinitial = scan.states(grads.initial_state)
-        dinitial.copy_(dlast)  # right for an empty sequence; the others are set below
-    room_h, room_g, room_a, room_decay, room_before = scan.buffers(5)
-    later = None  # (a g) of the segment behind: the gradient that reaches this segment's last state
+        dinitial.copy_(dlast)  # correct for empty sequences; the others are set below
+    buffer_h, buffer_g, buffer_a, room_decay, room_before = scan.buffers(5)
+    later = None  # a g at the start of the next segment: a gradient of this segment's last state
     for i, (start, stop) in reversed(list(enumerate(scan.segments))):
         x = scan.channels(inputs.u, start, stop)
         raw, delta = scan.step_size(start, stop)
         B, C = (scan.weights(t, start, stop) for t in (inputs.B, inputs.C))
         dy = scan.channels(grad_y, start, stop)
 
-        # The states again, from the one that the forward pass saved.
+        # Recompute the states from the one that the forward pass saved.
         p = delta * x
-        v = scan.spread(p, B, room_h)
+        v = scan.spread(p, B, buffer_h)
         decay = scan.decay(delta, room_decay)
         carry = saved[i].view(scan.b, *scan.A.shape) if i else None
-        h = scan.hidden(room_a[: len(x)].copy_(decay), v, initial, carry, start, stop)
+        h = scan.hidden(buffer_a[: len(x)].copy_(decay), v, initial, carry, start, stop)
         before = _before(room_before[: len(x)], h, carry, initial, scan.starts(start, stop))
 
         if inputs.z is not None and grads.z is not None:
@@ -220,13 +219,13 @@ def _backward(
             dx = dy * scan.vector(inputs.D)
         dy = (2 * dy if scan.A.is_complex() else dy).to(scan.A.dtype)
 
-        # g_t = C_t dy_t + a_{t+1} g_{t+1}, and nothing crosses the start of a sequence.
-        g = scan.spread(dy, C.conj(), room_g)
+        # g_t = C_t dy_t + a_{t+1} g_{t+1}; no gradient crosses the start of a sequence.
+        g = scan.spread(dy, C.conj(), buffer_g)
         for s, t in scan.ends(start, stop):
             g[t] += dlast[s]
         if later is not None:
             g[-1] += later
-        a_next = room_a[: len(x)]
+        a_next = buffer_a[: len(x)]
         a_next[:-1] = decay[1:].conj()
         a_next[-1] = 0
         for _, t in scan.starts(start, stop):
@@ -262,17 +261,17 @@ def _backward(
             whole.copy_(total.view(whole.shape))
 
 
-def _before(room: Tensor, h: Tensor, carry: Tensor | None, initial: Tensor | None, starts) -> Tensor:
-    """The state before each step, in `room`."""
-    room[1:] = h[:-1]
-    room[0] = 0 if carry is None else carry
+def _before(buffer: Tensor, h: Tensor, carry: Tensor | None, initial: Tensor | None, starts) -> Tensor:
+    """Write the state before each step to `buffer`."""
+    buffer[1:] = h[:-1]
+    buffer[0] = 0 if carry is None else carry
     for s, t in starts:
-        room[t] = 0 if initial is None else initial[s]
-    return room
+        buffer[t] = 0 if initial is None else initial[s]
+    return buffer
 
 
 def _ungate(z: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the gate and of y, from that of y silu(z)."""
+    """Gradients of z and y, from the gradient of y silu(z)."""
     sigma = torch.sigmoid(z)
     return dy * y * sigma * (1 + z * (1 - sigma)), dy * z * sigma
 

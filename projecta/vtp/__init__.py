@@ -1,7 +1,7 @@
-"""Vision token pruning (VTP): which tokens of a vision transformer to keep, and what becomes of the others.
+"""Vision token pruning (VTP): keep some tokens of a vision transformer, and drop or merge the others.
 
 `plan`, `scores` and `fusion` are pure tensor functions. `pruning` attaches a plan to a model of transformers,
-`towers` knows those models, and `draw` shows the result.
+`towers` describes these models, and `draw` shows the result.
 """
 
 from projecta.vtp.draw import draw

@@ -1,4 +1,4 @@
-"""Draws what a pruned tower did with the patches of an image."""
+"""Draws which patches of an image a pruned tower kept, and where it merged the others."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from projecta.vtp.pruning import Pruning
 
 
 def draw(image: Any, handle: Pruning, row: int = 0) -> Any:
-    """Draw which patches the last forward pass kept: pruned ones are dark, a line leads to what took them in.
+    """Draw which patches the last forward pass kept: the others are dark, with a line to their new token.
 
     Args:
-        image: what the model saw, before normalisation: (rows, columns, 3) as matplotlib's imshow takes it,
-            or a (3, rows, columns) tensor in 0...1. Any size and aspect ratio.
-        handle: of a model that has run. row: of the batch.
+        image: the model's input before normalisation: (rows, columns, 3) as for matplotlib's imshow, or a
+            (3, rows, columns) tensor in 0...1. Any size and aspect ratio.
+        handle: handle of a model that has run. row: row of the batch.
 
     Returns:
-        A matplotlib figure (matplotlib is an extra: `pip install projecta[plots]`).
+        A matplotlib figure (matplotlib is in an extra: `pip install "projecta[gate]"`).
     """
     check = Checker("draw")
     check.that(handle.trace is not None, "handle", "be of a model that has run", "a handle without a trace")

@@ -1,10 +1,10 @@
-"""Fusion of vision tokens: what becomes of the patches that are not kept. Tensors in, tensors out.
+"""Fusion of vision tokens: patches that are not kept are dropped or merged. Pure tensor functions.
 
-Every fusion is one family, X' = D^-1 A X: `owner` names for each token the one that takes it in, A holds
-their masses, and the rows' sums D are the masses of what remains. `drop` lets none in, `mean` has one token
-take in all that were pruned (as EViT, arXiv 2202.07800, with equal weights), `cluster` a few, `squeeze` every
-kept token those nearest to it; `bipartite` merges the most similar pairs, whatever they score (as ToMe, arXiv
-2210.09461). All of them leave the same number of tokens.
+All fusions have the form X' = D^-1 A X. `owner` is the token into which each token is merged, A holds the
+masses, and its row sums D are the masses of the remaining tokens. `drop` merges nothing. `mean` merges all
+pruned tokens into one (as EViT, arXiv 2202.07800, with equal weights), `cluster` into the nearest of a few,
+`squeeze` into the nearest of all kept ones. `bipartite` merges the most similar pairs, whatever their scores
+(as ToMe, arXiv 2210.09461). All fusions leave the same number of tokens.
 """
 
 from typing import NamedTuple
@@ -20,8 +20,8 @@ FUSIONS = ("drop", "mean", "cluster", "squeeze", "bipartite")
 class Pruned(NamedTuple):
     """Tokens after pruning.
 
-    tokens: (b, t', c). kept: (b, t'), ascending, where each of them stood. mass: (b, t'), how many tokens
-    each stands for. owner: (b, t), which of the t' took each token in; -1: none.
+    tokens: (b, t', c). kept: (b, t'), their indices before pruning, ascending. mass: (b, t'), number of
+    tokens merged in each. owner: (b, t), index (of t') of the token that contains each token; -1: none.
     """
 
     tokens: Tensor
@@ -39,12 +39,12 @@ def unit(tokens: Tensor) -> Tensor:
 
 
 def keep_highest(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix: int, takers: int) -> Pruned:
-    """Keep what scores highest; the `takers` lowest of those take in the pruned patches nearest to them."""
+    """Keep the highest scores; merge each pruned patch into the nearest of the `takers` lowest ones kept."""
     b, t, _ = tokens.shape
     order = scores.argsort(dim=-1, descending=True, stable=True) + prefix
     first = torch.arange(prefix, device=tokens.device).expand(b, prefix)
     index = torch.cat([first, order[:, : kept - prefix].sort(-1).values], 1)
-    place = torch.full((b, t), -1, dtype=index.dtype, device=tokens.device)  # among those kept
+    place = torch.full((b, t), -1, dtype=index.dtype, device=tokens.device)  # index among the kept
     place = place.scatter(1, index, torch.arange(kept, device=tokens.device).expand(b, kept))
     if not takers:
         return Pruned(take(tokens, index), index, mass.gather(1, index), place)
@@ -54,29 +54,29 @@ def keep_highest(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix
         nearest = torch.zeros_like(rest)
     else:
         nearest = (unit(pruned) @ unit(take(tokens, open)).mT).argmax(-1)
-    into = place.gather(1, open).gather(1, nearest)  # (b, pruned): a place among those kept
+    into = place.gather(1, open).gather(1, nearest)  # (b, pruned): index among the kept
     owner = place.scatter(1, rest, into)
     fused, masses = _fuse(take(tokens, index), mass.gather(1, index), pruned, mass.gather(1, rest), into)
     return Pruned(fused, index, masses, owner)
 
 
 def _fuse(kept: Tensor, mass: Tensor, pruned: Tensor, mass_pruned: Tensor, into: Tensor) -> tuple:
-    """D^-1 A X: each pruned token joins the one that `into` names, in proportion to their masses."""
+    """D^-1 A X: merge each pruned token into the kept token with index `into`, weighted by their masses."""
     wide = wide_dtype(kept.dtype)
     here = torch.arange(kept.shape[1], device=kept.device)
     A = torch.where(into[:, None] == here[None, :, None], mass_pruned[:, None], 0.0).to(wide)
     total = mass + A.sum(-1)
-    least = torch.finfo(wide).tiny  # of a masked token, whose mass is 0
+    least = torch.finfo(wide).tiny  # for a masked token, whose mass is 0
     fused = (kept.to(wide) * mass[..., None] + A @ pruned.to(wide)) / total[..., None].clamp_min(least)
-    alone = (total == mass)[..., None]  # its bits stay
+    alone = (total == mass)[..., None]  # nothing merged: the bits stay
     return torch.where(alone, kept, fused.to(kept.dtype)), total
 
 
 def merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bool) -> Pruned:
-    """Merge every other patch into the most similar of its neighbours in between, the most similar pairs
-    first; again, until so many are left. Masked patches, whose mass is 0, go first and take in last."""
+    """Merge even patches into their most similar odd patch, the most similar pairs first; repeat until `kept`
+    tokens are left. Masked patches (mass 0) are merged first, and are the last choice to merge into."""
 
-    def pick(index: Tensor) -> Tensor:  # one order for all rows, or one for each
+    def pick(index: Tensor) -> Tensor:  # one index for all rows, or one per row
         return tokens[:, index] if index.dim() == 1 else take(tokens, index)
 
     b, t, _ = tokens.shape
@@ -89,9 +89,7 @@ def merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bo
         if masked:
             hidden = mass == 0
             turn = torch.where(hidden[:, prefix:], -1, torch.arange(now - prefix, device=tokens.device) % 2)
-            order = (
-                turn.argsort(dim=-1, stable=True) + prefix
-            )  # the masked, every other one, those in between
+            order = turn.argsort(dim=-1, stable=True) + prefix  # masked patches, even ones, odd ones
             even, odd = order[:, : len(even)], order[:, len(even) :]
         likeness = unit(pick(even)) @ unit(pick(odd)).mT  # in -1...1
         if masked:

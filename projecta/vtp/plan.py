@@ -1,8 +1,8 @@
-"""The pruning plan: how many tokens each block sees, which ones are kept, and what it costs.
+"""The pruning plan: how many tokens each block sees, which ones are kept, and the cost.
 
 Tokens are (b, t, c): `prefix` tokens first (the class token), which are never scored and always kept, then
-the patches. Kept patches keep their order. How many are kept depends on shapes alone, so that nothing waits
-for the device.
+the patches. Kept patches keep their order. Their number depends on shapes alone, so that nothing waits for
+the device.
 """
 
 import math
@@ -29,14 +29,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Costs(NamedTuple):
-    """What a tower's arithmetic depends on: its widths, and the operations that do not depend on tokens."""
+    """The sizes that give a tower's FLOPs: its widths, and the operations that do not depend on tokens."""
 
     hidden: int = 768
     intermediate: int = 3072
     fixed: int = 0
 
     def of(self, schedule: tuple[int, ...]) -> int:
-        """Operations of a tower whose blocks see so many tokens: projections, attention, MLP."""
+        """Operations of a tower whose blocks see `schedule` tokens: projections, attention, MLP."""
         c, m = self.hidden, self.intermediate
         return self.fixed + sum(2 * t * (4 * c * c + 2 * t * c + 2 * c * m) for t in schedule)
 
@@ -46,27 +46,27 @@ VIT_B16 = Costs()
 
 @dataclass(frozen=True)
 class Plan:
-    """What to prune, and where.
+    """A pruning plan: the tokens to prune, and the blocks before which they are pruned.
 
     Args:
-        keep: how much is kept, in (0, 1]; `semantics` says of what.
-        at: index of the block before which tokens go, or several, ascending; 0 prunes right after the
-            embedding.
-        score: which patches are kept, the highest: "norm", ||x||_2; "distance", ||x - mean(x)||_2; "random",
-            one fixed order for every image; "grid", spread evenly over the image (a checkerboard at 0.5);
-            from the attention of block `at`, worked out ahead: "cls", what the class token pays a patch;
-            "value", the same times ||v||; "received", what all tokens pay it; "probe", what SigLIP's pooling
-            head would; or a function of the patches (b, p, c) that returns (b, p).
-        fuse: what becomes of the others: "drop", "mean", "cluster", "squeeze", "bipartite" (see the module).
-        mass: add log(mass) to the logits of later attention, so that a token counts for all that it took in.
+        keep: fraction to keep, in (0, 1]; `semantics` says of which quantity.
+        at: index of the block before which tokens are pruned, or several, ascending; 0 prunes right after
+            the embedding.
+        score: the patches with the highest score are kept: "norm", ||x||_2; "distance", ||x - mean(x)||_2;
+            "random", one fixed order for every image; "grid", spread evenly over the image (a checkerboard at
+            0.5); from the attention of block `at`, computed in advance: "cls", the class token's attention to
+            a patch; "value", the same times ||v||; "received", the attention of all tokens to it; "probe",
+            that of SigLIP's pooling head; or a function of the patches (b, p, c) that returns (b, p).
+        fuse: "drop" the others, or merge them by "mean", "cluster", "squeeze" or "bipartite" (see `fusion`).
+        mass: add log(mass) to the logits of later attention, so that a token counts for all tokens in it.
         multiple_of: round the tokens that remain, class token included, up to a multiple of this.
-        semantics: `keep` is the part of the patches that remains at the end ("tokens"), of those that each
-            stage sees ("stage"), or of the tower's arithmetic ("flops").
-        centres: tokens that take others in, for "cluster".
-        seed: of the random score.
+        semantics: `keep` is the fraction of the patches that remains at the end ("tokens"), of the patches
+            that each stage sees ("stage"), or of the tower's FLOPs ("flops").
+        centres: number of tokens into which others are merged, for "cluster".
+        seed: seed of the random score.
 
     Raises:
-        ValueError: a value is out of its range. TypeError: one is of the wrong type.
+        ValueError: a value is out of its range. TypeError: a value is of the wrong type.
 
     Examples:
         >>> Plan(keep=0.7).tokens_kept(197)
@@ -119,9 +119,10 @@ class Plan:
     def preset(cls, name: str, keep: float = 0.5, **changes) -> "Plan":
         """A plan by name.
 
-        "input": the longest, before block 0. "early": the rest squeezed into what the class token attends to,
-        before block 4. "evit3": EViT's three stages. "merge": pairs merged before every other of 12 blocks,
-        `keep` of the FLOPs: the closest to the full tower for its arithmetic (docs/vtp.md).
+        "input": keep the patches of largest norm, before block 0. "early": merge the others into the patches
+        that the class token attends to, before block 4. "evit3": EViT's three stages. "merge": merge pairs
+        before every other of 12 blocks, `keep` of the FLOPs. It is closest to the full tower at equal FLOPs
+        (docs/pruning.md).
 
         Examples:
             >>> Plan.preset("early").fuse
@@ -135,14 +136,14 @@ class Plan:
         return self.at if isinstance(self.at, tuple) else (self.at,)
 
     def tokens_kept(self, tokens: int, prefix: int = 1) -> int:
-        """How many of `tokens` remain, the prefix included, where `keep` is the part of the patches."""
+        """Number of `tokens` that remain, prefix included, if `keep` is a fraction of the patches."""
         return self._round(self.keep * (tokens - prefix), tokens, prefix)
 
     def schedule(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> tuple[int, ...]:
-        """How many tokens each block sees.
+        """Number of tokens that each block sees.
 
         Raises:
-            ValueError: no number of tokens takes so little arithmetic, or there is no block `at`.
+            ValueError: no number of tokens takes so few FLOPs, or there is no block `at`.
         """
         check = Checker("Plan")
         check.that(self.stages[-1] < blocks, "at", f"be below the number of blocks, {blocks}", self.at)
@@ -154,7 +155,7 @@ class Plan:
         least = costs.of(self._schedule(1e-9, tokens, blocks, prefix)) / full
         rule = f"be at least {least:.3f} of the FLOPs, pruning at {self.at}"
         check.that(least <= self.keep, "keep", rule, self.keep)
-        low, high = 0, patches  # the most patches that fit
+        low, high = 0, patches  # search the most patches that fit
         while low < high:
             middle = (low + high + 1) // 2
             if costs.of(self._schedule(middle / patches, tokens, blocks, prefix)) / full <= self.keep:
@@ -175,11 +176,11 @@ class Plan:
         return tuple(seen)
 
     def _round(self, patches: float, tokens: int, prefix: int) -> int:
-        kept = prefix + max(1, math.ceil(patches - 1e-9))  # 0.7 * 10 is a hair above 7
+        kept = prefix + max(1, math.ceil(patches - 1e-9))  # 0.7 * 10 is slightly above 7
         return min(tokens, math.ceil(kept / self.multiple_of) * self.multiple_of)
 
     def describe(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> str:
-        """What the plan comes to, in each of the three meanings of a keep ratio.
+        """The plan's keep ratio in each of the three semantics, and the tokens per block.
 
         Examples:
             >>> print(Plan(keep=0.5).describe(197, 12))
@@ -209,15 +210,15 @@ class Plan:
         """Prune (b, t, c) tokens once.
 
         Args:
-            count: how many remain, prefix included; `tokens_kept` if not given.
-            scores: (b, t - prefix), if the plan's score needs a model or is worked out already.
-            mass: (b, t), from a stage before; ones if not given.
-            visible: (b, t), False for masked tokens. They have no score and no mass: they go first, and
-                nothing of them is taken in.
+            count: number of tokens that remain, prefix included; `tokens_kept` if not given.
+            scores: (b, t - prefix), if the plan's score needs a model or is already computed.
+            mass: (b, t), from an earlier stage; ones if not given.
+            visible: (b, t), False for masked tokens. They have no score and no mass: they are pruned first,
+                and add nothing to other tokens.
             grid: rows and columns of the image, for score "grid"; a square if not given.
-            places: (b, t - prefix), where in the grid the patches stand, if some have gone before.
+            places: (b, t - prefix), index of each patch in the grid, if some were pruned before.
 
-        If nothing is pruned, the tokens returned are the tensor given.
+        If nothing is pruned, the result holds `tokens` itself.
 
         Examples:
             >>> tokens = torch.tensor([[[0.0], [1.0], [3.0], [2.0], [1.0]]])
@@ -260,5 +261,5 @@ class Plan:
         return SCORES[self.score](patches, view)
 
     def _open(self, kept: int) -> int:
-        """How many of the kept patches take others in: those that score least."""
+        """Number of kept patches into which others are merged: those with the lowest scores."""
         return {"drop": 0, "mean": 1, "cluster": min(self.centres, kept), "squeeze": kept}[self.fuse]

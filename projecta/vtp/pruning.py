@@ -1,7 +1,7 @@
-"""Attaches a plan to the vision tower of one Hugging Face model, and takes it off again.
+"""Attaches a plan to the vision tower of one Hugging Face model, and removes it again.
 
 The plan runs in forward pre-hooks of blocks, on that model instance only: no class is changed, no weight is
-renamed, and a second model in the process never notices.
+renamed, and other models in the process are not affected.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from projecta.vtp.towers import (
     width_of_mlp,
 )
 
-_CALL = "projecta_call"  # among the arguments that a tower hands on to its blocks
+_CALL = "projecta_call"  # keyword argument that a tower passes on to its blocks
 
 
 _versions = itertools.count(1)
@@ -39,25 +39,25 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
     """Prune the tokens of a vision tower by `plan` from now on, until the handle's `remove()`.
 
     Args:
-        model: a CLIP, ViT, DINOv2 or SigLIP model of transformers 5: the tower, or a model around it of the
-            same family (CLIPModel, CLIPVisionModelWithProjection, ViTForImageClassification...) whose head
-            does not need every patch. A deep copy of a pruned model (or one that was saved and loaded) is
-            pruned too: a call with the copy takes it over, with the plan that is given.
-        plan: what to prune, and before which block.
+        model: a CLIP, ViT, DINOv2 or SigLIP model of transformers 5: the tower, or a model of its family that
+            contains it (CLIPModel, CLIPVisionModelWithProjection, ViTForImageClassification...) and whose
+            head does not need every patch. A deep copy of a pruned model (or one that was saved and loaded)
+            is pruned too; `prune` of the copy replaces its plan by the given one.
+        plan: the tokens to prune, and the blocks before which they are pruned.
 
     Returns:
-        A handle, also a context manager that removes the pruning at its end; `print` it for what the plan
-        comes to.
+        A handle, also a context manager that removes the pruning at its end; `print` it to see its keep
+        ratios and the tokens per block.
 
-    An attention mask is gathered by the tokens that are kept. Masked patches are pruned first, and no other
-    token takes them in. A classifier that averages its patches weighs each by its mass. Threads may call a
-    pruned tower at the same time. A compiled tower is compiled again when it is pruned, when `keep` is set
-    and when the pruning is removed.
+    An attention mask is reduced to the kept tokens. Masked patches are pruned first, and are merged into no
+    other token. A classifier that averages its patches weights each by its mass. Threads may call a pruned
+    tower at the same time. A compiled tower is compiled again when it is pruned, when `keep` is set and when
+    the pruning is removed.
 
     Raises:
         TypeError: the model has no such tower, or a head that needs every patch. ValueError: it is pruned
-            already, has no block `plan.at`, or cannot do what the plan asks: "cls" and "value" need a class
-            token, "probe" a pooling head, `mass` attention that takes a mask ("sdpa" or "eager").
+            already, has no block `plan.at`, or lacks a part that the plan needs: a class token for "cls" and
+            "value", a pooling head for "probe", attention with a mask ("sdpa" or "eager") for `mass`.
 
     Examples:
         >>> import torch
@@ -102,7 +102,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
 
 
 class _Found(NamedTuple):
-    """What became of the tokens before the first stage: as in `vtp.Pruned`, but for the tokens."""
+    """The fields of `vtp.Pruned` without the tokens, relative to the tokens before the first stage."""
 
     kept: Tensor
     mass: Tensor  # 0 for a masked token
@@ -111,7 +111,7 @@ class _Found(NamedTuple):
 
 class _Call:
     """One forward pass of a tower: the module that was called (nn.DataParallel calls replicas), the rows and
-    columns of its patches, and what each stage found."""
+    columns of its patches, and the result of each stage."""
 
     def __init__(self, tower: Any, grid: tuple[int, int] | None, whole: bool):
         self.tower, self.grid, self.whole = tower, grid, whole  # not whole: blocks called without their tower
@@ -119,16 +119,16 @@ class _Call:
 
 
 class Pruning:
-    """What `prune` returns.
+    """Handle of a pruned tower, returned by `prune`.
 
     Attributes:
-        plan: the plan in force. keep: its keep ratio; set it to plan anew.
-        tokens: tokens that each block sees. flops_ratio: arithmetic of the pruned tower over that of the full
+        plan: the plan in force. keep: its keep ratio; set it to change the plan.
+        tokens: tokens that each block sees. flops_ratio: FLOPs of the pruned tower over those of the full
             one.
-        trace: of the last forward pass, where the tokens that remain stood, (b, t'), or None.
-        owner: of the last forward pass, which of those took each token in, (b, t); -1: none.
-        mass: of the last forward pass, how many tokens each of those stands for, (b, t'); 0: a masked one.
-        grid: of the last forward pass, rows and columns of patches.
+        trace: in the last forward pass, the indices before pruning of the remaining tokens, (b, t'), or None.
+        owner: in the last forward pass, index of the remaining token that holds each token, (b, t); -1: none.
+        mass: in the last forward pass, number of tokens merged in each remaining token, (b, t'); 0: masked.
+        grid: in the last forward pass, rows and columns of patches.
     """
 
     def __init__(self, family: Family, tower: Any, plan: Plan):
@@ -207,7 +207,7 @@ class Pruning:
         return self.plan.describe(self._patches + prefix, len(self._blocks), prefix, self._costs)
 
     def remove(self) -> None:
-        """Take the pruning off; the model is as it was. A second call does nothing."""
+        """Remove the pruning and restore the model. A second call does nothing."""
         for removal in self._removals:
             removal.remove()
         for block in self._blocks if self._removals else ():
@@ -221,7 +221,7 @@ class Pruning:
         self.remove()
 
     def begin(self, tower: Any, pixels: Any, whole: bool = True) -> _Call:
-        """A forward pass of the tower, in this thread."""
+        """Start a forward pass of the tower, in this thread."""
         grid = None
         if isinstance(pixels, Tensor) and pixels.dim() == 4:
             grid = pixels.shape[2] // self._patch[0], pixels.shape[3] // self._patch[1]
@@ -231,7 +231,7 @@ class Pruning:
 
     @property
     def current(self) -> _Call | None:
-        """The pass that this thread is in. (torch traces one thread at a time; it knows no thread-locals.)"""
+        """The current pass of this thread. (torch traces one thread at a time, and no thread-locals.)"""
         if torch.compiler.is_compiling():
             return self._traced
         return getattr(self._thread, "call", None)
@@ -255,7 +255,7 @@ class Pruning:
         if stages[0] == i and (call is None or not call.whole):
             call = self.begin(self._tower, None, whole=False)
         if call is None:
-            fail("prune", f"block {i}", f"run after block {stages[0]} of the same pass", "a call of it alone")
+            fail("prune", f"block {i}", f"run after block {stages[0]} of the same pass", "a separate call")
         stage, prunes = behind[-1], self.tokens[-1] < self._patches + prefix
         if stages[stage] == i:
             tokens = self._prune(call, stage, block, tokens, mask if prunes else None)
@@ -273,7 +273,7 @@ class Pruning:
             self._check_mask(mask, t if before is None else before.owner.shape[1])
             visible = _visible(mask).expand(len(tokens), -1) if before is None else before.mass > 0
         count = self._count(stage, t)
-        scored = count < t and self.plan.fuse != "bipartite"  # merging pairs asks for no score
+        scored = count < t and self.plan.fuse != "bipartite"  # merging pairs needs no score
         scores = self._scores(call, block, tokens, mass, visible) if scored else None
         pruned = self.plan.apply(
             tokens, prefix, count=count, scores=scores, mass=mass, visible=visible, places=places,
@@ -302,13 +302,13 @@ class Pruning:
             fail("prune", "attention_mask", rule, f"{got} with attention {attention!r}")
 
     def _mask(self, found: _Found, mask: Any, tokens: Tensor) -> Tensor | None:
-        """The mask of the tokens that are left: what was given of them, and the logarithm of their mass."""
-        if self.plan.mass and self._tower.config._attn_implementation not in MASKABLE:  # set since
+        """The mask of the remaining tokens: their part of the given mask, plus the log of their mass."""
+        if self.plan.mass and self._tower.config._attn_implementation not in MASKABLE:  # set after `prune`
             attention = self._tower.config._attn_implementation
             fail("prune", "plan.mass", f"be False with attention {attention!r}, which takes no mask", True)
         if mask is None:
             return found.mass.log()[:, None, None].to(tokens.dtype) if self.plan.mass else None
-        # A patch that no query sees has mass 0, unless it took in others: the mass decides, not the mask.
+        # A patch that no query sees has mass 0, unless others were merged in: the mass decides, not the mask.
         hidden = ~_visible(mask)[:, None, None]
         mask = mask | hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, 0)
         mask = _rows_and_columns(mask.expand(len(tokens), -1, -1, -1), found.kept)
@@ -324,7 +324,7 @@ class Pruning:
         return (mask + bias).clamp_min(least)
 
     def _count(self, stage: int, t: int) -> int:
-        """How many of t remain: of an image of another size than the configuration's, the same part."""
+        """Number of the t tokens that remain: the same fraction for images of any size."""
         full, prefix = self._patches + self._family.prefix, self._family.prefix
         seen = full if stage == 0 else self.tokens[self.plan.stages[stage] - 1]
         if t == seen:
@@ -355,7 +355,7 @@ class Pruning:
 
 
 class _Begin:
-    """Hook before a tower: starts a pass and gives it to the blocks."""
+    """Hook before a tower: starts a pass and gives its `_Call` to the blocks."""
 
     def __init__(self, pruning: Pruning):
         self.pruning = pruning
@@ -394,7 +394,7 @@ class _Hook:
 
 
 class _End:
-    """Behind a tower: the pass ends. Where patches are averaged next, each counts for what it took in."""
+    """Hook after a tower: ends the pass. If patches are averaged next, each is weighted by its mass."""
 
     def __init__(self, pruning: Pruning, weigh: bool):
         self.pruning, self.weigh = pruning, weigh
@@ -415,7 +415,7 @@ class _End:
 
 
 class _Attend:
-    """Before a pooling head's attention: its probe, too, counts a token for all that it took in."""
+    """Hook before a pooling head's attention: adds log(mass) to the logits of its probe, too."""
 
     def __init__(self, pruning: Pruning):
         self.pruning = pruning
@@ -429,33 +429,32 @@ class _Attend:
 
 
 def _mass_of(pruning: Pruning, call: _Call | None, tokens: Tensor) -> Tensor | None:
-    """The masses of tokens that a pass has left; None if these are others."""
+    """The masses of `tokens`, if they are those that remain of a pass; else None."""
     found = {} if call is None else call.found
     mass = getattr(found.get(len(pruning.plan.stages) - 1), "mass", None)
     return mass if mass is not None and mass.shape == tokens.shape[:2] else None
 
 
 def _visible(mask: Tensor) -> Tensor:
-    """Which tokens some query sees, (b, t), of a mask (b, h, t, t): True or near 0 where it does."""
+    """Whether any query sees each token, (b, t), from a mask (b, h, t, t): True or near 0 if it does."""
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.flatten(1, 2).any(1)
 
 
 def _rows_and_columns(mask: Tensor, kept: Tensor) -> Tensor:
-    """A mask (b, h, q, t) of the queries and keys kept (b, t'); q may be 1, for all queries."""
+    """The part of a mask (b, h, q, t) for the kept queries and keys (b, t'); q may be 1, for all queries."""
     _, h, q, _ = mask.shape
     mask = mask.gather(3, kept[:, None, None].expand(-1, h, q, -1))
     return mask if q == 1 else mask.gather(2, kept[:, None, :, None].expand(-1, h, -1, kept.shape[1]))
 
 
 def _outdate_compiled(block: Any) -> None:
-    """Have code that torch.compile made of a block made anew.
+    """Make torch.compile compile a block again.
 
-    It looks at no hooks. It does look whether a block has attributes of its own, by names that it has read.
+    Its guards ignore hooks. They check whether a block has instance attributes with the names that it reads.
     """
-    block.pruning_version = next(
-        _versions
-    )  # for code of a pruned block; for other code, what all blocks read:
+    # Code of a pruned block reads `pruning_version`; other code reads `gradient_checkpointing`.
+    block.pruning_version = next(_versions)
     if hasattr(type(block), "gradient_checkpointing") and "gradient_checkpointing" not in vars(block):
         block.gradient_checkpointing = type(block).gradient_checkpointing
 

@@ -1,4 +1,4 @@
-"""Scores of vision tokens: which patches to keep, the highest. Tensors in, tensors out; knows no model."""
+"""Scores of vision tokens: the patches with the highest scores are kept. Pure tensor functions, no model."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from projecta._checks import fail
 
 
 class View(NamedTuple):
-    """What a score may know of patches (b, p) beside their values.
+    """The additional inputs of a score, besides the patches (b, p, c).
 
-    seed: of the random score. visible: (b, p), False where a mask hides a patch; None: all are seen.
-    grid: rows and columns of the image. places: (b, p), where in the grid each patch stands, counted row by
-    row; None: patch i at i.
+    seed: seed of the random score. visible: (b, p), False where a mask hides a patch; None: all are visible.
+    grid: rows and columns of the image. places: (b, p), index of each patch in the grid, counted row by row;
+    None: patch i has index i.
     """
 
     seed: int = 0
@@ -39,7 +39,7 @@ def _score_distance(patches: Tensor, view: View) -> Tensor:
 
 
 def _score_random(patches: Tensor, view: View) -> Tensor:
-    """A hash of the index: the same on every device, and nothing is copied to it."""
+    """A hash of the index: the same on every device, without a copy to the device."""
     x = torch.arange(1, patches.shape[1] + 1, device=patches.device) * 0x9E3779B1 + view.seed * 0x85EBCA77
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
@@ -47,7 +47,7 @@ def _score_random(patches: Tensor, view: View) -> Tensor:
 
 
 def _score_grid(patches: Tensor, view: View) -> Tensor:
-    """The highest k are spread evenly over the image, for every k: Bayer's ordered dither."""
+    """For every k the highest k scores are spread evenly over the image: Bayer's ordered dither."""
     count = patches.shape[1]
     side = math.isqrt(count)
     rows, columns = view.grid or (side, side)
@@ -67,21 +67,21 @@ SCORES: dict[str, Callable[[Tensor, View], Tensor]] = {
 }  # fmt: skip
 
 
-MODEL_SCORES = ("cls", "value", "received", "probe")  # by `attention_scores`, from whoever has the model
+MODEL_SCORES = ("cls", "value", "received", "probe")  # the caller computes them by `attention_scores`
 
 
 def attention_scores(
     query: Tensor, keys: Tensor, scale: float, *, prefix: int = 1, values: Tensor | None = None,
     mass: Tensor | None = None, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What a few queries pay each patch, softmax(scale Q K^T + log mass), averaged over queries and heads.
+    """Attention of some queries to each patch, softmax(scale Q K^T + log mass), mean over queries and heads.
 
     Args:
-        query: (b, h, q, e): the class token's, a probe's, or all.
+        query: (b, h, q, e): that of the class token, of a probe, or of all tokens.
         keys: (b, h, t, e), prefix included: the softmax runs over all of them.
-        values: (b, h, t, e): weigh each head's share by ||v||.
+        values: (b, h, t, e): weight each head's attention by ||v||.
         mass: (b, t).
-        visible: (b, t), False for masked tokens, which are paid nothing and do not pay.
+        visible: (b, t), False for masked tokens, which neither receive nor give attention.
 
     Returns:
         (b, t - prefix), in float32 or wider.

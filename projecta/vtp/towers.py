@@ -1,4 +1,4 @@
-"""The vision towers that can be pruned: where CLIP, ViT, DINOv2 and SigLIP keep their parts."""
+"""The vision towers that can be pruned: the names of the parts of CLIP, ViT, DINOv2 and SigLIP."""
 
 import gc
 import sys
@@ -11,10 +11,10 @@ from projecta.vtp.scores import MODEL_SCORES, attention_scores
 
 
 class Family(NamedTuple):
-    """Where a vision tower keeps what pruning needs."""
+    """The names of the parts of a vision tower that pruning needs."""
 
-    module: str  # of transformers.models
-    models: tuple[str, ...]  # those it defines whose heads need no patch in its place; the tower is first
+    module: str  # in transformers.models
+    models: tuple[str, ...]  # supported classes: the heads do not need every patch; the tower is first
     blocks: str
     norm: str  # before attention
     attention: str
@@ -42,7 +42,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-# Their classifiers average the patches that are left.
+# Models whose classifiers average the remaining patches.
 _AVERAGING = {"CLIPForImageClassification", "Dinov2ForImageClassification", "SiglipForImageClassification"}
 
 
@@ -74,30 +74,30 @@ def find_tower(check: Checker, model: nn.Module) -> tuple[Family, Any]:
 
 
 def check_score(check: Checker, family: Family, tower: Any, block: Any, score: Any) -> None:
-    """Whether the tower has what a score reads."""
+    """Check that the tower has the parts that a score reads."""
     head = getattr(tower, "head", None)
     check.that(
         score not in ("cls", "value") or family.prefix > 0, "plan.score",
-        "be another: this tower has no class token", repr(score), "Take 'probe' or 'received'.",
+        "not need a class token: this tower has none", repr(score), "Take 'probe' or 'received'.",
     )  # fmt: skip
     check.that(
-        score != "probe" or head is not None, "plan.score", "be another: this tower has no pooling head",
+        score != "probe" or head is not None, "plan.score", "not need a pooling head: this tower has none",
         repr(score),
     )  # fmt: skip
     if score == "probe":
         weight = getattr(head.attention, "in_proj_weight", None)  # type: ignore[union-attr]
         plain = isinstance(weight, Tensor) and weight.is_floating_point()
-        check.that(plain, "plan.score", "be another: the pooling head's weights are quantised", repr(score))
+        check.that(plain, "plan.score", "not need the pooling head: its weights are quantised", repr(score))
     elif isinstance(score, str) and score in MODEL_SCORES:
         attention = getattr(block, family.attention)
         whole = all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj"))
         kind = f"{type(attention).__name__} of {host('transformers')}"
-        rule = f"be another: {kind} has no q_proj, k_proj and v_proj"
+        rule = f"not need q_proj, k_proj and v_proj: {kind} lacks them"
         check.that(whole, "plan.score", rule, repr(score))
 
 
 def is_averaged(tower: nn.Module) -> bool:
-    """Whether there is a classifier that averages the tower's patches, given to `prune` or not."""
+    """Whether any model in memory averages the tower's patches in its classifier."""
     return any(
         issubclass(type(thing), nn.Module)
         and any(kind.__name__ in _AVERAGING for kind in type(thing).__mro__)
@@ -109,7 +109,7 @@ def is_averaged(tower: nn.Module) -> bool:
 def probe_scores(
     head: Any, tokens: Tensor, prefix: int, mass: Tensor | None, visible: Tensor | None
 ) -> Tensor:
-    """What SigLIP's pooling head would pay these tokens."""
+    """The attention of SigLIP's pooling head to these tokens."""
     attention = head.attention
     q, k, _ = attention.in_proj_weight.chunk(3)
     q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)
@@ -137,9 +137,9 @@ def as_pair(size: Any) -> tuple[int, int]:
 
 
 def width_of_mlp(family: Family, block: nn.Module) -> int:
-    """The width m for which an MLP of two maps, 2 c m weights, is as large as the block's.
+    """The width m for which an MLP of two maps, 2 c m weights, is as large as the block's MLP.
 
-    A map is what has `in_features` and `out_features`: quantised ones do, and their weights may be packed.
+    A map is a module with `in_features` and `out_features`: quantised maps have them, but may pack weights.
     """
     maps: list[Any] = [
         m for name, m in block.named_modules()

@@ -1,4 +1,4 @@
-"""The workflows keep their rules, each rule catches a broken copy, and the sessions that they call run."""
+"""The workflows follow the rules, each rule finds a broken copy, and the called sessions run."""
 
 import doctest
 import json
@@ -32,7 +32,7 @@ def test_a_workflow_holds_to_the_rules(name):
 
 
 CHECKOUT = "      - uses: actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683 # v4.2.2\n"
-BROKEN = [  # a workflow, what is written there, what a careless hand writes instead, how the rule names it
+BROKEN = [  # workflow, its text, a careless replacement, begin of the expected violation
     ("benchmarks.yml", "  workflow_dispatch:", "  pull_request:\n  workflow_dispatch:", "fork: pull_request"),
     ("benchmarks.yml", "  workflow_dispatch:", "  issue_comment:\n  workflow_dispatch:", "fork: issue_comment"),
     ("benchmarks.yml", "  workflow_dispatch:", "  workflow_call:\n  workflow_dispatch:", "fork: workflow_call"),
@@ -89,8 +89,8 @@ def test_a_broken_copy_is_caught(name, written, instead, named):
     assert any(line.startswith(named) for line in found), found
 
 
-def test_every_step_calls_a_session_that_there_is():
-    """Beside them stand only what makes nox, and what hands on a file; comment.yml may run nothing."""
+def test_every_step_calls_an_existing_session():
+    """Other steps only install nox or pass on a file. comment.yml may not call nox."""
     sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.M))
     called = set()
     for name in ("ci.yml", "benchmarks.yml"):
@@ -107,7 +107,7 @@ def test_every_step_calls_a_session_that_there_is():
 
 @pytest.mark.serial
 def test_a_cancelled_job_has_time_to_write_what_it_measured(tmp_path):
-    """A runner signals the step's first process alone; 7.5 s later it signals again, and then it kills."""
+    """A runner signals only the step's first process. After 7.5 s it signals again, then it kills."""
     (step,) = (
         s
         for s in yaml.safe_load(TEXTS["benchmarks.yml"])["jobs"]["measure"]["steps"]
@@ -124,7 +124,7 @@ def test_a_cancelled_job_has_time_to_write_what_it_measured(tmp_path):
         "import nox\n@nox.session(venv_backend='none')\ndef bench(session):\n"
         f"    session.run({sys.executable!r}, 'child.py', **{stopping})\n"
     )
-    (tmp_path / "call_nox.py").write_text(  # where the tests run SIGINT may be ignored
+    (tmp_path / "call_nox.py").write_text(  # the environment of the tests may ignore SIGINT
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import nox.__main__\nnox.__main__.main()\n"
     )
@@ -140,7 +140,7 @@ def test_a_cancelled_job_has_time_to_write_what_it_measured(tmp_path):
     assert time.monotonic() - start < 7.5
 
 
-def test_a_machine_more_is_one_line():
+def test_adding_a_machine_takes_one_line():
     text = TEXTS["benchmarks.yml"]
     more = re.sub(r"\n( +)- t4 .*", r"\g<0>\n\1- a100", text)
     assert len(more.splitlines()) == len(text.splitlines()) + 1
@@ -178,7 +178,7 @@ exec {python} -m projecta $command "$@"
 
 
 def test_the_sessions_of_the_workflow_run_in_their_order(tmp_path, monkeypatch):
-    """As `nox -s rehearse` does, on a tiny project; nox is replaced by the command that it would call."""
+    """Like `nox -s rehearse`, on a tiny project. A script replaces nox and calls the projecta command."""
     source, bin_ = tmp_path / "source", tmp_path / "bin"
     source.mkdir()
     bin_.mkdir()
@@ -203,7 +203,7 @@ def test_examples(module):
     assert doctest.testmod(module).failed == 0
 
 
-# comment.yml, with a `gh` that writes down what it is asked.
+# comment.yml, with a fake `gh` that logs its arguments.
 
 SHA = "c" * 40
 FORGED = """\
@@ -222,7 +222,7 @@ FORGED = """\
 
 @pytest.fixture
 def comment(tmp_path):
-    """A function that runs comment.yml's commands on an artifact: exit code, what was asked of gh, the body."""
+    """A function that runs comment.yml's commands on an artifact: exit code, calls of gh, body."""
     (job,) = yaml.safe_load(TEXTS["comment.yml"])["jobs"].values()
     (commands,) = (step["run"] for step in job["steps"] if "run" in step)
     bin_ = tmp_path / "bin"
@@ -271,17 +271,17 @@ def test_the_table_is_posted_and_the_second_time_replaced(comment):
     "number",
     ["", None, "0", "12; rm -rf .", "$(id)", "../1", "-1", "1e3", "12\n13", "1234567890", "一", "12 "],
 )
-def test_a_number_that_is_none_is_refused(comment, number):
+def test_an_invalid_pull_request_number_is_refused(comment, number):
     code, asked, _ = comment(number=number)
     assert (code, asked) == (1, [])
 
 
-def test_a_number_of_another_pull_request_gets_nothing(comment):
+def test_a_pull_request_at_another_commit_gets_no_comment(comment):
     code, asked, _ = comment(its_head="d" * 40)
     assert (code, asked) == (0, ["api repos/o/p/pulls/12 --jq .head.sha"])
 
 
-def test_what_a_fork_writes_is_text(comment):
+def test_markup_in_a_forks_table_is_escaped(comment):
     _, _, body = comment(table=FORGED)
     text = body.split("\n\n", 1)[1]
     assert not re.search(r"@\w|#\d(?!\d*;)|gh-\d|\[|://|www\.", text)
@@ -292,7 +292,7 @@ def test_what_a_fork_writes_is_text(comment):
 
 
 def test_a_long_table_is_cut_off(comment):
-    """GitHub takes 65,536 characters; the worst character grows to five."""
+    """GitHub accepts 65,536 characters. Escaping turns one character into at most five."""
     code, asked, body = comment(table="&" * 200_000)
     assert code == 0
     assert len(asked) == 3
@@ -300,7 +300,7 @@ def test_a_long_table_is_cut_off(comment):
     assert body.endswith("Cut off here; the run has all of it.\n")
 
 
-def test_no_table_and_a_link_in_its_place(comment, tmp_path):
+def test_a_missing_table_and_symlinks_are_not_posted(comment, tmp_path):
     assert comment(table=None)[2].endswith("No verdict: the run tells why.\n")
     secret = tmp_path / "secret"
     secret.write_text("12")

@@ -32,7 +32,7 @@ def make_model(family):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**sizes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():  # initial weights are too small for the state to show
+    for name, parameter in model.named_parameters():  # the initial ones hide the effect of the state
         if parameter.dim() == 2 and not name.endswith("A_log"):
             nn.init.normal_(parameter, std=0.3)
     return model
@@ -59,12 +59,12 @@ def left_padded():
 
 
 def cache_of(output):
-    """The cache that a model returns, and the name under which it takes it back."""
+    """The name and value of the cache in a model's output; the model takes it by the same name."""
     names = (
         "cache",
         "cache_params",
         "past_key_values",
-    )  # from transformers 5.24 on; before it; jamba, before it
+    )  # transformers >= 5.24; < 5.24; Jamba < 5.24
     return next((name, output[name]) for name in names if output.get(name) is not None)
 
 
@@ -101,7 +101,7 @@ def test_logits_and_gradients_are_those_of_the_stock_model(model):
         fast = run()
     assert fast.keys() == stock.keys()
     for name, expected in stock.items():
-        if float(expected.abs().max()) > 1e-7:  # an expert that no token reached has rounding only
+        if float(expected.abs().max()) > 1e-7:  # the gradient of an expert without tokens is rounding noise
             close(fast[name], expected, 1e-4)
 
 
@@ -140,8 +140,8 @@ def test_every_step_and_hidden_state_is_that_of_the_stock_model(model):
             close(one, other)
 
 
-def test_a_cached_call_goes_on_from_the_cache(model):
-    """transformers starts the scan of such a call from a zero state: shown here, mended by `accelerate`."""
+def test_a_cached_call_continues_from_the_cache(model):
+    """transformers starts the scan of such a call from a zero state, `accelerate` from the cache."""
     ids = tokens()
     with torch.no_grad():
         whole = model(ids).logits
@@ -153,7 +153,7 @@ def test_a_cached_call_goes_on_from_the_cache(model):
 
 
 def test_a_masked_step_is_that_of_the_stock_model(mamba):
-    """A row that has ended takes no input, through the convolution's memory neither."""
+    """A row that has ended takes no input, and none from the convolution's state."""
     ids, ended = tokens(), torch.tensor([[1], [0]])
 
     def run():
@@ -236,7 +236,7 @@ def test_a_copy_has_a_working_handle(mamba):
 
 
 def test_a_replica_computes_with_its_own_weights(mamba):
-    """nn.DataParallel copies a module's attributes, its `forward` among them, and gives the copy its own weights."""
+    """nn.DataParallel copies the attributes of a module, also its `forward`. The copy has its own weights."""
     mixer = mamba.backbone.layers[0].mixer
     accelerate(mamba, backend="cpu")
     x = torch.randn(2, 5, 32)
@@ -254,7 +254,7 @@ def test_a_replica_computes_with_its_own_weights(mamba):
 
 @pytest.mark.parametrize("name", ["cache", "cache_params"])
 def test_the_cache_has_two_names(mamba, name):
-    """A layer is called by the one that its transformers knows; a copy of older code may use the other."""
+    """transformers uses one name, depending on its version. Copies of older code may use the other."""
     with accelerate(mamba, backend="cpu"), torch.no_grad():
         x, mixer = torch.randn(1, 6, 32), mamba.backbone.layers[0].mixer
         _, cache = cache_of(mamba(tokens(1, 1), use_cache=True))
@@ -267,7 +267,7 @@ def test_the_cache_has_two_names(mamba, name):
 
 
 def test_an_argument_that_is_not_known_is_refused_by_name(mamba):
-    """Hosts rename arguments: what is swallowed would change results."""
+    """Host libraries rename arguments. An argument that is silently ignored would change results."""
     mixer, x = mamba.backbone.layers[0].mixer, torch.randn(1, 3, 32)
     with accelerate(mamba, backend="cpu"):
         mixer(x, kv_cache=None)
@@ -295,7 +295,7 @@ def test_gradient_checkpointing(mamba):
         mamba(tokens(), labels=tokens()).loss.backward()
         expected = mamba.backbone.layers[0].mixer.A_log.grad.clone()
         mamba.zero_grad()
-        with warnings.catch_warnings():  # transformers 5.17 knows no other name, 5.23 warns of this one
+        with warnings.catch_warnings():  # transformers 5.17 has only this name, 5.23 warns about it
             warnings.simplefilter("ignore", FutureWarning)
             mamba.gradient_checkpointing_enable({"use_reentrant": False})
         mamba(tokens(), labels=tokens()).loss.backward()
@@ -511,7 +511,7 @@ def test_calibration_notes_the_steps_that_layers_take(model):
         calibrate(model, [])
 
 
-def test_mrss_in_a_model_and_out_again(model):
+def test_mrss_in_a_model_is_accurate_and_removable(model):
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     with torch.no_grad():
         truth = model(tokens(2, 40)).logits
@@ -525,11 +525,11 @@ def test_mrss_in_a_model_and_out_again(model):
                 model.generate(tokens(2, 5), max_new_tokens=3, do_sample=False)
             assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
         assert torch.equal(model(tokens(2, 40)).logits, truth)
-    assert errors[0] >= errors[2]  # every state at every token: the compound decay's error is left
+    assert errors[0] >= errors[2]  # theta 1e-9 leaves only the error of the compound decay
 
 
 def test_mrss_with_exact_steps_is_the_stock_model(mamba, monkeypatch):
-    """Sorted channels compute what unsorted ones do: with the exact decay at every token nothing changes."""
+    """The order of the channels does not matter: with the exact decay at every token nothing changes."""
     exact = functools.partial(mrss_scan, decay="exact")
     monkeypatch.setattr("projecta.mamba.layer.mrss_scan", exact)
     with torch.no_grad():
@@ -552,7 +552,7 @@ def test_mrss_refusals(mamba):
         accelerate(mamba, mrss=0.1)
 
 
-def test_a_block_with_mrss_streams_as_it_scans():
+def test_steps_of_a_block_with_mrss_equal_its_scan():
     torch.manual_seed(0)
     block = MambaBlock(32, mrss=0.5)
     assert len(block.periods.unique()) > 2

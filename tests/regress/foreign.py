@@ -1,4 +1,4 @@
-"""An asv project that is not ours, for the tests of `regress`: it knows nothing of projecta."""
+"""A small asv project for the tests of `regress`. It does not depend on projecta."""
 
 import itertools
 import json
@@ -115,7 +115,7 @@ def git(folder, *words):
 
 
 def commit(folder, message, **files):
-    """A commit that writes files, named without .py."""
+    """Commit files, which are named without .py; return the hash."""
     for name, text in files.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     (folder / "file").write_text(message)
@@ -125,7 +125,7 @@ def commit(folder, message, **files):
 
 
 def make(folder, suite=SUITE, **settings):
-    """The project, without a commit yet; benchmarks run in the interpreter at hand."""
+    """Create the project without a commit. Its benchmarks run in the current interpreter."""
     config = {
         "version": 1, "project": "foreign", "repo": ".", "branches": ["HEAD"], "environment_type": "existing",
         "results_dir": ".asv/results", "html_dir": ".asv/html", "env_dir": ".asv/env", **settings,
@@ -140,9 +140,9 @@ def make(folder, suite=SUITE, **settings):
 
 
 def make_history(folder, commits, benchmarks, value, machine="desk", conditions=lambda i: {}):
-    """Results of asv's for a line of commits, without running anything; return the commits, oldest first.
+    """Write asv results for a linear history without running anything; return the commits, oldest first.
 
-    benchmarks: {name: parameters of each of its axes}. value(name, place of the combination, commit's place).
+    benchmarks: {name: parameters of each axis}. value(name, index of the combination, index of the commit).
     """
     text = []
     for i in range(commits):
@@ -191,24 +191,24 @@ def make_history(folder, commits, benchmarks, value, machine="desk", conditions=
 
 
 def run(*words):
-    """The command, in this process: exit code and output."""
+    """Run the command in this process; return exit code and output."""
     result = CliRunner().invoke(cli, words, catch_exceptions=False)
     return result.exit_code, result.output
 
 
-# As `python -m projecta` in a terminal: the tests may run where these signals are ignored.
+# Like `python -m projecta` in a terminal. The environment of the tests may ignore these signals.
 COMMAND = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 runpy.run_module("projecta", run_name="__main__", alter_sys=True)
 """
-# Its parent, which starts it and waits.
+# A parent process that starts the command and waits.
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 
 
 def start(folder, *words, parent=False, **options):
-    """The command, in a process of its own; with `parent` below another, which is what is returned."""
+    """Start the command in a new process. With `parent`, return a parent process that starts it."""
     own = [*(("-c", PARENT) if parent else ()), "-c", COMMAND]
     return subprocess.Popen(
         [sys.executable, *own, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

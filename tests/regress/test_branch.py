@@ -1,4 +1,4 @@
-"""The results' branch: what runners push, at once too, and what they find there."""
+"""The results branch: pushes of runners, also at the same time, and pulls."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def put(folder, name, data):
 
 
 def fill(folder, machine, hash_, **rows):
-    """Results of one commit on one machine, as asv lays them out."""
+    """Write results of one commit on one machine in asv's layout."""
     put(folder, f"{machine}/machine.json", {"machine": machine, "version": 1})
     put(folder, f"{machine}/{hash_[:8]}-py.json", results_file(hash_, **rows))
     put(folder, "benchmarks.json", {"version": 2} | {name: ENTRY for name in rows})
@@ -52,7 +52,7 @@ def desks(tmp_path, monkeypatch):
 
 
 def on_branch(bare):
-    """What the branch holds: path to text."""
+    """The files of the branch: path to text."""
     names = git(bare, "ls-tree", "-r", "--name-only", "results").split()
     return {name: git(bare, "show", f"results:{name}") for name in names}
 
@@ -62,7 +62,7 @@ def push(folder, machine, **options):
     return branch.push(project, [(project.results, machine)], branch.Remote(folder), **options)
 
 
-def test_the_first_run_finds_no_branch_and_makes_it(desks, monkeypatch):
+def test_the_first_push_creates_the_branch(desks, monkeypatch):
     first, second, bare = desks
     assert run("pull", "--machine", "t4") == (0, "Fetched 0 new file(s) of results.\n")
     fill(first, "t4", "a" * 40, f=[[1.0]])
@@ -85,7 +85,7 @@ def test_the_first_run_finds_no_branch_and_makes_it(desks, monkeypatch):
     assert run("pull", "--machine", "a100") == (0, "Fetched 0 new file(s) of results.\n")
 
 
-def test_nothing_new_makes_no_commit(desks):
+def test_a_push_of_nothing_new_adds_no_commit(desks):
     first, _, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
     before = push(first, "t4")
@@ -93,12 +93,12 @@ def test_nothing_new_makes_no_commit(desks):
     assert git(bare, "rev-list", "--count", "results") == "1\n"
 
 
-def test_no_results_is_said(desks):
+def test_a_push_without_results_is_an_error(desks):
     assert run("push", "--machine", "t4") == (4, "projecta: cannot push: no results of t4 yet.\n")
     assert git(desks[2], "branch", "--list", "results") == ""
 
 
-def test_who_is_second_merges_and_pushes_again(desks, monkeypatch):
+def test_the_second_runner_merges_and_pushes_again(desks, monkeypatch):
     """The other runner's push comes between this one's fetch and its push."""
     first, second, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
@@ -123,7 +123,7 @@ def test_who_is_second_merges_and_pushes_again(desks, monkeypatch):
 
 
 def test_two_runners_that_finish_at_once(desks):
-    """Processes of their own, several commits each: everything is there, in one line of history."""
+    """Two processes push several commits each. The branch has all results, in a linear history."""
     first, second, bare = desks
     machines = {"t4": first, "a100": second}
     for count in range(3):
@@ -142,7 +142,7 @@ def test_two_runners_that_finish_at_once(desks):
 
 
 def test_a_runner_changes_no_other_machine(desks):
-    """What it once fetched of others is stale by now."""
+    """Its local copy of another machine's results is stale."""
     first, second, bare = desks
     fill(second, "a100", "a" * 40, f=[[1.0]])
     push(second, "a100")
@@ -155,7 +155,7 @@ def test_a_runner_changes_no_other_machine(desks):
 
 
 def test_rows_that_only_the_branch_has_stay(desks):
-    """A new runner that measured one benchmark, or has lost its disk, takes nothing away."""
+    """A new runner with one benchmark, or a runner that lost its disk, removes no rows."""
     first, second, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]], g=[[1.0]])
     push(first, "t4")
@@ -167,7 +167,7 @@ def test_rows_that_only_the_branch_has_stay(desks):
     assert json.loads((second / ".asv/results/t4/aaaaaaaa-py.json").read_text()) == held
 
 
-def test_what_was_measured_here_is_not_undone_by_a_pull(desks):
+def test_a_pull_keeps_the_results_of_this_machine(desks):
     first, _, _ = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
     push(first, "t4")
@@ -180,8 +180,8 @@ def test_what_was_measured_here_is_not_undone_by_a_pull(desks):
 
 
 @pytest.mark.parametrize("newer_first", [True, False])
-def test_of_two_descriptions_the_newer_commits_wins(desks, newer_first):
-    """Whichever runner comes first, and the union of the rest."""
+def test_the_description_of_the_newer_commit_wins(desks, newer_first):
+    """The order of the pushes does not matter. The other descriptions are merged."""
     old, new, bare = desks
     (new / "file").write_text("newer")
     git(new, "add", "--all")
@@ -234,8 +234,8 @@ def test_a_link_is_not_followed(desks, tmp_path):
     assert "secret" not in str(on_branch(bare))
 
 
-def test_folders_that_machines_bring(desks, tmp_path, monkeypatch):
-    """As a job does that keeps what several runners have uploaded: one commit."""
+def test_a_push_of_several_folders_is_one_commit(desks, tmp_path, monkeypatch):
+    """As in the job that pushes the uploads of several runners."""
     first, _, bare = desks
     brought = []
     for machine in ("t4", "a100"):
@@ -269,8 +269,8 @@ def test_a_remote_that_is_not_there(desks):
     assert said.count("\n") == 1
 
 
-def test_what_a_gate_compares_with(desks):
-    """The newest commit measured before HEAD; else the one before it; else HEAD."""
+def test_pull_names_the_base_of_the_gate(desks):
+    """The newest measured commit before HEAD; else the parent of HEAD; else HEAD."""
     first, _, _ = desks
     hashes = [git(first, "rev-parse", "HEAD").strip()]
 
@@ -296,7 +296,7 @@ def test_the_token_goes_to_its_address_alone_and_never_into_an_argument(desks, m
     assert there.git(first, *asked, address).stdout.startswith("Authorization: Basic ")
     assert there.git(first, *asked, "https://example.org/other").stdout == ""
     assert branch.TOKEN not in there.variables
-    assert "Authorization" not in str(branch.Remote(first).variables)  # a folder
+    assert "Authorization" not in str(branch.Remote(first).variables)  # the remote is a folder
     code = "import sys; print(open(f'/proc/{sys.argv[1]}/cmdline').read())"
     shown = f'alias.show=!{sys.executable} -c "{code}" $PPID'
     assert "s3cret" not in there.git(first, "-c", shown, "show").stdout

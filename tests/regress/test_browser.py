@@ -1,6 +1,6 @@
-"""The site in a real browser, all other hosts out of reach: every kind of page, links, charts, access for all.
+"""The site in a real browser that cannot reach other hosts: pages, links, charts, accessibility.
 
-`nox -s browser` runs it; elsewhere it is skipped where there is no Chromium, or no playwright.
+`nox -s browser` runs these tests. Other sessions skip them if Chromium or playwright is missing.
 """
 
 import math
@@ -17,7 +17,7 @@ from tests.regress.foreign import run
 from tests.regress.test_page import grown
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ASV_PAGES = {  # asv's own: what must be there
+ASV_PAGES = {  # pages of asv: address, element that must appear
     "grid": ("history.html#/", "#summarygrid-display .benchmark-container"),
     "list": ("history.html#/summarylist", "#summarylist-body table tbody tr"),
     "regressions": ("history.html#/regressions", "#regressions-body"),
@@ -52,7 +52,7 @@ def project(tmp_path_factory):
         for name in ("one", "two", "three"):
             foreign.commit(folder, name)
         (folder / "pyproject.toml").write_text("[tool.projecta]\ngate = 'track_size'\n")
-        assert run("gate", "HEAD^", "--machine", "desk")[0] == 3  # one is planted to fail
+        assert run("gate", "HEAD^", "--machine", "desk")[0] == 3  # one benchmark fails on purpose
         assert run("bench", "HEAD~2..HEAD", "--machine", "desk")[0] == 3
         assert run("publish")[0] == 0
         yield folder
@@ -60,7 +60,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(project):
-    """The pages, served; below a sub-path, as GitHub does."""
+    """The address of the served pages, below a sub-path as on GitHub."""
     with site.serve(project / ".asv/served", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -71,7 +71,7 @@ def address(project):
 
 @pytest.fixture
 def page(browser, request):
-    """A page that may ask this host alone, and complain of nothing."""
+    """A page that may contact only this host; errors and warnings of the browser fail the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     found, complaints = context.new_page(), []
 
@@ -103,7 +103,7 @@ def violations(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_front_page_is_for_everyone(page, address, width, scheme):
+def test_the_front_page_is_accessible(page, address, width, scheme):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": WIDTHS[width], "height": 800})
     page.goto(f"{address}/index.html")
@@ -144,7 +144,7 @@ def test_every_link_of_the_front_page_works(page, address):
 
 
 @pytest.mark.parametrize("name", ASV_PAGES)
-def test_asv_s_pages_draw_what_they_show(page, address, name):
+def test_asv_pages_are_drawn(page, address, name):
     path, wanted = ASV_PAGES[name]
     page.goto(f"{address}/{path}")
     page.locator(wanted).first.wait_for(timeout=10_000)
@@ -184,7 +184,7 @@ def test_nothing_moves_while_it_loads_and_2000_commits_load_within_a_second(page
     assert sum(sizes) / 3 < 500_000
 
 
-def test_it_prints_without_what_is_for_screens(page, address, tmp_path):
+def test_print_leaves_out_the_navigation(page, address, tmp_path):
     page.goto(f"{address}/index.html")
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()

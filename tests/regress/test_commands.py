@@ -1,4 +1,4 @@
-"""Reading asv's results, the tables, and the command, on a small asv project of their own."""
+"""asv's results, the tables and the commands, on a small asv project."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from tests.regress.foreign import commit, git, make, run
 
 @pytest.fixture
 def foreign(workplace):
-    """An asv project that is not ours: two commits, benchmarks of its own, the interpreter at hand."""
+    """A small asv project with two commits."""
     make(workplace)
     for message in ("one", "two"):
         commit(workplace, message)
@@ -23,7 +23,7 @@ def foreign(workplace):
 
 
 def measure_with_asv(folder, commit="HEAD"):
-    """As a user of asv would by hand."""
+    """Run asv as its user would by hand."""
     commit = git(folder, "rev-parse", commit).strip()
     asv = [sys.executable, "-m", "asv"]
     subprocess.run(
@@ -81,7 +81,7 @@ def test_the_newest_commit_with_a_result_is_reported():
     assert report.newest_commit([], []) == []
 
 
-def test_no_repository_is_said_in_one_line(tmp_path, monkeypatch):
+def test_a_missing_repository_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     for command in ("bench", "report", "publish"):
@@ -91,7 +91,7 @@ def test_no_repository_is_said_in_one_line(tmp_path, monkeypatch):
         )
 
 
-def test_no_asv_project_is_said_in_one_line(foreign):
+def test_a_missing_asv_project_is_reported_in_one_line(foreign):
     (foreign / "asv.conf.json").unlink()
     code, text = run("report")
     assert (code, text.count("\n")) == (2, 1)
@@ -110,7 +110,7 @@ def test_no_asv_project_is_said_in_one_line(foreign):
         ),
     ],
 )
-def test_wrong_words_are_named_in_one_line(foreign, words, message):
+def test_invalid_arguments_are_reported_in_one_line(foreign, words, message):
     code, text = run("bench", *words)
     assert code == 2
     assert text.startswith(message)

@@ -1,4 +1,4 @@
-"""asv projects of all shapes: names, repositories, environments, plugins; and what the command says of faults."""
+"""asv projects with other names, repositories, environments and plugins; and messages about faults."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ def judged(path="gate.json"):
 
 
 def test_a_suite_in_a_repository_of_its_own(workplace):
-    """asv's `repo` is another one: its commits are named, measured, published and looked up by the doctor."""
+    """asv's `repo` is another repository. Gate, bench, publish and doctor use its commits."""
     library, own = workplace / "lib", workplace / "suite"
     for folder in (library, own):
         folder.mkdir()
@@ -100,8 +100,8 @@ def test_links_that_lead_out_of_the_archive(workplace):
 # --- packages
 
 
-def test_a_copy_that_is_installed_is_not_the_commit(workplace):
-    """In lib/, under another name than the project's: neither commit's files are imported."""
+def test_an_installed_copy_is_not_taken_for_the_commit(workplace):
+    """The package is in lib/ under another name, so the files of neither commit are imported."""
     environment = workplace / "venv"
     venv.create(environment, symlinks=True)
     (packages,) = environment.glob("lib/python*/site-packages")
@@ -109,7 +109,7 @@ def test_a_copy_that_is_installed_is_not_the_commit(workplace):
     (packages / "tiny.py").write_text("COST = 1\n")
     folder = workplace / "project"
     folder.mkdir()
-    suite = "def track_cost():\n    import tiny\n    return tiny.COST\n"  # when it runs, not before
+    suite = "def track_cost():\n    import tiny\n    return tiny.COST\n"  # imports when it runs, not before
     foreign.make(folder, suite, project="fast-yaml", benchmark_dir="benchmarks")
     (folder / "lib").mkdir()
     commits = []
@@ -134,9 +134,7 @@ def test_a_copy_that_is_installed_is_not_the_commit(workplace):
         ("dist-of-it", "my_lib", "file:///elsewhere/dist.whl", True),
     ],
 )  # fmt: skip
-def test_the_project_s_own_distribution_is_no_package_beside_it(
-    workplace, monkeypatch, name, project, source, kept
-):
+def test_the_packages_leave_out_the_project_itself(workplace, monkeypatch, name, project, source, kept):
     foreign.make(workplace, ONE, project=project)
     build = Build(Project(workplace), foreign.commit(workplace, "one"))
     found = json.dumps([[name, "1.0", source.format(folder=workplace)], ["numpy", "2.0", ""]])
@@ -156,7 +154,7 @@ class FakeEnvironment:
         self.python, self.requirements, self.env_vars = "3.11", requirements, variables
 
 
-def test_environments_are_told_apart_by_what_differs(monkeypatch):
+def test_labels_of_environments_name_their_differences(monkeypatch):
     made = [
         FakeEnvironment({"numpy": n, "six": "1"}, {"MODE": m}) for n in ("1", "2") for m in ("fast", "slow")
     ]
@@ -193,7 +191,7 @@ PLUGIN = """
 
 
 def test_a_plugin_s_environments_are_all_gated(workplace):
-    """Head is ten times as dear in the second only; each has its rows, and they share the rate of error."""
+    """Head costs ten times as much, in the second environment only. The environments share one error rate."""
     suite = "import os\nimport tiny\n\ndef track_cost():\n    return tiny.COST[os.environ['MODE']]\n"
     matrix = {"env": {"MODE": ["fast", "slow"]}}
     foreign.make(workplace, suite, plugins=[".my_plugin"], environment_type="mine", matrix=matrix)
@@ -221,7 +219,7 @@ def test_a_plugin_s_environments_are_all_gated(workplace):
         ({"environment_type": "virtualenv", "pythons": ["2.0"]}, "2.0"),
     ],
 )  # fmt: skip
-def test_asv_s_own_reason_is_told(workplace, settings, words):
+def test_an_error_of_asv_is_reported(workplace, settings, words):
     foreign.make(workplace, ONE, **settings)
     foreign.commit(workplace, "one")
     code, text = run("gate", "HEAD", "HEAD")
@@ -230,11 +228,11 @@ def test_asv_s_own_reason_is_told(workplace, settings, words):
     assert len(text.strip().splitlines()) == 1
 
 
-# --- what benchmarks give
+# --- results of benchmarks
 
 
-def test_what_asv_takes_of_a_benchmark(workplace):
-    """nan is a skip, True is 1; a setup_cache has its own timeout and fails once; --quick runs once."""
+def test_asv_conventions_hold_for_benchmarks(workplace):
+    """nan means skipped, True is 1, setup_cache has its own timeout and fails once, --quick runs once."""
     foreign.make(workplace, f"""
         import time
 
@@ -276,7 +274,7 @@ def test_what_asv_takes_of_a_benchmark(workplace):
     assert "suite.Slow.track_cached 5 unit" in text
 
 
-def test_a_setup_cache_without_a_timeout_has_the_longest_of_those_who_want_it():
+def test_a_setup_cache_takes_the_longest_timeout_of_its_benchmarks():
     entry = {"type": "track", "unit": "unit", "version": "1", "params": [], "setup_cache_key": "suite:7"}
     found = builds.cases(
         {"a": entry | {"timeout": 5}, "b": entry | {"timeout": 50, "setup_cache_timeout": None}}
@@ -298,7 +296,7 @@ def test_a_timing_of_zero_is_not_measured(zero):
 
 
 def test_metrics_have_a_direction(workplace):
-    """A fall of what is better the higher it is has regressed, a rise has not; asv's pages learn it too."""
+    """If higher is better, a fall is a regression and a rise is not. asv's pages get the direction too."""
     foreign.make(workplace, """
         import tiny
 
@@ -350,10 +348,10 @@ def test_a_metric_that_varies_is_judged_in_its_direction():
         assert row.judgement.ratio == pytest.approx(factor)
 
 
-# --- what a user is told
+# --- messages to the user
 
 
-def test_where_all_is_broken_the_exit_code_says_so(workplace):
+def test_the_exit_code_where_every_benchmark_fails(workplace):
     foreign.make(workplace, "def track_n():\n    raise RuntimeError('broken')\n")
     foreign.commit(workplace, "one")
     code, text = run("bench", "HEAD", "--machine", "desk")
@@ -387,7 +385,7 @@ def test_a_damaged_machine_file_is_named(workplace):
     "error",
     [ValueError("math domain error"), TypeError("no len()"), sqlite3.OperationalError("no such column")],
 )
-def test_what_is_not_the_user_s_is_a_crash_with_its_traceback_in_a_file(error, capsys):
+def test_an_internal_error_writes_its_traceback_to_a_file(error, capsys):
     @command.one_line
     def broken():
         raise error
@@ -403,7 +401,7 @@ def test_what_is_not_the_user_s_is_a_crash_with_its_traceback_in_a_file(error, c
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EADDRINUSE])
-def test_what_the_system_refuses_is_told_in_one_line(number, capsys):
+def test_an_error_of_the_system_is_reported_in_one_line(number, capsys):
     @command.one_line
     def refused():
         raise OSError(number, "no", "results")
@@ -414,7 +412,7 @@ def test_what_the_system_refuses_is_told_in_one_line(number, capsys):
     assert capsys.readouterr().err == f"projecta: cannot use results: no. {command._WORLD[number]}\n"
 
 
-def test_calibration_of_what_is_broken_says_so(workplace):
+def test_calibration_reports_a_broken_benchmark(workplace):
     foreign.make(workplace, "def time_n():\n    raise RuntimeError('broken')\n")
     foreign.commit(workplace, "one")
     code, text = run("calibrate", "--pairs", "3")
@@ -452,7 +450,7 @@ def test_exit_codes_are_those_of_the_docs():
         ("SQLITE_ERROR", None),
     ],
 )  # fmt: skip
-def test_what_sqlite_says_is_told_apart(name, words):
+def test_errors_of_sqlite_are_distinguished(name, words):
     error = sqlite3.OperationalError("it")
     error.sqlite_errorname = name
     if words is None:
@@ -463,7 +461,7 @@ def test_what_sqlite_says_is_told_apart(name, words):
     assert words in str(caught.value)
 
 
-def test_a_locked_journal_is_said_to_be_so(workplace):
+def test_a_locked_journal_is_reported(workplace):
     foreign.make(workplace, ONE)
     foreign.commit(workplace, "one")
     with Journal(Project(workplace)) as book:

@@ -1,4 +1,4 @@
-"""The gate: its statistics against scipy and by simulation, and the command on a project that is not ours."""
+"""The gate: its statistics against scipy and by simulation, and the command on a small asv project."""
 
 import json
 import math
@@ -37,7 +37,7 @@ DATA = st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-6), min_size=8
 
 @settings(max_examples=60, deadline=None)
 @given(DATA, st.sampled_from([0.01, 0.002, 0.05]))
-def test_the_bound_is_where_the_signed_rank_test_turns(data, level):
+def test_the_bound_agrees_with_the_signed_rank_test_of_scipy(data, level):
     averages = sorted((a + b) / 2 for i, a in enumerate(data) for b in data[i:])
     bound = statistics._bound(averages, len(data), level)
     if bound == -math.inf:
@@ -54,7 +54,7 @@ def test_the_bound_is_where_the_signed_rank_test_turns(data, level):
 
 @pytest.mark.parametrize("noise", ["normal", "heavy", "skewed"])
 def test_errors_are_as_rare_as_stated(noise):
-    """At the tolerance itself, the worst case: REGRESSED of 20 benchmarks by chance in at most `error` of gates."""
+    """Worst case, a slow-down equal to the tolerance: at most `error` of the gates of 20 benchmarks fail."""
     draw, design = np.random.default_rng(0), Design(benchmarks=20, error=0.2, miss=0.2)
     looks = sorted({*design.looks()[0], *design.looks()[1]})
     wrong, passed, gates = 0, 0, 40
@@ -71,12 +71,12 @@ def test_errors_are_as_rare_as_stated(noise):
             verdicts.append(next((v for v in found if v), None))
         wrong += REGRESSED in verdicts
         passed += verdicts.count(PASS)
-    assert wrong <= 0.2 * gates + 5  # two standard deviations of such a count above what is stated
+    assert wrong <= 0.2 * gates + 5  # the stated rate plus two standard deviations of the count
     assert passed <= 0.2 * 20 * gates
 
 
 @pytest.mark.parametrize("design", [Design(), Design(benchmarks=7), Design(benchmarks=3, pairs=40)])
-def test_looks_together_spend_what_is_stated_and_each_can_decide(design):
+def test_looks_spend_the_alpha_and_each_can_decide(design):
     for plan, share in zip(design.looks(), (design.miss, design.error / design.benchmarks), strict=True):
         assert sum(plan.values()) == pytest.approx(share)
         assert all(level >= 2.0**-pairs for pairs, level in plan.items())
@@ -93,7 +93,7 @@ def test_a_slow_down_is_found_and_no_change_passes():
         assert first.low < factor < first.high
 
 
-def test_noise_is_inconclusive_and_says_how_much_more_it_takes():
+def test_noise_is_inconclusive_and_more_pairs_are_asked_for():
     draw, design = np.random.default_rng(2), Design()
     found = judge_pairs(np.exp(0.3 * draw.normal(size=design.most)).tolist(), design)
     assert found.verdict is None
@@ -116,7 +116,7 @@ def test_calibration_asks_for_more_pairs_where_it_is_noisier():
 
 def test_exact_metrics_are_compared_as_they_are():
     design = Design()
-    assert judge_exact([50.0], [60.0], design, 0.25).verdict is None  # one process is none
+    assert judge_exact([50.0], [60.0], design, 0.25).verdict is None  # one process is not enough
     assert judge_exact([50.0, 50.0], [50.2, 50.2], design, 0.25).verdict == PASS
     assert judge_exact([50.0, 50.0], [50.5, 50.5], design, 0.25).verdict == REGRESSED  # +1 %
     assert judge_exact([50.0, 50.0], [40.0, 40.0], design, 0.25).verdict == PASS
@@ -124,7 +124,7 @@ def test_exact_metrics_are_compared_as_they_are():
     assert "varies" in judge_exact([50.0, 55.0], [50.0, 50.0], design, 0.25).reason
     assert (
         judge_exact([50.0, 50.3], [60.0, 60.0], design, 0.25).verdict == REGRESSED
-    )  # varies less than it grew
+    )  # the variation is smaller than the growth
 
 
 def test_the_worst_verdict_counts():
@@ -180,7 +180,7 @@ def project(workplace):
 
 
 @pytest.mark.serial
-def test_the_gate_finds_a_slow_down_more_memory_and_what_broke(project):
+def test_the_gate_finds_a_slow_down_more_memory_and_a_failure(project):
     words = ("gate", "HEAD^", "--json", "out.json", "--markdown", "out.md", "--plot", "out.png")
     code, text = run(*words, "--bench", "time_work|memory|broken")
     assert code == 1
@@ -207,7 +207,7 @@ def test_the_same_commit_passes(project):
     assert (code, "2 PASS" in text) == (0, True)
 
 
-def test_what_is_not_measured_is_no_pass(project):
+def test_benchmarks_that_are_not_measured_do_not_pass(project):
     assert run("gate", "HEAD^", "--bench", "nothing like it")[0] == 4
     (project / "benchmarks/suite.py").write_text(
         "class Skips:\n    def setup(self):\n        raise NotImplementedError('no GPU')\n    def track_x(self):\n"
@@ -231,7 +231,7 @@ def test_broken_beats_all_but_regressed(project):
     assert "AttributeError: module 'work' has no attribute 'NEW' (suite.py:20)" in " ".join(text.split())
 
 
-def test_wrong_words_are_told_in_one_line(project):
+def test_invalid_arguments_are_reported_in_one_line(project):
     code, text = run("gate", "no-such-commit")
     assert (code, text) == (
         2, "projecta gate: a revision must name a commit of this repository; got 'no-such-commit'.\n"
@@ -239,7 +239,7 @@ def test_wrong_words_are_told_in_one_line(project):
     assert run("gate", "HEAD", "--bench", "(")[0] == 2
 
 
-def test_the_project_says_what_it_gates(project):
+def test_pyproject_selects_the_benchmarks_of_the_gate(project):
     (project / "pyproject.toml").write_text("[tool.projecta]\ngate = 'track_memory'\n")
     code, text = run("gate", "HEAD^")
     assert code == 1
@@ -251,13 +251,13 @@ def test_calibration_is_kept_and_used(project):
     code, text = run("calibrate", "--bench", "time_work", "--pairs", "3")
     assert code == 0
     assert "suite.Work.time_work" in text
-    assert run("calibrate", "--bench", "memory", "--pairs", "3")[0] == 4  # what does not vary has no noise
+    assert run("calibrate", "--bench", "memory", "--pairs", "3")[0] == 4  # an exact metric has no noise
     assert "warning" not in run("gate", "HEAD", "HEAD", "--bench", "memory")[1].replace("warning: load", "")
     git(project, "status")
 
 
 def test_a_project_in_a_subfolder_and_a_src_layout(project):
-    """The nearest asv.conf.json counts, and the commit's own package is what runs."""
+    """The nearest asv.conf.json is used, and the package of the commit runs."""
     inner = project / "python"
     inner.mkdir()
     foreign.make(inner, """
@@ -279,7 +279,7 @@ def test_a_project_in_a_subfolder_and_a_src_layout(project):
     assert "1.200" in text
 
 
-def test_an_installed_copy_does_not_stand_in_for_the_commit(project):
+def test_an_installed_copy_does_not_replace_the_commit(project):
     config = json.loads((project / "asv.conf.json").read_text())
     (project / "asv.conf.json").write_text(json.dumps(config | {"project": "pytest"}))
     code, text = run("gate", "HEAD^")

@@ -1,4 +1,4 @@
-"""A result is known by benchmark, version and parameters, never by its place; what others stored is kept."""
+"""Results are identified by benchmark, version and parameters, never by index. Stored results are kept."""
 
 import contextlib
 import json
@@ -99,7 +99,7 @@ def test_a_change_of_parameters_moves_no_value(workplace, params):
 
 
 def test_a_gate_compares_what_has_the_same_parameters(workplace):
-    """`deflate` becomes twice as dear while a parameter is put before it; what one side lacks is not measured."""
+    """`deflate` costs twice as much in head, at another index. Parameters of one side are not measured."""
     foreign.make(workplace, PACKAGED)
     first = foreign.commit(
         workplace, "one", codecs_of_mine="COSTS = {'deflate': 1.0, 'zip': 5.0, 'gone': 1.0}\n"
@@ -130,8 +130,8 @@ def test_another_version_of_a_benchmark_is_not_compared(workplace):
     assert "base has another version of it" in text
 
 
-def test_a_journal_and_results_of_before_survive_value_for_value(workplace):
-    """Written by the version that kept places: 100 and 1000 were measured; then 10 came first, and its place got 100."""
+def test_results_of_an_old_journal_keep_their_values(workplace):
+    """An old version stored values by index. Then 10 was added before 100, and got the value of 100."""
     foreign.make(workplace, suite([10, 100, 1000]))
     commit = foreign.commit(workplace, "one")
     run("bench", "HEAD", "--machine", "desk", "--bench", "nothing")
@@ -176,8 +176,8 @@ def asv(folder, *words):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_asv_stored_of_others_is_kept(workplace):
-    """A benchmark, a parameter and a version that have left the suite: in the file, or in the journal."""
+def test_results_that_left_the_suite_are_kept(workplace):
+    """Results of a removed benchmark, parameter or version stay in the file or in the journal."""
     text = suite([1, 2]) + "\n    def track_gone():\n        return 42\n"
     foreign.make(workplace, text)
     commit = foreign.commit(workplace, "one")
@@ -225,7 +225,7 @@ def test_files_are_merged_by_value():
     assert merged[0] == [5.0, None, 2.0, 1.0, 4.0, 3.0]
 
 
-def test_a_shallow_clone_and_another_repository_prove_no_absence(workplace):
+def test_the_doctor_keeps_results_of_commits_that_a_clone_lacks(workplace):
     (workplace / "lib").mkdir()
     foreign.make(workplace / "lib", "def track_one():\n    return 1\n", results_dir="perf")
     foreign.commit(workplace / "lib", "one")

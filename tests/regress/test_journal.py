@@ -1,4 +1,4 @@
-"""Nothing measured is lost: faults of benchmarks, of runners, of disks and of files."""
+"""No result is lost by faults of benchmarks, runners, disks or files."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from projecta.regress.store.results import list_commits, read_measurements
 from tests.regress import foreign
 from tests.regress.foreign import ENDINGS, FAULTS, run, running, start
 
-pytestmark = pytest.mark.xdist_group("processes")  # they look for processes by name
+pytestmark = pytest.mark.xdist_group("processes")  # these tests look for processes by name
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def kept(folder):
     try:
         assert base.execute("pragma integrity_check").fetchone()[0] == "ok"
         if not base.execute("select 1 from sqlite_master where name = 'runs'").fetchone():
-            return 0  # killed while it began
+            return 0  # killed before it created the table
         return base.execute("select count(*) from runs where status = 'ok'").fetchone()[0]
     finally:
         base.close()
 
 
-def test_killed_at_any_moment_it_keeps_what_it_had_and_goes_on(project):
-    """kill -9, twenty times, at random moments; what is left running ends as well."""
+def test_a_run_killed_at_any_moment_keeps_its_results_and_resumes(project):
+    """kill -9 at twenty random moments. Processes of the run end as well."""
     foreign.make(project, SLOW)
     foreign.commit(project, "one")
     draw, before, most = random.Random(0), 0, 0
@@ -143,8 +143,8 @@ LONG = """
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_killed_it_leaves_nothing_running(project, method):
-    """A benchmark that goes on for long, and what it started, end with a runner that could not end them."""
+def test_a_killed_run_leaves_no_process(project, method):
+    """A long benchmark and its child process end when the run is killed."""
     foreign.make(project, LONG, launch_method=method)
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
@@ -161,8 +161,8 @@ def test_killed_it_leaves_nothing_running(project, method):
     assert not running(str(project / "benchmarks"))
 
 
-def test_it_ends_with_its_parent(project):
-    """What a runner kills is the shell that called the command."""
+def test_a_run_ends_with_its_parent(project):
+    """A runner kills the shell that called the command."""
     foreign.make(project, LONG)
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", parent=True, start_new_session=True)
@@ -177,7 +177,7 @@ def test_it_ends_with_its_parent(project):
     assert not running(str(project / "benchmarks"))
 
 
-def test_interrupted_when_quick_it_promises_nothing(project):
+def test_an_interrupted_quick_run_does_not_claim_stored_results(project):
     foreign.make(project, LONG)
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", "--quick", start_new_session=True)
@@ -191,7 +191,7 @@ def test_interrupted_when_quick_it_promises_nothing(project):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_writes_what_it_has(project, number):
+def test_an_interrupted_run_writes_its_results(project, number):
     foreign.make(project, SLOW)
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
@@ -206,7 +206,7 @@ def test_interrupted_it_writes_what_it_has(project, number):
     assert len([m for m in read_measurements(Project(project), "desk") if m.measured]) >= 2
 
 
-def test_interrupted_while_a_process_starts_it_leaves_none_running(tmp_path, monkeypatch):
+def test_an_interrupt_while_a_process_starts_leaves_no_process(tmp_path, monkeypatch):
     guard, start_one = group.Guard(), subprocess.Popen
 
     def interrupted(*words, **options):
@@ -223,7 +223,7 @@ def test_interrupted_while_a_process_starts_it_leaves_none_running(tmp_path, mon
     assert process.poll() is not None
 
 
-def test_two_runs_at_once_are_told_apart(project):
+def test_a_second_run_at_the_same_time_is_refused(project):
     foreign.make(project, SLOW)
     foreign.commit(project, "one")
     with Journal(Project(project)):
@@ -235,8 +235,8 @@ def test_two_runs_at_once_are_told_apart(project):
     )
 
 
-def test_a_full_disk_is_said_and_loses_nothing(project):
-    """A limit on the size of files stands for the disk."""
+def test_a_full_disk_is_reported_and_loses_nothing(project):
+    """A limit on the file size simulates the full disk."""
     foreign.make(project, SLOW)
     foreign.commit(project, "one")
     script = f"""
@@ -405,7 +405,7 @@ def test_a_machine_that_nothing_describes_and_leftovers(measured):
     assert "a run that was killed was writing here" in text
 
 
-def test_what_asv_measured_before_is_taken_over(project):
+def test_earlier_results_of_asv_are_imported(project):
     foreign.make(project)
     commit = foreign.commit(project, "one")
     asv = [sys.executable, "-m", "asv"]

@@ -1,4 +1,4 @@
-"""The start page: what it says of steps, verdicts and machines, and what it weighs."""
+"""The start page: change points, verdicts, machines, links and size."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from tests.regress.foreign import run
 
 
 class Links(HTMLParser):
-    """What a page refers to, and whether its tags close."""
+    """Collects the links and ids of a page, and checks that its tags close."""
 
     VOID = ("meta", "link", "br", "img", "use", "path", "rect")
 
@@ -51,10 +51,10 @@ class Links(HTMLParser):
 
 
 def check_links(folder):
-    """Every link of our own pages leads to a file, or to a place in the page, of this site."""
+    """Every link of projecta's pages leads to a file of the site, or to an id in the page."""
     for written in folder.glob("*.html"):
         if written.name in ("history.html", "error.html"):
-            continue  # asv's
+            continue  # pages of asv
         links = Links(written.read_text())
         for link in links.found:
             path, _, place = link.partition("#")
@@ -73,7 +73,7 @@ def project(workplace):
 
 
 def grown(project, commits, axes, value, **settings):
-    """The pages of a history that was not measured, but for asv's own."""
+    """Write the pages of a generated history, without those of asv."""
     foreign.make_history(project, commits, {"suite.Case.time_it": axes}, value, **settings)
     pages = project / ".asv/html"
     pages.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ def test_steps_up_and_down_name_their_commit():
     assert [(s.commit, s.change, s.worse) for s in up] == [("c20", 0.5, True)]
     assert [(s.commit, s.change, s.worse) for s in down] == [("c30", -0.5, False)]
     fast = changepoints.steps(Series("x", (), "GB/s", points[0], higher_is_better=True))
-    assert not fast[0].worse  # more of that is better
+    assert not fast[0].worse  # higher is better
 
 
 def test_noise_is_no_step():
@@ -126,7 +126,7 @@ def test_a_change_of_packages_is_not_blamed_on_a_commit(project):
 
 
 def test_a_new_driver_is_not_blamed_on_a_commit(project):
-    """What the machine was known by lies beside a commit's results."""
+    """The state of the machine is stored beside a commit's results."""
     pages = grown(project, 40, [[1]], lambda *_: 1.0 if _[2] < 20 else 1.3)
     assert "not a commit's" not in (pages / "index.html").read_text()
     for i, path in enumerate(sorted((project / ".asv/results/desk").glob("*-env.json"), key=_date)):
@@ -140,7 +140,7 @@ def _date(path):
 
 
 @pytest.mark.parametrize("parameter", [True, None, 1e-05, "8"])
-def test_the_noise_is_drawn_under_the_name_that_the_gate_gave_it(project, parameter):
+def test_the_noise_is_found_by_the_label_that_the_gate_uses(project, parameter):
     pages = grown(project, 5, [[parameter]], lambda *_: 1.0)
     assert "opacity: 0.15" not in (pages / "index.html").read_text()
     described = json.loads((project / ".asv/results/benchmarks.json").read_text())
@@ -179,7 +179,7 @@ def test_the_verdict_of_the_projects_own_gate_is_on_the_page(project):
     assert "RuntimeError: planted failure" in text
     (project / ".asv/results/desk" / output.LAST).unlink()
     assert run("gate", "HEAD", "HEAD", "--machine", "desk", "--bench", "track_size")[0] == 3
-    assert not (project / ".asv/results/desk" / output.LAST).exists()  # a part is not the project's verdict
+    assert not (project / ".asv/results/desk" / output.LAST).exists()  # not the whole gate
     check_links(project / ".asv/html")
     assert run("doctor")[0] == 0
 
@@ -204,7 +204,7 @@ def test_a_drawing_takes_its_colours_from_the_page():
     assert "var(--line-1)" in drawn
     assert "var(--ink)" in drawn
     assert not re.search(r"#[ab]0000\d", drawn)
-    assert 'width="' not in drawn[: drawn.index(">")]  # it fits where it stands
+    assert 'width="' not in drawn[: drawn.index(">")]  # no fixed width, so it fits its container
     assert Links(drawn)
     bars = charts.svg(charts.bars({"": {"": {"one": 0.7194}}}, "y"))
     assert ">0.7194<" in bars  # coordinates are shortened, text is not

@@ -1,4 +1,4 @@
-"""Two builds in alternation: whose turn it is, what noise it takes away, and every way in which it can end."""
+"""Interleaved pairs of two builds: alternation, common noise, and every way in which a case can end."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ DISTURBED = """
 
 @pytest.fixture
 def workers(workplace):
-    """Makes both workers of a pair of commits; closes them."""
+    """A function that starts the workers of two commits. They are closed after the test."""
     made = []
 
     def make(suite, base="", head="", **settings):
@@ -94,18 +94,18 @@ def test_only_one_side_runs_at_a_time_and_they_alternate(workers, tmp_path, meth
     both, found = workers(LOGGED, "NAME = 'base'", "NAME = 'head'", launch_method=method)
     outcomes = measure_pair(both, dict.fromkeys(both, found["time_logged"]))
     lines = [json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines()]
-    inside = lines[2 * 2 :]  # both have warmed up
+    inside = lines[2 * 2 :]  # after the warm-up of both
     assert all(a[2] <= b[1] for a, b in itertools.pairwise(inside))
     runs = [name for name, _ in itertools.groupby(name for name, _, _ in inside)]
     assert runs == ["base", "head"] * 20
     spans = [list(own) for _, own in itertools.groupby(inside, key=lambda line: line[0])]
-    assert 0.03 < statistics.median(own[-1][2] - own[0][1] for own in spans) < 0.08  # a turn, not several
+    assert 0.03 < statistics.median(own[-1][2] - own[0][1] for own in spans) < 0.08  # one time slice
     assert {name: outcome.status for name, outcome in outcomes.items()} == {"base": OK, "head": OK}
     assert min(len(outcome.samples) for outcome in outcomes.values()) >= 100
     assert all(0.002 < outcome.lower_quartile < 0.004 for outcome in outcomes.values())
 
 
-def test_what_disturbs_the_machine_disturbs_both(workers):
+def test_a_disturbance_affects_both_sides(workers):
     both, found = workers(DISTURBED, "NAME, FACTOR = 'b', 1", "NAME, FACTOR = 'h', 1.1")
     outcomes = measure_pair(both, dict.fromkeys(both, found["time_it"]))
     for outcome, factor in zip(outcomes.values(), (1, 1.1), strict=True):
@@ -113,7 +113,7 @@ def test_what_disturbs_the_machine_disturbs_both(workers):
         assert outcome.lower_quartile == pytest.approx(0.004 * factor)
 
 
-def test_asv_s_number_and_its_other_timings(workers):
+def test_automatic_number_and_timeraw(workers):
     both, found = workers(LOGGED, "NAME = ''", "NAME = ''")
     quick = measure_pair(both, dict.fromkeys(both, found["time_quick"]))["base"]
     assert quick.number > 100
@@ -135,7 +135,7 @@ def test_every_fault_has_its_reason_and_the_next_case_runs(workers, method):
     assert not running("4243")
 
 
-def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(workers):
+def test_messages_to_a_dead_case_do_not_reach_the_next(workers):
     suite = """
         import os, threading
         class Dies:
@@ -159,7 +159,7 @@ def test_what_was_meant_for_a_case_that_died_is_not_taken_for_the_next(workers):
         assert {(o.status, o.samples) for o in lived.values()} == {(OK, (1.0,))}
 
 
-def test_one_side_that_fails_ends_the_measure_pair(workers):
+def test_a_failure_on_one_side_ends_the_pair(workers):
     suite = """
         import work
         class Half:

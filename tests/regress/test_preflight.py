@@ -1,4 +1,4 @@
-"""The pre-flight, against an nvidia-smi that is not one."""
+"""The pre-flight check, with a fake nvidia-smi."""
 
 import json
 import re
@@ -28,7 +28,7 @@ FORBIDDEN = "The current user does not have permission to change clocks for GPU 
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """A function that puts an nvidia-smi on PATH, with these answers: text, or (exit code, text)."""
+    """A function that puts a fake nvidia-smi on PATH. An answer is text, or (exit code, text)."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     monkeypatch.setenv("PATH", str(bin_))
@@ -136,15 +136,15 @@ FACTS = "0, GPU-1, Tesla T4, 560.35.03, 15360, {}, {}"
         ({}, ["--temperature", "40"], "projecta: cannot measure here: the GPU has 41 C, more than 40 C. Let it cool down: --wait SECONDS."),
     ],
 )  # fmt: skip
-def test_what_is_refused_in_one_line(nvidia_smi, answers, words, message):
+def test_a_refusal_takes_one_line(nvidia_smi, answers, words, message):
     asked = nvidia_smi(**answers)
     code, said = run(*IDLE, *words)
     assert code == 3
     assert said.splitlines()[-1] == message
-    assert "-lgc" not in asked.read_text()  # the GPU of whoever computes there is left alone
+    assert "-lgc" not in asked.read_text()  # a GPU in use is not changed
 
 
-def test_two_gpus_are_told_apart(nvidia_smi):
+def test_messages_distinguish_two_gpus(nvidia_smi):
     lines = (FACTS.format("15095", "41"), FACTS.format("15095", "90").replace("0, GPU-1", "1, GPU-2"))
     nvidia_smi(GPUS="\n".join(lines), APPS="GPU-2, 9, 5, x")
     assert run(*IDLE)[1].splitlines()[-2:] == [
@@ -199,7 +199,7 @@ def test_it_waits_for_the_gpu_to_cool(nvidia_smi, tmp_path):
     assert (problems, waits) == ([], [preflight.INTERVAL])
     assert found.gpus[0].temperature == 41
     nvidia_smi(GPUS=FACTS.format("15095", "83"))
-    assert len(preflight.examine_machine(tmp_path, limits, True)[1]) == 1  # no patience: one look
+    assert len(preflight.examine_machine(tmp_path, limits, True)[1]) == 1  # without patience it looks once
 
 
 def test_clocks_are_left_alone_unless_asked_for(nvidia_smi):

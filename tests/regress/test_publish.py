@@ -1,4 +1,4 @@
-"""The published pages load nothing from elsewhere, and work."""
+"""The published pages load nothing from other hosts, and work."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ def test_publishing_again_changes_nothing(pages):
     assert (pages / "history.html").read_text() == before
 
 
-def test_what_is_not_shipped_is_refused(tmp_path):
+def test_a_file_that_is_not_shipped_is_refused(tmp_path):
     (tmp_path / "history.html").write_text(
         '<script src="https://example.org/new.js" integrity="sha256-x"></script>'
     )
@@ -54,7 +54,7 @@ def test_what_is_not_shipped_is_refused(tmp_path):
         site.make_self_contained(tmp_path)
 
 
-def test_what_is_shipped_is_what_asv_s_own_digests_name():
+def test_shipped_files_match_the_digests_of_asv():
     import asv
 
     page = (Path(asv.__file__).parent / "www/index.html").read_text()
@@ -68,11 +68,11 @@ def test_what_is_shipped_is_what_asv_s_own_digests_name():
             same.add(name)
     assert same == {
         "jquery-3.3.1.min.js", "jquery.flot.orderBars.js", "md5.min.js", "bootstrap.min.js", "bootstrap.min.css"
-    }  # fmt: skip  # Flot is shipped as its package has it, not made smaller; the sorter is our own
+    }  # fmt: skip  # Flot is shipped as in its package, not minified; the sorter is projecta's
 
 
 def test_both_previews_serve_the_site(pages):
-    """Ours, and asv's own."""
+    """`projecta preview` and `asv preview`."""
     from projecta.regress.project.config import asv_command
 
     with socket.socket() as free:
@@ -103,7 +103,7 @@ def test_both_previews_serve_the_site(pages):
 
 
 def _get(address):
-    """The answer, once the server is up."""
+    """The response; waits until the server is up."""
     limit = time.monotonic() + 20
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A derivative that a backend does not have raises; it is never zero."""
+"""A derivative that a backend does not support raises an error; it is never zero."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.cases import make_scan
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated"
-)  # torch's own, at a dual number
+)  # torch warns at a dual number
 FIXED = {n: t.double() for n, t in make_scan(b=1, d=16, l=8, n=4, without=("z", "initial_state")).items()}
 U = FIXED.pop("u")
 SCANS = {
@@ -43,7 +43,7 @@ def by_second_reverse(scan):
     return torch.autograd.grad(once.square().sum(), u, allow_unused=True)[0]
 
 
-def by_two_reverse_passes(scan):  # the sum of y has a gradient that does not depend on an incoming one
+def by_two_reverse_passes(scan):  # the gradient of a sum does not depend on the incoming gradient
     u = U.clone().requires_grad_()
     (once,) = torch.autograd.grad(scan(u).sum(), u, create_graph=True)
     return torch.autograd.grad(once.square().sum() + 0 * u.sum(), u)[0]
@@ -92,12 +92,12 @@ def test_compiled_forward_mode_raises():
 
 
 @pytest.mark.parametrize("scan", SCANS)
-def test_first_derivatives_are_there_whatever_surrounds_them(scan):
+def test_first_derivatives_work_at_dual_level_and_with_create_graph(scan):
     u = U.clone().requires_grad_()
     truth = torch.autograd.grad(SCANS[scan](u).sum(), u)[0]
-    with forward_ad.dual_level():  # nothing has a tangent
+    with forward_ad.dual_level():  # no tensor has a tangent
         torch.testing.assert_close(torch.autograd.grad(SCANS[scan](u).sum(), u)[0], truth)
-    kept = torch.autograd.grad(SCANS[scan](u).sum(), u, create_graph=True)[0]  # asked for, and not used
+    kept = torch.autograd.grad(SCANS[scan](u).sum(), u, create_graph=True)[0]  # the graph is not used
     torch.testing.assert_close(kept.detach(), truth)
 
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import peak_mib
 from projecta import available_backends, selective_scan, selective_state_update
 from projecta.scan import BackendUnavailable, vectorised
-from projecta.scan.cpu import launch, layout  # they register their operators
+from projecta.scan.cpu import launch, layout  # importing them registers the operators
 from tests.cases import make_scan, run_with_gradients, widen
 
 TOLERANCE = {  # dtype of u: (rtol, atol) of y and every gradient, relative to the largest value
@@ -174,7 +174,7 @@ def test_any_strides(backend):
     assert_close(got, {n: widen(t) for n, t in truth.items()}, TOLERANCE[torch.float32])
 
 
-def test_chunks_of_a_sequence_make_the_whole(backend):
+def test_chunks_of_a_sequence_equal_the_whole(backend):
     arguments = make_scan(l=50)
     whole, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend=backend)
     state, parts = arguments.pop("initial_state"), []
@@ -267,7 +267,7 @@ def test_operator_passes_opcheck(backend, short_segments):
 
 
 def _bits(backend, threads):
-    """Everything that a scan of several blocks and tiles returns, computed by so many threads."""
+    """All results of a scan of several blocks and tiles, computed by `threads` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -283,7 +283,7 @@ def _again(**options):
 
 @pytest.mark.parametrize("cores", [2, 100])
 def test_the_number_of_threads_changes_no_bit(cores, monkeypatch):
-    monkeypatch.setattr(layout, "CORES", cores)  # 100: time is cut into pieces
+    monkeypatch.setattr(layout, "CORES", cores)  # with 100 cores, time is cut into pieces
     monkeypatch.setattr(layout, "PIECE", 40)
     one, two, again = _bits("cpu", 1), _bits("cpu", 2), _bits("cpu", 2)
     for name, t in one.items():
@@ -293,8 +293,8 @@ def test_the_number_of_threads_changes_no_bit(cores, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
-def test_what_is_not_a_number_stays_where_it_belongs(name, value):
-    """It appears in the outputs of its channel from its step on, and in no other channel, row or earlier step."""
+def test_nan_and_inf_affect_later_steps_of_their_channel_only(name, value):
+    """The value appears in its channel from its step on, and in no other channel, row or earlier step."""
     arguments = make_scan(b=2, d=20, l=90, n=5)
     clean = selective_scan(**arguments, delta_softplus=True, backend="cpu")
     arguments[name][1, 7, 40] = value
@@ -305,7 +305,7 @@ def test_what_is_not_a_number_stays_where_it_belongs(name, value):
     assert torch.equal(y[~touched], clean[~touched])
 
 
-def test_a_rate_that_is_not_a_number_spoils_its_channel_only():
+def test_a_rate_of_nan_affects_its_channel_only():
     arguments = make_scan(b=2, d=20, l=90, n=5)
     clean = selective_scan(**arguments, delta_softplus=True, backend="cpu")
     arguments["A"][7, 2] = float("nan")
@@ -316,7 +316,7 @@ def test_a_rate_that_is_not_a_number_spoils_its_channel_only():
 
 
 def test_lazily_conjugated_and_negated_arguments():
-    """torch marks these instead of computing them; a kernel that reads memory must not miss the mark."""
+    """torch sets a flag instead of computing these; a kernel that reads memory must respect the flag."""
     arguments = make_scan(l=9, complex_A=True)
     lazy = arguments | {n: arguments[n].conj().resolve_conj().conj() for n in ("A", "initial_state")}
     lazy["u"] = torch.complex(torch.zeros_like(arguments["u"]), -arguments["u"]).conj().imag
@@ -331,7 +331,7 @@ def test_lazily_conjugated_and_negated_arguments():
 
 
 def test_exponents_out_of_range_saturate():
-    """delta A far below -126 decays to 0, and far above grows to infinity, as exp does."""
+    """As with exp, delta A far below -126 gives 0, and a large positive delta A gives infinity."""
     u, B = torch.ones(1, 16, 3), torch.ones(1, 4, 3)
     for delta, A in ((1e4, -1.0), (1e4, -1e30), (3e38, -1e-30), (-50.0, -1.0), (-1.0, -50.0)):
         d, rate = torch.full_like(u, delta), torch.full((16, 4), A)
@@ -379,9 +379,7 @@ def test_a_forked_child_computes_the_same(tmp_path):
     arguments = make_scan(b=2, d=150, l=300, n=16)
     expected = selective_scan(**arguments, delta_softplus=True, backend="cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of a fork beside threads: that is what is tested
+        warnings.simplefilter("ignore", DeprecationWarning)  # the test forks with threads on purpose
         child = multiprocessing.get_context("fork").Process(
             target=_save_scan, args=(arguments, tmp_path / "y.pt")
         )
@@ -398,7 +396,7 @@ def _save_scan(arguments, path):
 
 
 class Scans(torch.utils.data.Dataset):
-    """Sequences through a scan, as a DataLoader's workers would prepare them."""
+    """Sequences that are scanned by the workers of a DataLoader."""
 
     def __len__(self):
         return 4
@@ -412,7 +410,7 @@ class Scans(torch.utils.data.Dataset):
 def test_data_loader_workers_scan(context):
     expected = torch.stack([Scans()[i] for i in range(4)])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # about a fork with threads
         loader = torch.utils.data.DataLoader(
             Scans(), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=60
         )
@@ -422,7 +420,7 @@ def test_data_loader_workers_scan(context):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="narrows the vectors of an x86 processor")
 def test_narrower_vectors_compute_the_same(tmp_path):
-    """AVX2 in place of whatever this processor has: the same code, split by the compiler."""
+    """AVX2 instead of the vectors of this processor: the compiler splits the same code."""
     torch.manual_seed(0)
     arguments = make_scan(d=20, l=70, n=5)
     torch.save(arguments, tmp_path / "arguments.pt")
@@ -512,7 +510,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 
 
 x = torch.zeros
-ERRORS = {  # what is changed: the exception, its message
+ERRORS = {  # argument: (changes, exception, message)
     "delta": ({"delta": x(2, 33, 4)}, ValueError, "delta must have shape (b, d, l) = (2, 4, 33) like u; got (2, 33, 4)."),
     "u's rank": ({"u": x(4, 33)}, ValueError, "u must have shape (b, d, l); got (4, 33)."),
     "u's type": ({"u": [1.0]}, TypeError, "u must be a tensor; got list."),
@@ -580,7 +578,7 @@ def test_a_wrong_step_argument_is_named():
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_shapes_can_be_asked_for_without_memory(gradients):
+def test_meta_tensors_give_shapes_without_memory(gradients):
     arguments = {name: t.to("meta").requires_grad_(gradients) for name, t in make_scan().items()}
     y, last = selective_scan(**arguments, return_last_state=True, backend="vectorised")
     assert y.is_meta

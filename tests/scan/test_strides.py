@@ -1,4 +1,4 @@
-"""Arguments that lie anyhow in memory: every backend against the reference, and nothing outside is read."""
+"""Arguments with random strides: every backend against the reference. Memory outside of them is not read."""
 
 import random
 
@@ -18,7 +18,7 @@ WAYS = [
 
 
 def random_scan(draw: random.Random):
-    """A small scan whose tensors lie in margins of NaN, with strides drawn at random."""
+    """A small scan whose tensors have random strides, inside margins of NaN."""
     way = {
         "b": draw.choice((1, 2)),
         "l": draw.choice((1, 5, 8)),
@@ -75,7 +75,7 @@ def test_steps_of_random_strides_agree_with_contiguous_ones(heads):
         torch.testing.assert_close(lying["state"], plain["state"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_kernel_is_given_no_address_of_memory_with_gaps():
+def test_flat_refuses_memory_with_gaps_and_memory_gives_its_strides():
     for t in (torch.ones(4, 6)[:, ::2], torch.ones(3, 4).T, torch.ones(1, 1).expand(3, 2)):
         with pytest.raises(AssertionError, match="a kernel needs contiguous memory; got strides"):
             layout.flat(t)

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted against the reference, and compiled for GPUs that are not here."""
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled for several GPUs."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import torch
 
 from tests.cases import make_scan, run_strided, run_with_gradients, strided, widen
 
-if importlib.util.find_spec("triton") is None:  # not imported here: the interpreter is chosen before that
+if importlib.util.find_spec("triton") is None:  # no import here: the interpreter must be chosen before
     pytest.skip("triton is not installed", allow_module_level=True)
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -26,8 +26,8 @@ TOLERANCE = {
     torch.float32: 1e-5,
     HALF: 2e-3,
     BRAIN: 1.6e-2,
-}  # the interpreter cuts bfloat16 off, it does not round
-MODES = ("states", "times, chunks")  # what `plan` is made to answer
+}  # the interpreter truncates bfloat16 instead of rounding
+MODES = ("states", "times, chunks")  # plans that `_plan` returns
 CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
     "whole slabs": {"l": 48, "d": 8, "n": 16, "b": 1},
@@ -58,7 +58,7 @@ def _with_interpreter():
 
 @pytest.fixture(scope="module")
 def interpreter():
-    """A process in which Triton was told to interpret before it was imported."""
+    """A process in which TRITON_INTERPRET is set before Triton is imported."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _with_interpreter) as pool:
         yield pool
         pool.shutdown(cancel_futures=True)
@@ -82,7 +82,7 @@ def _errors(case, mode):
 
     with (
         mock.patch.object(layout, "plan", functools.partial(_plan, mode)),
-        mock.patch.dict(layout._known, clear=True),  # made by another plan
+        mock.patch.dict(layout._known, clear=True),  # entries of another plan
     ):
         return _errors_of(selective_scan, case)
 
@@ -98,7 +98,7 @@ def _errors_of(selective_scan, case):
         rare = run_with_gradients(selective_scan, arguments, backend="triton", save_every=every)
         for name, value in got.items():
             assert torch.equal(value, rare[name]), f"{name}, saved every {every}"
-    with torch.no_grad():  # takes other kernels
+    with torch.no_grad():  # uses other kernels
         y, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
     got |= {"y, no gradients": y, "last, no gradients": last}
     truth |= {"y, no gradients": truth["y"], "last, no gradients": truth["last"]}
@@ -122,7 +122,7 @@ WAYS = ({}, {"g": 2}, {"constant": "BC"}, {"constant": "B", "dtype": HALF}, {"b"
 
 
 def _strided_errors(seed):
-    """Of scans and steps whose tensors lie anyhow, within NaN: error over tolerance, at most."""
+    """The largest error over tolerance of scans and steps with random strides, inside margins of NaN."""
     from projecta import selective_scan, selective_state_update
 
     torch.manual_seed(seed)
@@ -175,7 +175,7 @@ def _check_others():
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
 
-    wide = torch.randn(2, 3, 8).transpose(1, 2)  # as no kernel would lay it
+    wide = torch.randn(2, 3, 8).transpose(1, 2)  # a layout that no kernel writes
     other, A = wide.contiguous(), a["A"].T.contiguous().T
     one = selective_state_update(wide, x, dt, A, B, C, backend="triton")
     torch.testing.assert_close(
@@ -190,7 +190,7 @@ def _check_others():
     for name in ("dB", "dC"):
         torch.testing.assert_close(got[name], truth[name], rtol=1e-4, atol=1e-4)
 
-    for n, l in ((4, 16), (33, 16), (33, 11)):  # arrays of several types: words of the narrowest
+    for n, l in ((4, 16), (33, 16), (33, 11)):  # mixed dtypes: the narrowest one decides the word
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
             mixed = make_scan(n=n, l=l)
             mixed |= {name: mixed[name].to(dtype) for name in ("delta", "z")}
@@ -228,7 +228,7 @@ def _module_of(kernel):
 
 
 def _compile(kernel, element, architecture, constants):
-    """Compile for a GPU that is not here: (PTX, shared bytes, registers, bytes spilled)."""
+    """Compile for an architecture, without a GPU: (PTX, shared bytes, registers, spilled bytes)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -290,7 +290,7 @@ def compiler(tmp_path_factory):
 
 
 def _check_launches():
-    """The second launch of a kernel goes straight to what the first compiled, with its constants in order."""
+    """The second launch calls the kernel that the first compiled, with the constants in its order."""
     from projecta.scan.triton import layout
 
     log = []
@@ -312,7 +312,7 @@ def _check_launches():
 
     x, options, kernel = torch.zeros(9), {"BLOCK": 4, "N": 2, "num_warps": 1}, Kernel()
     for tensor in (x, x + 1, x.half(), x[1:], x):
-        launches = layout.recall(dict, (tensor, None), "kind")
+        launches = layout.cached(dict, (tensor, None), "kind")
         tensors = {"x": tensor, "y": None}
         layout.start_kernel(launches, kernel, tensors, lambda: ((7,), {"n": 3}, options))
     assert [entry[0] for entry in log] == ["compiled", "built", "compiled", "compiled", "built"]
@@ -321,7 +321,7 @@ def _check_launches():
 
 
 class _Recorded:
-    """Stands for a kernel; writes down each launch, and what it is given in the kernel's order."""
+    """Replaces a kernel; logs each launch, with the arguments in the kernel's order."""
 
     def __init__(self, kernel, log):
         self.name, self.arg_names, self.log = kernel.__name__, kernel.arg_names, log
@@ -339,7 +339,7 @@ class _Recorded:
 
 
 def _check_repeats():
-    """A call alike but for its values goes to the launches of the first, with its own tensors in their places."""
+    """A call that differs only in values repeats the launches of the first call, with its own tensors."""
     from projecta import available_backends, selective_scan
     from projecta.scan.triton import forward, layout, pack_and_step, replay
 
@@ -360,7 +360,7 @@ def _check_repeats():
 
     names = {"pack_weights": pack_and_step, "forward_times": forward, "forward_states": forward}
     stubs = {name: _Recorded(getattr(module, name), log) for name, module in names.items()}
-    available_backends()  # loads this one
+    available_backends()  # loads the Triton backend
     with contextlib.ExitStack() as patches:
         for name, module in names.items():
             patches.enter_context(mock.patch.object(module, name, stubs[name]))
@@ -386,32 +386,32 @@ def _check_repeats():
             for (name, before), (_, after) in zip(compiled, found, strict=True):
                 for parameter, x, at in zip(stubs[name.split()[1]].arg_names, before, after, strict=False):
                     if parameter in ("B", "C", "to_B", "to_C", "carried", "spans") and x not in moved:
-                        assert (x is None) == (at is None), parameter  # room of the call's own
+                        assert (x is None) == (at is None), parameter  # scratch memory of each call
                     else:
                         assert at == moved.get(x, x), (name, parameter)
             rows = [dict(zip(stubs[name].arg_names, at, strict=False)) for name, at in found]
-            for row in rows[1:]:  # each kernel reads what `pack_weights` has written
+            for row in rows[1:]:  # each kernel reads the output of `pack_weights`
                 assert (row["B"], row["C"]) == (rows[0]["to_B"], rows[0]["to_C"])
         first = inputs()
         whole = len(replay._launches)
         for change in ({"u": first["u"].mT.contiguous().mT}, {"D": first["D"].half()}, {"z": None}):
             assert call(**{**first, **change})[1]
-        assert len(replay._launches) == whole + 2  # D in another type is copied each time
+        assert len(replay._launches) == whole + 2  # D of another dtype is copied: no entry
         for name, wrong in (("delta", first["delta"][..., 1:]), ("D", first["D"][1:]), ("u", [1])):
             with pytest.raises((ValueError, TypeError), match=rf"^selective_scan: {name} must"):
                 call(**{**first, name: wrong})
         with pytest.raises(ValueError, match=r"^selective_scan: save_every must"):
             call(**first, save_every=9)
     graded = torch.ones(3, requires_grad=True)
-    assert replay.kind_of((graded,)) is None  # a gradient wants an operator,
-    assert replay.kind_of((graded.detach(),)) is not None
-    seen = []  # and so does a transform
-    torch.func.vmap(lambda t: seen.append(replay.kind_of((t,))) or t)(torch.ones(3))
+    assert replay.cache_key((graded,)) is None  # gradients need the operator
+    assert replay.cache_key((graded.detach(),)) is not None
+    seen = []  # transforms need it too
+    torch.func.vmap(lambda t: seen.append(replay.cache_key((t,))) or t)(torch.ones(3))
     assert seen == [None]
 
 
 def _check_plan():
-    """What was fastest on an H100: (saves, float32) -> lanes along time, chunks of time."""
+    """The fastest plans on an H100: (saves, float32) -> lanes along time, chunks of time."""
     from projecta.scan.triton.plan import plan
 
     table = {
@@ -448,7 +448,7 @@ def test_a_repeated_call_is_one_launch(interpreter):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_compiles_from_the_t4_on(compiler, kernel):
-    """No tensor cores and no arithmetic in bfloat16 for sm_75, no shared memory to speak of, few spills."""
+    """No tensor cores, no bfloat16 arithmetic for sm_75, little shared memory, few spills."""
     jobs = {
         (element, architecture): compiler.submit(_compile, kernel, element, architecture, KERNELS[kernel])
         for element in ("fp16", "bf16")

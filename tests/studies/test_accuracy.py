@@ -1,4 +1,4 @@
-"""The tasks: their answers follow from their questions, and a model trains on them with every scan."""
+"""The tasks: answers follow from the tokens, and a model trains on a task with every scan."""
 
 import pytest
 import torch

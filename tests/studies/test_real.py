@@ -1,4 +1,4 @@
-"""Real weights: those of an ONNX file in transformers' model. Needs what `nox -s fidelity` fetches."""
+"""Real weights of an ONNX file in transformers' model. Needs the files that `nox -s fidelity` downloads."""
 
 import importlib.util
 

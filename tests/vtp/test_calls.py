@@ -1,4 +1,4 @@
-"""Whose state is whose: threads, copies, replicas and compiled code of pruned towers; and what is refused."""
+"""Pruned towers share no state between threads, copies, replicas and compiled code. Refused models."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ MASSES = Plan(keep=0.5, at=(0, 1), score="random", fuse="squeeze", mass=True)
 
 @pytest.mark.parametrize("kind", [CLIPVisionModel, SiglipVisionModel])
 def test_threads_that_share_a_pruned_tower_do_not_mix_their_calls(kind):
-    """4 threads, 200 calls each, of images that differ: what a call finds, its own blocks alone read."""
+    """4 threads make 200 calls each, on different images. The blocks of a call read only its state."""
     model = other(kind)
     images, wrong = torch.randn(4, 1, 3, 32, 32), []
 
@@ -53,13 +53,13 @@ def test_threads_that_share_a_pruned_tower_do_not_mix_their_calls(kind):
             for thread in threads:
                 thread.join()
             assert wrong == []
-            assert handle.mass.sum() == handle.owner.numel()  # one whole call's, whichever was last
+            assert handle.mass.sum() == handle.owner.numel()  # of one complete call, the last one
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_a_copy_is_taken_over_with_a_working_handle(kind):
+def test_a_copy_has_a_working_handle(kind):
     skip_what_is_too_old(kind, MASSES)
     model = other(kind)
     stock, handle = states(model), prune(model, MASSES)
@@ -83,7 +83,7 @@ def test_a_copy_is_taken_over_with_a_working_handle(kind):
 
 @pytest.mark.parametrize("score", ["probe", "received"])
 def test_a_replica_is_scored_by_its_own_weights(score):
-    """nn.DataParallel's replicas share their hooks; their weights lie on another device."""
+    """Replicas of nn.DataParallel share their hooks, but their weights are on another device."""
     model = other(SiglipVisionModel)
     with prune(model, Plan(keep=0.25, at=1, score=score, fuse="squeeze", mass=True)):
         expected = states(model)
@@ -101,7 +101,7 @@ def test_a_replica_is_scored_by_its_own_weights(score):
 
 @pytest.mark.parametrize("way", ["module", "function", "in place"])
 def test_compiled_code_follows_the_pruning(way):
-    """Compiled and run before: torch.compile looks at no hooks by itself, and would go on unpruned."""
+    """The tower is compiled first. torch.compile does not check hooks, and would run unpruned code."""
     torch._dynamo.reset()
     tower = make(CLIPVisionModel)
     run = tower
@@ -131,7 +131,7 @@ def test_compiled_code_follows_the_pruning(way):
 @pytest.mark.parametrize(
     "kind", [CLIPForImageClassification, Dinov2ForImageClassification, SiglipForImageClassification]
 )
-def test_a_classifier_weighs_what_it_averages_whoever_was_given_to_prune(kind, through):
+def test_a_classifier_averages_tokens_by_mass(kind, through):
     model = other(kind)
     tower = next(m for m in model.modules() if isinstance(m, TOWERS))
     plan, prefix = Plan(keep=0.5, at=1, fuse="squeeze"), 0 if isinstance(tower, SiglipVisionModel) else 1
@@ -184,7 +184,7 @@ def test_towers_whose_maps_are_quantised(kind):
             weight = small.head.attention.in_proj_weight
             del small.head.attention.in_proj_weight
             with pytest.raises(
-                ValueError, match=r"plan\.score must be another: the pooling head's weights are quantised"
+                ValueError, match=r"plan\.score must not need the pooling head: its weights are quantised"
             ):
                 prune(small, Plan(at=1, score="probe"))
             small.head.attention.in_proj_weight = weight
@@ -229,12 +229,12 @@ def test_arguments_of_blocks_that_are_not_known_are_refused():
             model.layers[0](torch.zeros(1, 17, 32), None, rope=torch.zeros(17, 2))
 
 
-def test_a_later_block_alone_has_no_pass_to_go_on_from():
+def test_a_call_of_a_later_block_alone_is_refused():
     model = other(ViTModel)
     with prune(model, MASSES):
         states(model)
         with pytest.raises(
             ValueError,
-            match=r"^prune: block 1 must run after block 0 of the same pass; got a call of it alone",
+            match=r"^prune: block 1 must run after block 0 of the same pass; got a separate call",
         ):
             model.layers[1](torch.zeros(1, 17, 32), None)

@@ -1,4 +1,4 @@
-"""An attention mask on a pruned tower: what it hides stays hidden, whatever is pruned or taken in."""
+"""An attention mask on a pruned tower: masked tokens stay hidden, whichever tokens are pruned or merged."""
 
 import itertools
 
@@ -37,8 +37,8 @@ def run(model, mask=None, pixels=PIXELS):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", [ViTModel, Dinov2Model])
-def test_pruning_what_is_masked_changes_nothing_of_the_rest(kind, attention):
-    """Half of the image is masked, half of the tokens go: those are the same, and so the others compute as before."""
+def test_pruning_masked_tokens_does_not_change_the_others(kind, attention):
+    """The masked half of the tokens is pruned, so the results of the other half do not change."""
     skip_what_is_too_old(kind, Plan(fuse="mean", mass=True))
     model = make(kind, attention)
     truth = run(model, MASK)[:, :SHOWN]
@@ -57,8 +57,8 @@ def test_pruning_what_is_masked_changes_nothing_of_the_rest(kind, attention):
 
 @pytest.mark.parametrize("keep", [0.25, 0.75])
 @pytest.mark.parametrize(("fuse", "mass"), FUSED)
-def test_what_is_masked_reaches_nothing(fuse, mass, keep):
-    """Other pixels where the mask hides them: not a bit of what is shown changes."""
+def test_masked_pixels_do_not_affect_visible_tokens(fuse, mass, keep):
+    """Masked pixels change, and no bit of the visible tokens changes."""
     model, other = make(ViTModel), PIXELS.clone()
     other[:, :, 16:] = 5 * torch.randn(2, 3, 16, 32)
     for at, score in (((0,), "norm"), ((0, 2), "distance"), ((1, 3), "cls"), ((1,), "received")):
@@ -112,7 +112,7 @@ def test_keep_1_leaves_a_mask_as_it_is():
             block = (
                 torch.ones(2, 1, 17, 17, dtype=torch.bool),
                 object(),
-            )  # as other attentions take: handed on
+            )  # the mask of another attention is passed on
             model.layers[0].register_forward_pre_hook(
                 lambda _, args, kwargs: seen.append(args[1]), with_kwargs=True
             )
@@ -126,7 +126,7 @@ def test_keep_1_leaves_a_mask_as_it_is():
     "plan", [Plan(keep=0.5, at=1), Plan.preset("merge", at=(0, 2))], ids=["drop", "merge"]
 )
 def test_towers_with_masks_compile_and_export(kind, plan):
-    """While it traces, transformers passes a mask as long as the full image."""
+    """During tracing, transformers passes a mask for all tokens of the image."""
     skip_what_is_too_old(kind, Plan(fuse="mean", mass=True))
     model = make(kind)
     with prune(model, plan):

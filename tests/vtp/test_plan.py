@@ -72,7 +72,7 @@ def test_a_row_alone_is_the_row_in_its_batch(score, fuse):
 
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.7])
 @pytest.mark.parametrize("fuse", FUSIONS)
-def test_fusion_is_the_weighted_mean_of_what_a_token_owns(fuse, keep):
+def test_fusion_is_the_weighted_mean_of_the_merged_tokens(fuse, keep):
     tokens = torch.randn(2, 26, 5, dtype=torch.float64)
     mass = torch.rand(2, 26, dtype=torch.float64) + 0.5
     fused, kept, masses, owner = Plan(keep=keep, fuse=fuse, centres=3).apply(tokens, mass=mass)
@@ -86,7 +86,7 @@ def test_fusion_is_the_weighted_mean_of_what_a_token_owns(fuse, keep):
             truth = (tokens[row, own] * mass[row, own, None]).sum(0) / mass[row, own].sum()
             torch.testing.assert_close(fused[row, place], truth)
         assert owner[row, 0] == 0
-        assert (owner[row] == 0).sum() == 1  # the class token takes nothing in
+        assert (owner[row] == 0).sum() == 1  # nothing is merged into the class token
     if fuse == "drop":
         assert (owner >= 0).sum() == fused.shape[1] * 2
     else:
@@ -131,7 +131,7 @@ def test_the_grid_is_even(keep):
     assert counts.max() - counts.min() <= 1
 
 
-def test_what_attention_pays():
+def test_attention_scores_agree_with_the_formula():
     query, keys, values = torch.randn(2, 3, 1, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
     mass = torch.rand(2, 6) + 0.5
     weights = torch.einsum("bhqe,bhte->bhqt", query, keys).mul(0.5).exp() * mass[:, None, None]
@@ -149,7 +149,7 @@ def test_a_function_scores():
     )
 
 
-def test_schedules_of_the_three_meanings():
+def test_schedules_of_the_three_semantics():
     assert Plan(keep=0.5, at=4).schedule(197, 12) == (197,) * 4 + (99,) * 8
     tokens = Plan(keep=0.5, at=(3, 6, 9)).schedule(197, 12)
     assert (tokens[0], tokens[-1]) == (197, 99)

@@ -165,7 +165,7 @@ def other(kind, attention="sdpa"):
 
 
 def skip_what_is_too_old(kind, *plans):
-    """DINOv2 of transformers 5.17 takes no mask, and its attention has no q_proj: refused, by name."""
+    """Skip if `prune` refuses a plan: DINOv2 of transformers 5.17 takes no mask and has no q_proj."""
     model = other(kind)
     for plan in plans:
         try:
@@ -200,7 +200,7 @@ def test_every_family_is_pruned_and_restored(kind):
             assert handle.trace.shape == after.shape[:2]
             assert handle.owner.shape == before.shape[:2]
             assert not torch.isnan(after).any()
-            torch.testing.assert_close(  # a row alone is the row in its batch
+            torch.testing.assert_close(  # a row gives the same alone and in a batch
                 model(pixel_values=PIXELS[1:]).last_hidden_state, after[1:], rtol=1e-4, atol=1e-5
             )
         with prune(model, dataclasses.replace(plan, keep=1.0)):
@@ -210,8 +210,8 @@ def test_every_family_is_pruned_and_restored(kind):
 
 @pytest.mark.parametrize("score", ["cls", "received"])
 @pytest.mark.parametrize("kind", TOWERS[:3])
-def test_attention_is_worked_out_ahead(kind, score):
-    """What the block then computes with all tokens, read off its attention map."""
+def test_scores_are_the_attention_of_the_block(kind, score):
+    """The score is the attention that the block computes with all tokens."""
     skip_what_is_too_old(kind, Plan(at=1, score=score))
     model = other(kind, "eager")
     with torch.inference_mode():
@@ -223,7 +223,7 @@ def test_attention_is_worked_out_ahead(kind, score):
 
 
 def test_the_probe_is_the_pooling_heads_attention():
-    """Before the last block, of an identity: what the head then pays."""
+    """The last block is an identity, so the score before it is the attention of the head after it."""
     model, seen = other(SiglipVisionModel), []
     torch.nn.init.uniform_(model.post_layernorm.weight, 0.2, 2)
     for name in ("self_attn.out_proj", "mlp.fc2"):
@@ -241,8 +241,8 @@ def test_the_probe_is_the_pooling_heads_attention():
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_mass_stands_for_copies(kind):
-    """Tokens doubled and merged again, with mass, are the tokens: attention counts each twice."""
+def test_mass_replaces_copies(kind):
+    """Doubled tokens that are merged with mass give the same result: attention counts each of them twice."""
     skip_what_is_too_old(kind, Plan(fuse="mean", mass=True))
     model = other(kind)
     blocks = model.layers if kind is ViTModel else next(iter(model.encoder.children()))
@@ -271,7 +271,7 @@ def test_mass_stands_for_copies(kind):
 
 @pytest.mark.parametrize("kind", [*HEADED, SiglipVisionModel])
 def test_heads_count_tokens_by_their_mass(kind):
-    """A patch copied nine times, and merged again, changes nothing that a head makes of the tower."""
+    """Nine copies of a patch give the same output of the head before and after they are merged."""
     skip_what_is_too_old(kind, Plan(fuse="mean", mass=True))
     model = other(kind)
     tower = next(m for m in model.modules() if isinstance(m, TOWERS))
@@ -286,7 +286,7 @@ def test_heads_count_tokens_by_their_mass(kind):
             1,
         )
 
-    def score(patches):  # of the copies, all but the first go
+    def score(patches):  # all copies but the first are merged
         return torch.tensor([9.0] + [0.0] * 8 + [9.0] * 7).expand(patches.shape[:2])
 
     def answer():
@@ -342,8 +342,8 @@ def test_flops_follow_the_maps_of_the_mlp():
 
 
 @pytest.mark.parametrize("fuse", ["drop", "squeeze", "bipartite"])
-def test_stages_count_from_the_first(fuse):
-    """What remains after three stages owns itself, and weighs what it owns, in the tokens of the embedding."""
+def test_stages_refer_to_the_tokens_of_the_embedding(fuse):
+    """After three stages, a kept token owns itself, and its mass is the number of tokens that it owns."""
     model = make(CLIPVisionModel)
     with prune(model, Plan(keep=0.25, at=(0, 1, 2), fuse=fuse)) as handle:
         embed(model)
@@ -434,7 +434,7 @@ def test_an_image_of_another_size_keeps_the_same_part():
         assert model(pixel_values=torch.randn(1, 3, 48, 48)).last_hidden_state.shape[1] == 1 + 18
 
 
-def test_the_picture_shows_what_was_pruned():
+def test_the_picture_shows_the_pruned_patches():
     model = make(CLIPVisionModel)
     with prune(model, EARLY) as handle:
         embed(model)
@@ -442,10 +442,10 @@ def test_the_picture_shows_what_was_pruned():
     dark = {(patch.get_x() // 8, patch.get_y() // 8) for patch in axes.patches}
     kept = {((k - 1) % 4, (k - 1) // 4) for k in handle.trace[1, 1:].tolist()}
     assert dark == {(x, y) for x in range(4) for y in range(4)} - kept
-    assert len(axes.lines) == 8  # each went somewhere
+    assert len(axes.lines) == 8  # one line for each merged token
 
 
-def test_a_handle_says_what_it_comes_to():
+def test_a_handle_prints_tokens_and_flops():
     model = make(CLIPVisionModel)
     with prune(model, Plan(keep=0.5, at=1)) as handle:
         assert str(handle).splitlines()[1] == "tokens per block: 17 x 1, 9 x 2"
@@ -468,7 +468,7 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(compiled(pixel_values=PIXELS).pooler_output, expected)
 
 
-def test_a_copy_is_pruned_on_its_own():
+def test_a_copy_is_pruned_independently():
     model = make(CLIPVisionModel)
     handle = prune(model, Plan(keep=0.5))
     twin = copy.deepcopy(model)
@@ -498,10 +498,10 @@ def test_misuse_is_named_in_one_line():
     ):
         prune(refused, Plan())
     for score, kind, rule in (
-        ("cls", SiglipVisionModel, "this tower has no class token; got 'cls'"),
-        ("probe", ViTModel, "this tower has no pooling head; got 'probe'"),
+        ("cls", SiglipVisionModel, "a class token: this tower has none; got 'cls'"),
+        ("probe", ViTModel, "a pooling head: this tower has none; got 'probe'"),
     ):
-        with pytest.raises(ValueError, match=rf"^prune: plan\.score must be another: {rule}"):
+        with pytest.raises(ValueError, match=rf"^prune: plan\.score must not need {rule}"):
             prune(other(kind), Plan(score=score))
     flash = make(CLIPVisionModel)
     flash.config._attn_implementation = "flash_attention_2"

@@ -1,18 +1,17 @@
-"""The scan on the CPU in numba: as fast as the vector units allow, without a compiler to install.
+"""The scan on the CPU, in numba: it uses full vectors and needs no compiler to install.
 
-A vector holds as many channels as it has lanes; one loop over time advances four rows of their states at
-once, in registers. A real state is one row; a complex state is two, its real and its imaginary part. Channels
-of a group are taken in blocks of that many lanes. Blocks and sequences are the parallel work: threads run the
-kernels without the interpreter's lock. Results do not depend on the number of threads.
+A block is as many channels of a group as a vector has lanes. One loop over time advances four rows of a
+block's states at once, in registers. A real state is one row; a complex state is two rows, its real and its
+imaginary part. Blocks and sequences are the parallel work: threads run the kernels without the interpreter's
+lock. Results do not depend on the number of threads.
 
-Tiles of `TILE` steps are read from the caller's memory, whatever its strides and type, and turned so that a
-step is a vector; so are A, D and the states. The decay is 2^(delta A log2 e); where no exponent of a tile
-leaves the safe range, the clamps are left out.
+Tiles of `TILE` steps are read from memory of any strides and type and transposed, so that each step is one
+vector. A, D and the states are transposed too. The decay is 2^(delta A log2 e). If no exponent of a tile
+leaves the safe range, the kernel omits the clamps.
 
-The backward pass takes superblocks of several blocks. From the states that the forward pass saved every
-`CHUNK` steps it forms the states of a chunk again, then goes through the chunk in reverse. Gradients of B and
-C are summed over the channels of a superblock in vectors, lane by lane at last, and over superblocks in their
-order.
+The backward pass works on superblocks of several blocks. It recomputes the states of a chunk from those that
+the forward pass saved every `CHUNK` steps, then goes through the chunk in reverse. Gradients of B and C are
+summed over the channels of a superblock in vectors, then over lanes, then over superblocks in a fixed order.
 """
 
 from projecta.scan.cpu.launch import selective_scan, selective_state_update

@@ -1,8 +1,8 @@
 """The backward kernel of the CPU backend.
 
-A superblock is several blocks of channels that share their sums of dB and dC. From the states that the
-forward pass saved every `CHUNK` steps the kernel computes the states of a chunk again, then goes through the
-chunk in reverse.
+A superblock is several blocks of channels that share their sums of dB and dC. The kernel recomputes the
+states of a chunk from those that the forward pass saved every `CHUNK` steps, then goes through the chunk in
+reverse.
 """
 
 import math
@@ -12,7 +12,14 @@ import numpy as np
 
 from projecta.scan.cpu import lazy
 from projecta.scan.cpu.layout import CHUNK, UNROLL
-from projecta.scan.cpu.recurrence import decay_of, in_turns, match_rows, step_rows, step_rows_back, weight_of
+from projecta.scan.cpu.recurrence import (
+    decay_of,
+    match_rows,
+    step_rows,
+    step_rows_back,
+    to_radians,
+    weight_of,
+)
 from projecta.scan.cpu.simd import (
     BYTES,
     address,
@@ -50,7 +57,7 @@ def _recompute(
     T, o, first, steps, A, a, B, C, w, n, q, H, own, hs, decays, clamp, rotate, steady_B, steady_C, ahead,
     look
 ):  # fmt: skip
-    """The states of a chunk again, into hs, with their decays; C h is added to Y."""
+    """Recompute the states of a chunk into hs, and their decays into decays; add C h to Y."""
     width = lanes(T)
     area = (TILE + SKEW) * width
     S, X, Y = o, o + area, o + 3 * area
@@ -135,9 +142,9 @@ def _go_back(
         f0, f1 = match_rows(c0, c1, load(hs, j), load(hs, j + width), rotate)
         f2, f3 = match_rows(c2, c3, load(hs, j + 2 * width), load(hs, j + 3 * width), rotate)
         ds = fma(f0, A0, load(T, DS + t))
-        ds2 = in_turns(f1, rotate) * A1
+        ds2 = to_radians(f1, rotate) * A1
         ds = fma(f2, A2, ds)
-        ds2 = fma(in_turns(f3, rotate), A3, ds2)
+        ds2 = fma(to_radians(f3, rotate), A3, ds2)
         store(T, DS + t, ds + ds2)
         e0, e1, e2, e3 = fma(f0, s, e0), fma(f1, s, e1), fma(f2, s, e2), fma(f3, s, e3)
     store(carry, b, c0)
@@ -155,11 +162,11 @@ def retrace(
     tile, first, steps, A, a, weights, place, states, carry, dA, sinks, clamp, rotate, steady_B, steady_C,
     looks
 ):  # fmt: skip
-    """One chunk and four rows of states: form the states again, then go back through them.
+    """One chunk and four rows of states: recompute the states, then go back through them.
 
-    T holds the tiles of a block, from `o` on: S delta, X delta u, G the gradient of y before the gate, Y = C
-    h, and DX and DS, the gradients of X and, over log 2, of S. A, carry and dA of the block begin at a, the
-    states before the chunk at H[own]. dB and dC collect at pb + t tb and pc + t tc.
+    T holds the tiles of a block from `o` on: S = delta, X = delta u, G = gradient of y before the gate,
+    Y = C h, DX = gradient of X, DS = gradient of S over log 2. A, carry and dA of the block begin at a, the
+    states before the chunk at H[own]. dB and dC of step t are summed at pb + t tb and pc + t tc.
 
     tile: T, o. weights: B, C. place: w, n, q. states: H, own, hs, decays. sinks: dB, pb, tb, dC, pc, tc.
     looks: ahead, look, next_states.
@@ -179,17 +186,17 @@ def retrace(
 
 
 @inner
-def backward_room(n, size):
-    """Vectors that a thread of `backward` works in, for `size` blocks.
+def backward_workspace(n, size):
+    """Workspace of a thread of `backward` for `size` blocks, in vectors.
 
-    Ten tiles each, a chunk's states and decays, sums of dB and dC over the blocks; then of each block A, B,
-    C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias, span, limits, fit.
+    Ten tiles per block; states and decays of a chunk; sums of dB and dC over the blocks; then for each block
+    A, B, C, the carried gradient, dA, dB, dC, and bias, D, dD, dbias, span, limits, fit.
     """
     return 10 * size * (TILE + SKEW) + 8 * CHUNK + 4 + 2 * CHUNK * n + 7 * size * n + 7 * size
 
 
 class States(NamedTuple):
-    """Flat states of the sequences, empty where there is none; `spans` takes the sums of delta."""
+    """Flat states of the sequences, empty if absent; `spans` receives the sums of delta."""
 
     spans: np.ndarray
     last_grad: np.ndarray
@@ -209,7 +216,7 @@ class Grads(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over each sequence, of dB and dC if B and C are constant; else B and C over each superblock."""
+    """Sums over each sequence; if B and C vary, B and C hold dB and dC summed over each superblock."""
 
     dA: np.ndarray
     dD: np.ndarray
@@ -222,7 +229,7 @@ class Sums(NamedTuple):
 
 @inner
 def _prepare(T, o, area, steps, ends, e, softplus, has_z):
-    """Turn what was read into S, X, G and the slopes of softplus and gate; whether exponents are safe."""
+    """Compute S, X, G and the slopes of softplus and gate; return whether all exponents are safe."""
     width, inside = lanes(T), True
     biases, span, limits = load(ends, e), load(ends, e + 4 * width), load(ends, e + 5 * width)
     for t in range(o, o + steps * width, width):
@@ -247,7 +254,7 @@ def _prepare(T, o, area, steps, ends, e, softplus, has_z):
 
 @inner
 def _finish(T, o, area, steps, ends, e, unit, softplus, has_z):
-    """Turn the gradients of S, X and y into those of delta, u and z; add up those of D and the bias."""
+    """Compute the gradients of delta, u and z from those of S, X and y; sum those of D and the bias."""
     width = lanes(T)
     skips = load(ends, e + width)
     sum_D, sum_bias = load(ends, e + 2 * width), load(ends, e + 3 * width)
@@ -272,7 +279,7 @@ def _retrace(
     tile, area, at, steps, rates, own, weights, place, n, saved, before, hs, decays, carries, sums_A, sinks,
     fits, rotate, steady_B, steady_C, periods, block, exact, looks,
 ):  # fmt: skip
-    """All rows of states of a block over a chunk, in the way that the call and its exponents allow."""
+    """Retrace all rows of states of a block over a chunk, by the variant for this call and its exponents."""
     for q in range(0, n, UNROLL):
         here = place, n, q
         if periods is not None:
@@ -302,9 +309,9 @@ def _retrace_chunk(
     tile, at, steps, rates, weights, place, n, count, first, states, carries, sums_A, sinks, fits, rotate,
     steady_B, steady_C, periods, exact, ahead, sums, to,
 ):  # fmt: skip
-    """All blocks of a superblock over a chunk, and their sums of dB and dC, lane by lane.
+    """Retrace all blocks of a superblock over a chunk; sum dB and dC over blocks and lanes.
 
-    `first` is the first block; its states lie behind those of the `chunk` blocks before it.
+    `first` is the first block; the states of `chunk` + `first` blocks precede its states in memory.
     """
     (T, tiles, area), (saved, chunk, blocks, hs, decays) = tile, states
     collect_B, held_B, collect_C, held_C = sinks
@@ -333,7 +340,7 @@ def _retrace_chunk(
 
 @inner
 def _channels(group, k, block, width):
-    """The first channel of a block of a group, and how many it has."""
+    """The first channel of a block of a group, and its number of channels."""
     lane = block * width
     return group * k + lane, min(width, k - lane)
 
@@ -342,7 +349,7 @@ def _channels(group, k, block, width):
 def _begin_block(
     weights, channel, channels, rows, n, unit, turn, rates, own_B, own_C, own, ends, e, steady_B, steady_C
 ):
-    """A, D, the bias, and B and C if they are constant, of a block's channels as vectors."""
+    """Load A, D, the bias, and B and C if they are constant, of a block's channels into vectors."""
     width = lanes(ends)
     fetch_rows(weights.A, channel * rows, channels, rows, n, unit, turn, rates, own)
     store(ends, e + 5 * width, limits_of(rates, own, n))
@@ -358,7 +365,7 @@ def _begin_block(
 def _end_block(
     sums, states, place, channels, rows, sums_A, held_B, held_C, carries, own, ends, e, steady_B, steady_C
 ):  # fmt: skip
-    """Write a block's sums over its sequence; `place` is that of its first channel among all sequences'."""
+    """Write a block's sums over its sequence; `place` indexes its first channel in (sequence, d)."""
     width = lanes(ends)
     write_rows(sums.dA, place * rows, channels, rows, sums_A, own)
     write_rows(sums.dD, place, channels, 1, ends, e + 2 * width)
@@ -375,7 +382,7 @@ def _end_block(
 
 @inner
 def _begin_tile(work, x, T, o, area, row, channel, channels, t0, steps, ends, e, ahead, i):
-    """Read a tile of a block and prepare it; whether its exponents are safe."""
+    """Read a tile of a block and prepare it; return whether its exponents are safe."""
     read(x.delta, x.delta_strides, row, channel, channels, t0, steps, T, o)
     read(x.u, x.u_strides, row, channel, channels, t0, steps, T, o + 6 * area)
     read(x.y, x.y_strides, row, channel, channels, t0, steps, T, o + 2 * area)
@@ -409,9 +416,9 @@ def backward(
     size, supers = sizes[6], sizes[7]
     width, blocks, d, per_super = lanes(weights.bias), g * per_group, g * k, supers // g
     area, held = (TILE + SKEW) * width, n * width
-    tiles, each = 10 * area, size * held  # S X G Y DX DS U Z slope Q
+    tiles, each = 10 * area, size * held  # S X G Y DX DS U Z, slopes of softplus and gate
     thread = claim(counter[1:])
-    T = work.room[thread * backward_room(n, size) * width :]
+    T = work.workspace[thread * backward_workspace(n, size) * width :]
     hs, own = T[size * tiles :], T[size * tiles + 4 * (CHUNK + 1) * width :]
     decays, collect_B = own, own[4 * CHUNK * width :]
     collect_C, own = collect_B[CHUNK * held :], collect_B[2 * CHUNK * held :]

@@ -47,8 +47,8 @@ from projecta.scan.cpu.tiles import (
 def advance(S, X, Y, first, steps, A, B, C, w, n, H, ahead, clamp, rotate, steady_B, steady_C):
     """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
-    S is delta, X delta u; w says where B and C begin. There are more rows in the caller's memory
-    than the hardware fetches ahead: each pass over time asks for a line of the next tile per step.
+    S is delta, X is delta u; B and C begin at offset w. The hardware cannot prefetch all rows of the caller's
+    memory: each pass over time prefetches one cache line of the next tile per step.
     """
     width = lanes(S)
     for q in range(0, n, UNROLL):
@@ -81,13 +81,13 @@ def advance(S, X, Y, first, steps, A, B, C, w, n, H, ahead, clamp, rotate, stead
 
 
 @inner
-def forward_room(n):
-    """Vectors that a thread of `forward` works in: S X Y Z, H, A, B, C, bias, D and span."""
+def forward_workspace(n):
+    """Workspace of a thread of `forward`, in vectors: S X Y Z, H, A, B, C, bias, D and span."""
     return 4 * (TILE + SKEW) + 4 * n + 3
 
 
 class States(NamedTuple):
-    """Flat states of the sequences, empty where there is none; `spans` takes the sums of delta."""
+    """Flat states of the sequences, empty if absent; `spans` receives the sums of delta."""
 
     spans: np.ndarray
     start: np.ndarray
@@ -97,7 +97,7 @@ class States(NamedTuple):
 
 @inner
 def _prepare(S, X, Y, count, biases, skips, span, limits, softplus):
-    """Turn delta and u of a tile into S, X = S u and Y = D u; whether exponents are safe, and the span."""
+    """Compute S, X = S u and Y = D u of a tile; return whether exponents are safe, and the sum of S."""
     width, fits = lanes(S), True
     for at in range(0, count * width, width):
         s, x = load(S, at) + biases, load(X, at)
@@ -113,7 +113,7 @@ def _prepare(S, X, Y, count, biases, skips, span, limits, softplus):
 
 @inner
 def _save(saved, to, H, held, lines):
-    """Keep the states of a block; `lines` says whether they fill aligned cache lines."""
+    """Save the states of a block; `lines`: whether they fill aligned cache lines."""
     for q in range(0, held, lanes(H)):
         if lines:
             store_past_cache(saved, to + q, load(H, q))
@@ -125,7 +125,7 @@ def _save(saved, to, H, held, lines):
 def _advance(
     S, X, Y, t, steps, rates, B, C, v, n, H, ahead, fits, rotate, steady_B, steady_C, periods, place, exact
 ):  # fmt: skip
-    """The states over some steps, in the way that the call and its exponents allow."""
+    """Advance the states over some steps, by the variant for this call and its exponents."""
     if periods is not None:
         lazy.advance(
             (S, X, Y), t, steps, rates, (B, C), v, n, H, ahead, periods, place, exact, steady_B, steady_C
@@ -151,14 +151,14 @@ def _gate(Y, Z, count):
 def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C, periods, exact):
     """Item i is block i % blocks of sequence i // blocks.
 
-    `periods`, if not None, has those of each block and four rows; `exact` is None for the compound decay.
+    `periods`: None, or the period of each block and four rows. `exact`: None for the compound decay.
     """
     sizes, saved = work.sizes, states.saved
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     width, blocks, d = lanes(weights.bias), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
     thread = claim(counter[1:])
-    own = work.room[thread * forward_room(n) * width :]  # as many vectors as `forward_room` says
+    own = work.workspace[thread * forward_workspace(n) * width :]  # `forward_workspace` vectors
     S, X, Y, Z, own = own[:area], own[area:], own[2 * area :], own[3 * area :], own[4 * area :]
     H, rates, own_B, own_C, ends = own, own[held:], own[2 * held :], own[3 * held :], own[4 * held :]
     B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C

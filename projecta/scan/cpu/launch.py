@@ -1,4 +1,4 @@
-"""Launches the CPU kernels: forward and backward passes of a call, with pieces of time where that pays."""
+"""Launches the CPU kernels: forward and backward passes of a call, in pieces of time if that is faster."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
     if layout.pieces == 1:
         _forward_run(layout, y, start, last_state, saved, none)
         return
-    # From zero, each piece ends in `gained`; the states between pieces follow, and the true pass with them.
+    # First pass: `gained`, the end state of each piece from zero. The second pass has the true start states.
     gained, spans = layout.per_piece(inputs.A.shape)
     _forward_run(layout, y, None, gained.flatten(0, 1), none, spans)
     state = torch.zeros_like(last_state) if start is None else start
@@ -33,7 +33,7 @@ def _forward_run(
     layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor,
     periods: np.ndarray | None = None, exact: int | None = None,
 ) -> None:  # fmt: skip
-    work, steps, weights = layout.arguments(y, forward.forward_room.py_func(layout.padded))
+    work, steps, weights = layout.arguments(y, forward.forward_workspace.py_func(layout.padded))
     none = saved[:0]
     states = forward.States(
         flat(spans), flat(none if start is None else start.contiguous()), flat(last), flat(saved)
@@ -52,7 +52,7 @@ def _backward_pass(
     if layout.pieces == 1:
         _backward_run(layout, grad_y, grad_last, saved, grads, grads.initial_state, none)
         return
-    # As in the forward pass, in reverse: what each piece alone sends to its start, then the true pass.
+    # The same in reverse. First pass: `sent`, the gradient at the start of each piece alone.
     sent, spans = layout.per_piece(inputs.A.shape)
     alone = torch.zeros_like(sent).flatten(0, 1)
     _backward_run(layout, grad_y, alone, saved, grads, sent.flatten(0, 1), spans)
@@ -71,16 +71,16 @@ def _backward_run(
 ) -> None:  # fmt: skip
     inputs, s, d = layout.inputs, layout.sequences, layout.inputs.A.shape[0]
 
-    def room(*shape: int) -> Tensor:
+    def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=layout.real)
 
-    dA, dD, dbias = room(s, d, layout.rows), room(s, d), room(s, d)
-    constant = [room(s if t.dim() == 2 else 0, d, layout.rows) for t in (inputs.B, inputs.C)]
+    dA, dD, dbias = empty(s, d, layout.rows), empty(s, d), empty(s, d)
+    constant = [empty(s if t.dim() == 2 else 0, d, layout.rows) for t in (inputs.B, inputs.C)]
     sums = [
-        room(layout.b if t.dim() == 4 else 0, layout.g, layout.supers // layout.g, layout.l, layout.padded)
+        empty(layout.b if t.dim() == 4 else 0, layout.g, layout.supers // layout.g, layout.l, layout.padded)
         for t in (inputs.B, inputs.C)
     ]
-    vectors = backward.backward_room.py_func(layout.padded, int(layout.sizes[6]))
+    vectors = backward.backward_workspace.py_func(layout.padded, int(layout.sizes[6]))
     work, steps, weights = layout.arguments(grad_y, vectors)
     none = saved[:0]
     states = backward.States(
@@ -114,9 +114,9 @@ def _backward_run(
 def lazy_forward(
     inputs: Inputs, delta_softplus: bool, periods: np.ndarray, exact: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`projecta.mrss_scan`: y, the last states, and what `lazy_backward` needs if `save`.
+    """`projecta.mrss_scan`: y, the last states, and if `save` the saved states for `lazy_backward`.
 
-    `periods` has those of each vector of channels and four states in turn; they divide `CHUNK`.
+    `periods`: the period of each vector of channels and four states; each divides `CHUNK`.
     """
     layout, (u, _, A) = Layout(inputs, delta_softplus, whole=True), inputs[:3]
     saved = A.new_empty(saved_shape(inputs, layout.sequences, 1) if save else 0)
@@ -131,7 +131,7 @@ def lazy_backward(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
     periods: np.ndarray, exact: bool,
 ) -> None:  # fmt: skip
-    """Writes `grads`, None where an input is."""
+    """Write `grads`, None where an input is None."""
     layout, none = Layout(inputs, delta_softplus, whole=True), saved[:0]
     in_large_pages(*grads)
     _backward_run(
@@ -142,4 +142,4 @@ def lazy_backward(
 selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)
 
 
-selective_state_update = reference.selective_state_update  # few operations on all states at once: not slower
+selective_state_update = reference.selective_state_update  # few operations on all states: no slower

@@ -1,8 +1,8 @@
-"""How a call's channels, states and sequences lie in vectors, for the kernels of `cpu`.
+"""The vector layout of a call's channels, states and sequences, for the kernels of `cpu`.
 
-Where there are few blocks and sequences for the machine's processors, a long sequence is cut into pieces:
-time is the second level of parallel work. Whether it is depends on the shape and the machine, not on the
-number of threads in use: results do not either.
+If there are too few blocks and sequences for the machine's processors, a long sequence is cut into pieces of
+time, which are parallel work too. The cut depends on the shape and the machine, not on the number of threads
+in use. So results do not depend on it either.
 """
 
 import ctypes
@@ -21,18 +21,18 @@ from projecta.scan.cpu.simd import BYTES
 CHUNK = 16  # steps between saved states
 UNROLL = 4  # rows of states that one loop over time advances
 SUPERBLOCK = 8  # blocks that share their sums of dB and dC
-PIECE = 8192  # the least steps of a piece
+PIECE = 8192  # minimum steps of a piece
 CORES = os.cpu_count() or 1
 
 
-_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # as `simd` knows them
+_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # the types that `simd` reads
 
 
 def flat(t: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor as a flat array; complex numbers as pairs.
 
-    Kernels add offsets to an array's address and ignore its strides. So every array that they get comes from
-    here, and an array with other strides is an error.
+    Kernels add offsets to an array's address and ignore its strides. So every array for a kernel comes from
+    here, and a tensor that is not contiguous is an error.
     """
     t = t.detach()
     if t.is_complex():
@@ -55,16 +55,16 @@ def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Work(NamedTuple):
-    """What the items of a kernel are, and where its threads work."""
+    """The work items of a kernel, and the workspace of its threads."""
 
     sizes: np.ndarray
     sequences: np.ndarray  # the row of each sequence
     bounds: np.ndarray  # first and last step of each sequence
-    chunks: np.ndarray  # of each sequence: where its saved states begin
+    chunks: np.ndarray  # index of the first saved chunk of each sequence
     softplus: bool
     has_z: bool
-    room: np.ndarray
-    looks: np.ndarray  # where each thread prefetches
+    workspace: np.ndarray
+    looks: np.ndarray  # prefetch addresses of each thread
 
 
 class Steps(NamedTuple):
@@ -89,14 +89,14 @@ class Weights(NamedTuple):
 
 
 class Layout:
-    """How channels, states and sequences of a call lie in vectors; what both kernels take."""
+    """The vector layout of a call's channels, states and sequences, and the arguments of both kernels."""
 
     def __init__(self, inputs: Inputs, delta_softplus: bool, whole: bool = False):
         self.inputs, self.delta_softplus = inputs, delta_softplus
         u, _, A, B, C = inputs[:5]
         self.b, d, self.l = u.shape
         self.rotate = 1 if A.is_complex() else None
-        self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # of states
+        self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # rows of states per block
         self.real = A.dtype.to_real()
         self.width = BYTES // self.real.itemsize
         self.padded = round_up(self.rows, UNROLL)
@@ -111,7 +111,7 @@ class Layout:
             self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
         else:
             pieces = min(CORES // max(self.b * self.blocks, 1), self.l // PIECE)
-            if pieces >= 4 and not whole:  # each costs two passes
+            if pieces >= 4 and not whole:  # pieces need two passes
                 self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
             starts = range(0, self.pieces * max(self.piece, 1), max(self.piece, 1))
             bounds = [min(t, self.l) for start in starts for t in (start, start + self.piece)]
@@ -127,11 +127,18 @@ class Layout:
         self.work = u.numel() * self.rows
 
     def arguments(self, y: Tensor, vectors: int) -> tuple[Work, Steps, Weights]:
-        """What both kernels take: y, or its gradient, and `vectors` for each thread to work in."""
+        """Arguments of both kernels, for y or its gradient, and a workspace of `vectors` per thread."""
         u, delta, A, _, _, D, z, bias = self.inputs[:8]
-        room, looks = self.workspace(vectors)
+        workspace, looks = self.workspace(vectors)
         work = Work(
-            self.sizes, self.order, self.bounds, self.chunks, self.delta_softplus, z is not None, room, looks
+            self.sizes,
+            self.order,
+            self.bounds,
+            self.chunks,
+            self.delta_softplus,
+            z is not None,
+            workspace,
+            looks,
         )
         steps = Steps(*memory(u), *memory(delta), *memory(u if z is None else z), *memory(y))
         return work, steps, Weights(
@@ -140,15 +147,15 @@ class Layout:
 
     @property
     def kinds(self) -> tuple[int | None, int | None, int | None]:
-        """1 or None, for which numba compiles other code: complex states, constant B, constant C."""
+        """1 or None for complex states, constant B, constant C; numba compiles separate code for each."""
         constant_B, constant_C = (1 if t.dim() == 2 else None for t in (self.inputs.B, self.inputs.C))
         return self.rotate, constant_B, constant_C
 
     def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
-        """So many vectors for each thread, aligned, and room for what it looks ahead to."""
+        """Buffers of each thread: `vectors` aligned vectors, and prefetch addresses."""
         threads, size = torch.get_num_threads(), int(self.sizes[6])
-        room = torch.empty(threads * vectors * self.width, dtype=self.real)
-        return flat(room), np.zeros(threads * 16 * size, np.int64)
+        workspace = torch.empty(threads * vectors * self.width, dtype=self.real)
+        return flat(workspace), np.zeros(threads * 16 * size, np.int64)
 
     def channels(self, t: Tensor | None) -> np.ndarray:
         """(d,) in the type of the state; zeros for None."""
@@ -158,7 +165,7 @@ class Layout:
 
     @functools.cached_property
     def packed(self) -> tuple[np.ndarray, np.ndarray]:
-        """B and C as `weights` lays them."""
+        """B and C in the layout of `weights`."""
         return self.weights(self.inputs.B), self.weights(self.inputs.C, conjugate=True)
 
     def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
@@ -174,7 +181,7 @@ class Layout:
         return flat(packed)
 
     def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Room for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""
+        """Buffers for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""
         A, d = self.inputs.A, shape[0]
         return A.new_empty(self.b, self.pieces, *shape), torch.empty(self.b, self.pieces, d, dtype=self.real)
 
@@ -187,7 +194,7 @@ class Layout:
 
 
 _LARGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # Linux
-_ALWAYS_FRESH = 2**25  # bytes from which on glibc's malloc takes memory from the kernel each time
+_ALWAYS_FRESH = 2**25  # bytes: glibc's malloc maps larger blocks anew each time
 
 
 @functools.cache
@@ -196,9 +203,9 @@ def _madvise():
 
 
 def in_large_pages(*tensors: Tensor | None) -> None:
-    """Ask the kernel for large pages under tensors that nothing has been written to yet.
+    """Ask Linux for large pages for tensors that have not been written yet.
 
-    Else a fresh tensor of 50 MB costs 12,000 page faults, as long as the scan that fills it takes.
+    Otherwise a fresh tensor of 50 MB costs 12,000 page faults, as much time as the scan that fills it.
     """
     for t in tensors:
         if t is not None and t.numel() * t.element_size() >= _ALWAYS_FRESH and _madvise() is not None:
@@ -215,7 +222,7 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
-    """The states before each chunk, as they lie in vectors."""
+    """Shape of the saved states before each chunk, in the vector layout."""
     u, _, A, B, C = inputs[:5]
     b, d, l = u.shape
     parts = 2 if A.is_complex() else 1

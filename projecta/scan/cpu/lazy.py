@@ -1,11 +1,11 @@
-"""The multi-resolution scan's part of the `cpu` kernels: four rows of states that share a period of updates.
+"""The multi-resolution scan in the `cpu` kernels: four rows of states share a period of updates.
 
-A block of p tokens keeps v = h + sum of x B, two operations per token and state, and decays once, at its end:
+A block of p tokens sums v = h + sum of x B, two operations per token and state, and decays once, at its end:
 
     h' = f(A S) h + f(A S (p - 1) / (2 p)) (v - h)          S: the block's sum of delta; x = delta u
 
-f is the exponential where `exact` is not None, else max(0, 1 + z / 8)^8: A comes as A log2 e, or A / 8. A
-last block that is short reads v in its last token too. The formula, and its use: `projecta.mrss`.
+f is the exponential if `exact` is not None, else max(0, 1 + z / 8)^8. A is passed as A log2 e or A / 8. In a
+short last block the last token reads v too. `projecta.mrss` explains the formula.
 """
 
 from projecta.scan.cpu.layout import UNROLL
@@ -39,7 +39,8 @@ def _keep(T, at, width, x):
 
 @inner
 def _weights(B, varying, constant, width, steady):
-    """Of four rows: a number each for all lanes if it varies in time (`steady` is None), else a vector."""
+    """B or C of four rows: one number broadcast to all lanes if it varies in time (`steady` is None), else a
+    vector."""
     if steady is None:
         return splat(B, varying), splat(B, varying + 1), splat(B, varying + 2), splat(B, varying + 3)
     return _four(B, constant, width)
@@ -53,7 +54,7 @@ def _gain(x, b, v):
 
 @inner
 def _read_out(c, h, y):
-    """y + the sum of c h, in two chains."""
+    """y + the sum of c h, as two independent chains."""
     return fma(c[2], h[2], fma(c[0], h[0], y)) + fma(c[3], h[3], c[1] * h[1])
 
 
@@ -91,7 +92,7 @@ def _settle(f, h, r, v):
 
 @inner
 def _rest(tokens):
-    """The share of a block's exponent by which its inputs still decay, on average."""
+    """The mean fraction of a block's exponent by which its inputs decay."""
     return (tokens - 1) / (2.0 * tokens)
 
 
@@ -102,7 +103,7 @@ def _times(x, b):
 
 @inner
 def _end(span, a, h, v, tokens, exact):
-    """The states at the end of a block of so many tokens."""
+    """The states at the end of a block of `tokens` tokens."""
     rest = _decayed(span * _rest(tokens), a, exact)
     return _settle(_decayed(span, a, exact), h, rest, v)
 
@@ -111,8 +112,8 @@ def _end(span, a, h, v, tokens, exact):
 def advance(tiles, first, steps, A, weights, w, n, H, ahead, periods, at, exact, steady_B, steady_C):
     """Advance the states H of a block over steps of a tile, from `first` on, and add C h to Y.
 
-    `tiles` are S, X, Y and `weights` B, C. Four rows from 4 i on have the period periods[at + i]; `first`
-    begins a block.
+    `tiles` are S, X, Y and `weights` B, C. The four rows from 4 i on have the period periods[at + i]. A block
+    begins at `first`.
     """
     (S, X, Y), (B, C) = tiles, weights
     width = lanes(S)
@@ -131,7 +132,7 @@ def advance(tiles, first, steps, A, weights, w, n, H, ahead, periods, at, exact,
             t = end
         while t < end:
             tokens = min(p, end - t)
-            last = t + p - 1  # it reads the decayed state; a short block has no such token
+            last = t + p - 1  # this token reads the decayed state; a short block has no such token
             span, v = zero(S), h
             for i in range(t, min(last, end)):
                 prefetch(near + (i >> shift) * stride + (i & mask) * BYTES)
@@ -173,7 +174,7 @@ def _retrace_each(
     T, o, area, first, steps, a, a_at, B, C, w, n, q, h, hs, g, sums, dB, pb, tb, dC, pc, tc, exact,
     steady_B, steady_C, ahead, near, next_states,
 ):  # fmt: skip
-    """`retrace` where every token is a block: the gradient of the states before, and of A."""
+    """`retrace` for period 1; returns the gradients of the states before the chunk and of A."""
     width = lanes(T)
     S, X, G, Y, DX, DS = o, o + area, o + 2 * area, o + 3 * area, o + 4 * area, o + 5 * area
     k, c_at = q * width, a_at + q * width
@@ -209,7 +210,7 @@ def _block_back(
     T, o, area, first, end, start, a, c_at, B, C, w, n, q, g, sums, hs, dB, pb, tb, dC, pc, tc, p, exact,
     steady_B, steady_C, next_states,
 ):  # fmt: skip
-    """Go back through the block that begins at step `start` of the chunk: the gradients before it."""
+    """Go back through the block at step `start` of the chunk; return the gradients before it."""
     width = lanes(T)
     S, X, G, DX, DS = o, o + area, o + 2 * area, o + 4 * area, o + 5 * area
     k = q * width
@@ -262,10 +263,10 @@ def retrace(
     tile, first, steps, A, a_at, weights, place, states, carry, dA, sinks, p, exact, steady_B, steady_C,
     looks
 ):  # fmt: skip
-    """One chunk and four rows of states: compute the states again, then go back through them.
+    """One chunk and four rows of states: recompute the states, then go back through them.
 
-    With G the gradient of h', and r = f(A S (p - 1) / (2 p)) G, each token but the last adds C_t dy_t to r
-    and takes from it dB_t = r x_t and dx_t = r B_t; what they added, and f(A S) G, is the gradient of h.
+    Let G be the gradient of h'. r starts as f(A S (p - 1) / (2 p)) G. Each token but the last adds C_t dy_t
+    to r; then dB_t = r x_t and dx_t = r B_t. The gradient of h is f(A S) G + the sum of these C_t dy_t.
 
     tile: T, o, area. weights: B, C. place: w, n, q. states: H, own, hs. sinks: dB, pb, tb, dC, pc, tc.
     looks: ahead, look, next_states. All as in `backward.retrace`.
@@ -276,7 +277,7 @@ def retrace(
     S, X, Y = o, o + area, o + 3 * area
     k, c_at = q * width, a_at + q * width
     a, h, end = _four(A, c_at, width), _four(H, own + k, width), first + steps
-    _keep(hs, 0, width, h)  # then what each token reads
+    _keep(hs, 0, width, h)  # followed by the state that each token reads
     near, g, sums = look + 4 * ((q // UNROLL) & 3), _four(carry, c_at, width), _four(dA, c_at, width)
     if p == 1:
         g, sums = _retrace_each(

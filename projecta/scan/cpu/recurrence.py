@@ -16,13 +16,13 @@ from projecta.scan.cpu.simd import (
 )
 from projecta.scan.cpu.threads import inner
 
-RADIANS = 2 * math.pi * LOG2_E  # A's imaginary parts count turns, its real parts powers of 2
+RADIANS = 2 * math.pi * LOG2_E  # A's imaginary parts are in full turns, its real parts in powers of 2
 
 
 @inner
 def weight_of(B, varying, constant, steady):
-    """B or C of a row of states: one number for all lanes if it varies in time (`steady` is None), else a
-    vector."""
+    """B or C of a row of states: one number broadcast to all lanes if it varies in time (`steady` is None),
+    else a vector."""
     if steady is None:
         return splat(B, varying)
     return load(B, constant)
@@ -30,8 +30,8 @@ def weight_of(B, varying, constant, steady):
 
 @inner
 def decay_of(s, A, A_next, clamp, rotate):
-    """Of two rows: 2^(s A) each, or as a complex number; `clamp` is None where no exponent leaves the safe
-    range, `rotate` where states are real."""
+    """The decays 2^(s A) of two rows, or of one complex state. `clamp` is None if no exponent leaves the safe
+    range, `rotate` if states are real."""
     if rotate is not None:
         size = exp2_product_safe(s, A)
         cos, sin = cos_and_sin(s * A_next)
@@ -67,8 +67,8 @@ def match_rows(c, c_next, h, h_next, rotate):
 
 
 @inner
-def in_turns(f, rotate):
-    """The part of the second row in the gradient of s, whose unit is that of the first."""
+def to_radians(f, rotate):
+    """The second row's part of the gradient of s, converted to the unit of the first row."""
     if rotate is not None:
         return f * RADIANS
     return f

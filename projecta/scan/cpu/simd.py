@@ -1,11 +1,10 @@
 """Vectors of 64 bytes for numba kernels: 16 float32 or 8 float64 lanes, held in registers.
 
-numba's own loops do not become full-width code, so the kernels say what a vector is. LLVM splits these
-operations on narrower machines (AVX2, NEON): nothing here is particular to one processor. In a kernel,
-vectors add, subtract, multiply and divide as numbers do, with vectors or scalars; `fma` is one rounding. No
-operation reorders, or assumes that values are finite.
+numba does not compile loops to full-width vectors, so the kernels use explicit vectors. LLVM splits these
+operations on narrower machines (AVX2, NEON): nothing here depends on the processor. In a kernel, +, -, * and
+/ take vectors and scalars; `fma` rounds once. No operation is reordered, or assumes finite values.
 
-numba's cache on disk knows a kernel by its own file: after a change here, delete `projecta/scan/__pycache__`.
+numba's disk cache checks only a kernel's file: after a change here, delete `projecta/scan/cpu/__pycache__`.
 """
 
 import operator
@@ -36,7 +35,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 class _Kind:
-    """What depends on the scalar type: LLVM types, layout of a float, polynomials."""
+    """The properties of a scalar type: LLVM types, lanes, layout of a float."""
 
     def __init__(self, scalar: types.Float):
         self.double = scalar == types.float64
@@ -63,12 +62,12 @@ class _Kind:
 
 
 def _every(kind, value: int):
-    """`value` in every lane of an LLVM integer vector, or as it is for a scalar."""
+    """`value` in every lane of an LLVM integer vector, or unchanged for a scalar."""
     return [value] * kind.count if isinstance(kind, ir.VectorType) else value
 
 
 def number(stored):
-    """The type that a stored scalar computes in."""
+    """The type for arithmetic on a stored scalar."""
     return stored if isinstance(stored, types.Float) else types.float32
 
 
@@ -148,8 +147,8 @@ class _Emit:
     def exp2_of_product(self, x, y, safe: bool):
         """2^(x y). Unless `safe`, |x y| must stay below 126 (float64: 1022), and neither be NaN.
 
-        Adding 1.5 * 2^mantissa rounds to an integer k, which then stands in the low bits of the sum; 2^k is
-        made by shifting k into the exponent, and 2^(x y - k) is a polynomial.
+        Adding 1.5 * 2^mantissa rounds x y to an integer k in the low bits of the sum. Shifting k into the
+        exponent gives 2^k; a polynomial gives 2^(x y - k).
         """
         kind = self.kind
         magic = 1.5 * 2.0**kind.mantissa
@@ -172,10 +171,10 @@ class _Emit:
         return self.b.fmul(self.polynomial(r, _EXP2[kind.double]), scale)
 
     def reciprocal(self, x):
-        """1 / x for x from 1 to 2^120; a third of the time of a division.
+        """1 / x for x from 1 to 2^120, in a third of the time of a division.
 
-        Subtracting the bits from those of a constant negates the exponent: a reciprocal to 5 %. Each of
-        Newton's steps squares the error.
+        Subtracting the bits of x from those of a constant negates the exponent: a reciprocal to 5 %. Each
+        Newton step squares the error.
         """
         if self.kind.double:
             return self.b.fdiv(self.kind.constant(1), x)
@@ -186,7 +185,7 @@ class _Emit:
         return r
 
     def exp_of_minus(self, x):
-        """e^-x for x within 80 (float64: 700) of 0; the value there for x beyond, and for NaN a number."""
+        """e^-x, with x clamped to -80...80 (float64: 700); a finite number for NaN."""
         limit = 700.0 if self.kind.double else 80.0
         x = self.smaller(self.larger(x, self.kind.constant(-limit)), self.kind.constant(limit))
         return self.exp2_of_product(x, self.kind.constant(-LOG2_E), safe=False)
@@ -198,7 +197,7 @@ class _Emit:
         log = self.polynomial(
             self.fma(e, self.kind.constant(2), self.kind.constant(-1)), _LOG1P[self.kind.double]
         )
-        positive = self.b.fcmp_unordered(">", x, zero)  # or NaN, which is then in the sum
+        positive = self.b.fcmp_unordered(">", x, zero)  # or NaN, which then enters the sum
         value = self.fma(e, log, self.b.select(positive, x, zero))
         part = self.reciprocal(self.b.fadd(one, e))
         slope = self.b.select(positive, part, self.b.fmul(e, part))
@@ -211,7 +210,7 @@ class _Emit:
         return self.reciprocal(self.b.fadd(self.kind.constant(1), self.exp_of_minus(x)))
 
     def cos_and_sin(self, x):
-        """Of 2 pi x: by half the angle, so that the polynomials stay within a quarter of a turn."""
+        """cos and sin of 2 pi x, from half the angle: the polynomials stay within a quarter turn."""
         magic = self.kind.constant(1.5 * 2.0**self.kind.mantissa)
         r = self.b.fsub(x, self.b.fsub(self.b.fadd(x, magic), magic))
         square, two = self.b.fmul(r, r), self.kind.constant(2)
@@ -245,14 +244,14 @@ class _Emit:
             done.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(_INT32, 1)]))
 
     def widen(self, value, stored, integers, floats):
-        """What is stored, as a number: bfloat16 is the upper half of a float32."""
+        """Convert a stored value to a float; bfloat16 is the upper half of a float32."""
         if stored == types.int16:
             wide = self.b.zext(value, integers)
             return self.b.bitcast(self.b.shl(wide, ir.Constant(integers, _every(integers, 16))), floats)
         return self.b.fpext(value, floats) if stored == types.uint16 else value
 
     def narrow(self, value, stored, whole, kind):
-        """A number as it is stored, rounded to the nearest, to even if between two."""
+        """Convert a float to the stored type, rounded to the nearest, ties to even."""
         if stored == types.int16:
             bits = self.b.bitcast(value, whole(0).type)
             odd = self.b.and_(self.b.lshr(bits, whole(16)), whole(1))
@@ -263,7 +262,7 @@ class _Emit:
 
 
 def _lower(operation, method: str) -> None:
-    """`operation` on two vectors, or a vector and a scalar."""
+    """Define `operation` on two vectors, or a vector and a scalar."""
 
     @infer_global(operation)
     class _Template(AbstractTemplate):
@@ -291,7 +290,7 @@ for _operation, _method in (
 
 @intrinsic
 def lanes(typing, array):
-    """Lanes of a vector of the array's scalars, known when the kernel is compiled."""
+    """Number of lanes of a vector of the array's scalars, a compile-time constant."""
     count = _Kind(number(array.dtype)).lanes
     return types.intp(array), lambda context, builder, sig, args: ir.Constant(_INT64, count)
 
@@ -321,7 +320,7 @@ def store(typing, array, offset, value):
 
 @intrinsic
 def store_past_cache(typing, array, offset, value):
-    """The same into an aligned cache line that is not read soon; a `fence` must follow."""
+    """Non-temporal `store` into an aligned cache line that is not read soon; a `fence` must follow."""
 
     def lower(context, builder, sig, args):
         emit = _Emit(builder, value.scalar)
@@ -364,7 +363,7 @@ def put(typing, array, offset, value):
 
 @intrinsic
 def address(typing, array, offset):
-    """Where array[offset] lies in memory."""
+    """The memory address of array[offset]."""
 
     def lower(context, builder, sig, args):
         return builder.ptrtoint(_Emit(builder, types.float32).pointer(context, array, *args), _INT64)
@@ -374,7 +373,7 @@ def address(typing, array, offset):
 
 @intrinsic
 def prefetch(typing, address):
-    """Ask for the cache line at a memory address, which need not be valid."""
+    """Prefetch the cache line at a memory address, which need not be valid."""
 
     def lower(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
@@ -414,7 +413,7 @@ def fma(typing, x, y, z):
 
 @intrinsic
 def line(typing, x, y):
-    """max(0, 1 + x y); NaN where x y is."""
+    """max(0, 1 + x y); NaN where x y is NaN."""
 
     def lower(context, builder, sig, args):
         emit = _Emit(builder, x.scalar)
@@ -425,7 +424,7 @@ def line(typing, x, y):
 
 @intrinsic
 def exp2_product(typing, x, y):
-    """2^(x y) for |x y| below 126 (float64: 1022): `magnitude_below` says whether that holds."""
+    """2^(x y) for |x y| below 126 (float64: 1022); `magnitude_below` checks that."""
 
     def lower(context, builder, sig, args):
         return _Emit(builder, x.scalar).exp2_of_product(*args, safe=False)
@@ -457,7 +456,7 @@ def softplus_and_slope(typing, x):
 
 @intrinsic
 def sigmoid(typing, x):
-    """1 / (1 + e^-x); of NaN some number, so multiply by x as well."""
+    """1 / (1 + e^-x), and a finite number for NaN: multiply by x to keep NaN."""
     return x(x), lambda context, builder, sig, args: _Emit(builder, x.scalar).sigmoid(*args)
 
 
@@ -473,7 +472,7 @@ def cos_and_sin(typing, x):
 
 @intrinsic
 def largest_magnitude(typing, x, y):
-    """max(|x|, y), NaN if either is."""
+    """max(|x|, y), NaN if either is NaN."""
 
     def lower(context, builder, sig, args):
         emit = _Emit(builder, x.scalar)
@@ -546,19 +545,19 @@ def _transposed(typing, source, target, past_cache: bool):
 
 @intrinsic
 def transpose(typing, source, start, source_stride, target, first, target_stride):
-    """Turn a square of as many rows as lanes, from rows of source to rows of target."""
+    """Transpose a square of as many rows as lanes, from rows of source to rows of target."""
     return _transposed(typing, source, target, past_cache=False)
 
 
 @intrinsic
 def transpose_past_cache(typing, source, start, source_stride, target, first, target_stride):
-    """The same into aligned rows of a cache line each that are not read soon; a `fence` must follow."""
+    """`transpose` by non-temporal stores: rows of target are aligned cache lines; a `fence` must follow."""
     return _transposed(typing, source, target, past_cache=True)
 
 
 @intrinsic
 def claim(typing, counter):
-    """counter[0], which is one larger afterwards: each number goes to one thread only."""
+    """Return counter[0] and increment it atomically: each number goes to one thread only."""
 
     def lower(context, builder, sig, args):
         pointer = context.make_array(counter)(context, builder, args[0]).data
@@ -569,7 +568,7 @@ def claim(typing, counter):
 
 @intrinsic
 def fence(typing):
-    """What was written, past the cache too, is seen by every thread from here on."""
+    """Make all earlier stores, non-temporal ones too, visible to every thread."""
 
     def lower(context, builder, sig, args):
         builder.fence("seq_cst")

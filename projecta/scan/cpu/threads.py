@@ -1,11 +1,12 @@
 """Compiles a kernel once, and runs it on as many threads as torch uses.
 
-A kernel is called as kernel(counter, items, *arguments) on every thread at once. It takes its number off
-counter[1] and items off counter[0], so that threads share the work evenly, whatever else runs beside them.
+Every thread calls kernel(counter, items, *arguments). The kernel takes its thread number from counter[1] and
+items from counter[0], so that threads share the work evenly, whatever else runs on the machine.
 
-Where torch brings GNU OpenMP (Linux), the threads are torch's own: they go on spinning after torch's last
-operation and would hold up any others. With them a scan right after such an operation takes 5.9 ms, not 8.0
-(2 cores). Elsewhere, and in a forked child, which has lost them, a pool of ours serves.
+If torch has loaded GNU OpenMP (Linux), the kernel runs on torch's threads. They spin after torch's last
+operation and would slow down other threads: a scan right after such an operation takes 5.9 ms on them, and
+8.0 ms on other threads (2 cores). Elsewhere, and in a forked child, which has lost them, a thread pool is
+used.
 """
 
 import ctypes
@@ -23,8 +24,8 @@ from numba import njit
 SMALL = 200_000  # elements of (b, d, l, n) below which one thread is faster than two
 
 _called: set[tuple] = set()  # kernels and types that have run in this process
-_pools: dict[int, ThreadPoolExecutor] = {}  # by process
-_openmp_process: int | None = None  # that started OpenMP's threads through us
+_pools: dict[int, ThreadPoolExecutor] = {}  # by process id
+_openmp_process: int | None = None  # the process that started OpenMP's threads here
 _SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -40,12 +41,12 @@ _openmp = _find_openmp()
 
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-# For functions that only kernels call: compiled into them, without an entry from Python, kept nowhere.
+# For functions that only kernels call: compiled into the kernel, not callable from Python, not cached.
 inner = njit(**(_OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}))
 
 
 def compiled(function: Callable) -> Callable:
-    """Compiled for each type when it is first called, and kept on disk where a folder can be written."""
+    """Compile for each type at the first call, and cache on disk if a folder is writable."""
     try:
         return njit(**_OPTIONS, cache=True)(function)
     except RuntimeError:  # numba found no folder for its cache
@@ -55,7 +56,7 @@ def compiled(function: Callable) -> Callable:
 def run(kernel: Callable, items: int, work: int, *arguments) -> None:
     """Run a kernel over `items`; `work` is their size in elements of (b, d, l, n)."""
     key = (kernel, *map(_kind, arguments))
-    if key not in _called:  # not on several threads: each would compile
+    if key not in _called:  # on one thread: otherwise each would compile
         _compile(kernel, arguments)
         _called.add(key)
     counter = np.zeros(2, np.int64)
@@ -77,7 +78,7 @@ def run(kernel: Callable, items: int, work: int, *arguments) -> None:
 
 
 def _kind(argument: object) -> Any:
-    """What numba compiles for: dtypes and dimensions of arrays, types of the rest."""
+    """The type for which numba compiles: dtype and dimensions of an array, type of anything else."""
     if isinstance(argument, np.ndarray):
         return argument.dtype, argument.ndim
     if isinstance(argument, tuple):

@@ -1,7 +1,7 @@
-"""Tiles of the CPU kernels: how steps and states come from a tensor's memory into vectors, and back.
+"""Tiles of the CPU kernels: load steps and states from a tensor's memory into vectors, and store them back.
 
-A tile is `TILE` steps of as many channels as a vector has lanes. `read` turns the tensor's memory,
-whatever its strides and dtype, so that each step is one vector; `write` is the way back.
+A tile is `TILE` steps of as many channels as a vector has lanes. `read` transposes memory of any strides and
+dtype, so that each step is one vector; `write` is the inverse.
 """
 
 from projecta.scan.cpu.simd import (
@@ -20,7 +20,7 @@ from projecta.scan.cpu.simd import (
 )
 from projecta.scan.cpu.threads import inner
 
-TILE = 64  # steps that are read and turned together
+TILE = 64  # steps that are read and transposed together
 
 
 SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for each other
@@ -28,7 +28,7 @@ SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for e
 
 @inner
 def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
-    """Bring channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
+    """Load channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
     width = lanes(tile)
     done = 0
     if channels == width and channel_stride == 1:
@@ -48,7 +48,7 @@ def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
 
 @inner
 def _write(target, base, channel_stride, step_stride, channels, steps, tile, at):
-    """The way back of `_read`."""
+    """The inverse of `_read`."""
     width = lanes(tile)
     done = 0
     if channels == width and channel_stride == 1:
@@ -72,27 +72,27 @@ def _write(target, base, channel_stride, step_stride, channels, steps, tile, at)
 
 @inner
 def read(source, strides, row, channel, channels, first, steps, tile, at):
-    """Steps of some channels of a (b, d, l) tensor as vectors at tile[at:]; other lanes are 0."""
+    """Load steps of some channels of a (b, d, l) tensor into vectors at tile[at:]; other lanes are 0."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
     _read(source, base, strides[1], strides[2], channels, steps, tile, at)
 
 
 @inner
 def write(target, strides, row, channel, channels, first, steps, tile, at):
-    """The way back of `read`."""
+    """The inverse of `read`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
     _write(target, base, strides[1], strides[2], channels, steps, tile, at)
 
 
 @inner
 def write_rows(target, base, channels, rows, tile, at):
-    """`rows` vectors from tile[at:] as so many numbers per channel, channels side by side."""
+    """Write `rows` vectors from tile[at:] as `rows` adjacent numbers per channel."""
     _write(target, base, rows, 1, channels, rows, tile, at)
 
 
 @inner
 def look_ahead(ahead, i, source, strides, row, channel, first):
-    """Where the lines of a tile of a (b, d, l) tensor lie: 64 of them, so many in a row of memory."""
+    """Write base, stride, shift and mask of the 64 cache lines of a tile of a (b, d, l) tensor to `ahead`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
     channel_stride, step_stride, size = strides[1], strides[2], source.itemsize
     contiguous = step_stride == 1
@@ -105,16 +105,16 @@ def look_ahead(ahead, i, source, strides, row, channel, first):
 
 @inner
 def clear_vectors(tile, at, count):
-    """Zeros to `count` vectors from tile[at] on."""
+    """Set `count` vectors from tile[at] on to zero."""
     for q in range(count):
         store(tile, at + q * lanes(tile), zero(tile))
 
 
 @inner
 def fetch_rows(source, base, channels, rows, padded, scale, scale_next, tile, at):
-    """Bring `rows` numbers per channel, channels side by side, into vectors at tile[at:], then zeros.
+    """Load `rows` adjacent numbers per channel into vectors at tile[at:], padded with zero vectors.
 
-    Of each two rows one is multiplied by `scale`, one by `scale_next`.
+    Even rows are multiplied by `scale`, odd rows by `scale_next`.
     """
     width = lanes(tile)
     _read(source, base, rows, 1, channels, rows, tile, at)
@@ -127,7 +127,7 @@ def fetch_rows(source, base, channels, rows, padded, scale, scale_next, tile, at
 
 @inner
 def limits_of(rates, at, n):
-    """Steps below which no exponent of a block leaves the safe range; NaN if a rate is."""
+    """Step sizes below which no exponent of a block leaves the safe range; NaN if a rate is NaN."""
     largest = zero(rates)
     for q in range(at, at + n * lanes(rates), lanes(rates)):
         largest = largest_magnitude(load(rates, q), largest)
@@ -136,7 +136,7 @@ def limits_of(rates, at, n):
 
 @inner
 def exponent_unit(periods, exact):
-    """What exponents are counted in, as a factor of A: powers of 2, or eighths for the compound decay."""
+    """The factor of A that gives exponents as powers of 2, or as eighths for the compound decay."""
     if periods is not None and exact is None:
         return 0.125
     return LOG2_E

@@ -1,14 +1,14 @@
 """The scan on a GPU, in Triton: no compiler to install, the same source from a T4 to an H200.
 
-Where b d fills the machine, time is a loop and a warp's lanes are states and channels. Where it does not,
-there are two ways. Without gradients lanes lie along time: each scans 16 steps, a scan over the lanes joins
-them, and the loop runs over the states; every exponential is computed once. With gradients time is cut into
-chunks: a first pass works out the state that each chunk leaves from zero, the second starts from true ones.
+If b d fills the GPU, a warp's lanes hold states and channels, and the warp loops over time. Otherwise there
+are two variants. Without gradients the lanes run along time: each scans 16 steps, a scan over the lanes joins
+them, and the warp loops over states; every exponential is computed once. With gradients time is cut into
+chunks: a first pass computes each chunk's end state from zero, the second starts from the true states.
 
-Backward goes back in slabs of 8 steps, each from the state that forward saved, chunk by chunk in the same
-way, and sums dB and dC over a program's channels, then over programs, in fixed order. `plan` is the table.
+The backward pass goes back in slabs of 8 steps, each from a state that the forward pass saved, in the same
+chunks. It sums dB and dC over a program's channels, then over programs, in a fixed order. `plan` chooses.
 
-B and C reach most kernels in float32, laid out as they read them. Nothing waits for the device.
+Most kernels read B and C from packed float32 buffers. Nothing waits for the device.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The backward kernels of the Triton backend; `carry` is the first pass where time is cut into chunks."""
+"""The backward kernels of the Triton backend; `carry` is the first pass if time is cut into chunks."""
 
 import triton
 import triton.language as tl
@@ -6,20 +6,20 @@ import triton.language as tl
 from projecta.scan.triton.steps import (
     STEPS,
     as_floats,
-    chained,
     channel_numbers,
     channel_of,
     eight_steps,
-    first_stretches,
     kernel,
     lane_of,
+    load_first_rows,
     own_rows,
     own_steps,
-    program_place,
+    program_index,
     read,
     read_three,
     sequence_of,
     split_program,
+    state_after_chunk,
     write,
 )
 from projecta.scan.triton.warp import (
@@ -31,12 +31,12 @@ from projecta.scan.triton.warp import (
     broadcast,
     compensated,
     exp2,
-    load_stretches,
+    load_rows,
     load_words,
     reduce_scatter,
     reduce_warps,
     repeat,
-    shared_room,
+    shared_buffer,
     sigmoid,
     softplus,
     stage_sums,
@@ -51,7 +51,7 @@ from projecta.scan.triton.warp import (
 def _own_steps_and_grads(
     s, g, gate, bias, t1, l, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Per-lane steps: delta, and the gradient of y before the gate."""
+    """Per-lane values of delta, and of the gradient of y before the gate."""
     own_s, own_g = (), ()
     for i in tl.static_range(len(s)):
         step, grad = s[i] + bias, g[i]
@@ -71,7 +71,7 @@ def _carry_block(
     p, own_s, own_g, rates, constant_C, at_C, half, block, slabs, lane, leader, STEADY_C: tl.constexpr,
     STRIDE: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the states before a block of UNROLL slabs, from that of those after it."""
+    """The gradient of the states before a block of UNROLL slabs, from that of the states after it."""
     V: tl.constexpr = STEPS * UNROLL // LANES
     for k in tl.static_range(UNROLL - 1, -1, -1):
         steps = broadcast(own_s, leader, k * STEPS, V, STEPS, 2)
@@ -79,8 +79,8 @@ def _carry_block(
         then = ()
         for j in tl.static_range(len(p)):
             at, row_n = tl.minimum(block + k, slabs - 1).to(tl.int64) * STRIDE, j * LANES + lane
-            in_room = half + (k * S + row_n * STEPS) * 4
-            Cs = eight_steps(at_C + at, row_n, in_room, constant_C[j] if STEADY_C else None, STEADY_C)
+            in_buffer = half + (k * S + row_n * STEPS) * 4
+            Cs = eight_steps(at_C + at, row_n, in_buffer, constant_C[j] if STEADY_C else None, STEADY_C)
             grad = p[j]
             for i in tl.static_range(STEPS - 1, -1, -1):
                 grad = exp2(steps[i] * rates[j]) * (grads[i] * Cs[i] + grad)
@@ -96,16 +96,16 @@ def carry(
     STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk of time but the first adds to the gradient of the state at its start; its sum of delta.
+    """The gradient that each chunk of time but the first adds to its start state, and its sum of delta.
 
-    A program: WARPS times CHANNELS channels of a row and one of those chunks, of which there are `parts`.
+    A program: WARPS times CHANNELS channels of a row and one of these `parts` chunks.
     """
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
     STRIDE: tl.constexpr = ((0 if STEADY_B else N) + N) * STEPS
     S: tl.constexpr = 0 if STEADY_C else N * STEPS
     THREADS: tl.constexpr = WARP * WARPS
-    chosen = program_place(count, processors)
+    chosen = program_index(count, processors)
     if chosen >= count:
         return
     tile, part, row, group = split_program(chosen, groups, tiles, parts)
@@ -122,10 +122,10 @@ def carry(
         constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
     first, final = (part + 1) * chunk, tl.minimum((part + 2) * chunk, slabs)
     blocks, span = tl.cdiv(final - first, UNROLL), zero
-    room, turn = shared_room(index, 2 * UNROLL * S * 4), 0
+    buffer, turn = shared_buffer(index, 2 * UNROLL * S * 4), 0
     slab = first + (blocks - 1) * UNROLL
     if S > 0:
-        first_stretches(at_C, room, index, slab, slabs, S, STRIDE, UNROLL, THREADS)
+        load_first_rows(at_C, buffer, index, slab, slabs, S, STRIDE, UNROLL, THREADS)
     t1 = slab * STEPS + lane * V
     now_s, now_g = read(at_s, t1, sl, l, WIDE, WHOLE, V), read(at_g, t1, gl, l, WIDE, WHOLE, V)
     now_z = () if z is None else read(at_z, t1, zl, l, WIDE, WHOLE, V)
@@ -136,10 +136,10 @@ def carry(
         t1 = tl.maximum(block - UNROLL, first) * STEPS + lane * V
         now_s, now_g = read(at_s, t1, sl, l, WIDE, WHOLE, V), read(at_g, t1, gl, l, WIDE, WHOLE, V)
         now_z = () if z is None else read(at_z, t1, zl, l, WIDE, WHOLE, V)
-        half, turn = room + turn * (UNROLL * S * 4), 1 - turn
+        half, turn = buffer + turn * (UNROLL * S * 4), 1 - turn
         if S > 0:
             slab = tl.maximum(block - UNROLL, first)
-            coming = load_stretches(
+            coming = load_rows(
                 at_C + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, UNROLL, THREADS
             )
         own_s, own_g = _own_steps_and_grads(
@@ -152,7 +152,7 @@ def carry(
             LANES, UNROLL,
         )  # fmt: skip
         if S > 0:
-            store_shared(coming, room + turn * (UNROLL * S * 4), index, UNROLL * S, THREADS)
+            store_shared(coming, buffer + turn * (UNROLL * S * 4), index, UNROLL * S, THREADS)
             barrier(index)
     at = row * parts + part
     tl.store(spans + at * d + channel, all_reduce(span, index, 2, LANES), real)
@@ -166,7 +166,7 @@ def advance_states(
     t_end, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
     V: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """The states after a slab, from those before it, as in `forward_states` (to rounding: compiled apart)."""
+    """The states after a slab, from those before it, as in `forward_states` (but rounded differently)."""
     t1, then = slab * STEPS + lane * V, ()
     loaded_s, loaded_u = read(at_s, t1, sl, l, WIDE, WHOLE, V), read(at_u, t1, ul, l, WIDE, WHOLE, V)
     own = own_steps(loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS, WIDE, WHOLE)
@@ -191,7 +191,7 @@ def advance_states(
 
 @triton.jit
 def write_sums(to, tiles, t, t_start, t_end, inside, bounds, R: tl.constexpr):
-    """A lane's R sums for dB or dC; two packed sequences may share a slab."""
+    """Write a lane's R sums for dB or dC; two packed sequences may share a slab."""
     if bounds is None:
         row = ()
         for i in tl.static_range(R):
@@ -207,8 +207,8 @@ def _own_values(
     s, v, g, gate, ys, bias, t1, t_start, t_end, real, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Per-lane steps: delta, delta u, the gradient of y before the gate, u, softplus's slope,
-    and the gradient of z."""
+    """Per-lane values of delta, delta u, the gradient of y before the gate, u, the slope of softplus, and the
+    gradient of z."""
     own_s, own_x, own_g, own_u, own_slope, own_gate = (), (), (), (), (), ()
     for i in tl.static_range(len(s)):
         step, value, grad = s[i] + bias, v[i], g[i]
@@ -231,7 +231,7 @@ def _own_values(
 
 @triton.jit
 def _saved_rows(saved, place, lane, d, channel, K: tl.constexpr, LANES: tl.constexpr):
-    """The saved states of a lane at a place among the saved slabs."""
+    """The saved states of a lane at index `place` of the saved slabs."""
     found = ()
     for j in tl.static_range(K):
         found = found + (tl.load(saved + (place * (K * LANES) + j * LANES + lane) * d + channel),)
@@ -245,8 +245,8 @@ def _back_row(
 ):  # fmt: skip
     """One state of a lane over a slab: forward from its start, then back.
 
-    Returns the gradient of the state before the slab; the sums over states for dx (of B) and d(delta) (of A);
-    the slab's sums for dA, dB and dC; and each step's products for dB and dC.
+    Returns the gradient of the state before the slab; the sums over states for dx (`sums_dx`) and d(delta)
+    (`sums_ddelta`); the slab's sums for dA, dB and dC; and each step's products for dB and dC.
     """
     states, decays = (state,), ()
     for i in tl.static_range(STEPS):
@@ -257,30 +257,33 @@ def _back_row(
         state = decay * state + gain
         states, decays = states + (state,), decays + (decay,)
     zero = tl.zeros_like(grad)
-    of_A, of_B, of_C = zero, zero, zero  # a slab's sums: fewer roundings than one by one
-    news_B, news_A, over_B, over_C = (), (), (), ()
+    of_A, of_B, of_C = zero, zero, zero  # sums of the slab first: fewer rounding errors
+    sums_dx, sums_ddelta, products_dB, products_dC = (), (), (), ()
     for i in tl.static_range(STEPS - 1, -1, -1):
         sent = grads[i] * Cs[i]
         if bounds is not None:
             inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
             sent = tl.where(inside, sent, 0.0)
         grad = sent + grad
-        news_B = (sums_B[i] + grad * Bs[i],) + news_B
+        sums_dx = (sums_B[i] + grad * Bs[i],) + sums_dx
         if STEADY_B:
             of_B += grad * inputs[i]
-        over_B, over_C = (grad * inputs[i],) + over_B, (grads[i] * states[i + 1],) + over_C
+        products_dB, products_dC = (
+            (grad * inputs[i],) + products_dB,
+            (grads[i] * states[i + 1],) + products_dC,
+        )
         if STEADY_C:
             of_C += grads[i] * states[i + 1]
         grad = decays[i] * grad
         change = grad * states[i]
-        news_A = (sums_A[i] + rate * change,) + news_A
+        sums_ddelta = (sums_A[i] + rate * change,) + sums_ddelta
         of_A += steps[i] * change
-    return grad, news_B, news_A, of_A, of_B, of_C, over_B, over_C
+    return grad, sums_dx, sums_ddelta, of_A, of_B, of_C, products_dB, products_dC
 
 
 @triton.jit
 def _back_slab(
-    p, starts, rates, constant_B, constant_C, own_s, own_x, own_g, at_B, at_C, in_room, sums_room, index,
+    p, starts, rates, constant_B, constant_C, own_s, own_x, own_g, at_B, at_C, in_buffer, sums_buffer, index,
     lane, leader, slab, bounds, t_start, t_end, total_A, lost_A, total_B, total_C, STEADY_B: tl.constexpr,
     STEADY_C: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
     S: tl.constexpr, OF_B: tl.constexpr, R: tl.constexpr,
@@ -296,11 +299,11 @@ def _back_slab(
     then, new_A, new_B, new_C, kept, new_lost = (), (), (), (), (), ()
     for j in tl.static_range(K):
         row_n, at = j * LANES + lane, slab.to(tl.int64) * S
-        here = in_room + row_n * (STEPS * 4)
+        here = in_buffer + row_n * (STEPS * 4)
         Bs = eight_steps(at_B + at, row_n, here, constant_B[j] if STEADY_B else None, STEADY_B)
         here += OF_B * STEPS * 4
         Cs = eight_steps(at_C + at, row_n, here, constant_C[j] if STEADY_C else None, STEADY_C)
-        grad, sums_B, sums_A, of_A, of_B, of_C, over_B, over_C = _back_row(
+        grad, sums_B, sums_A, of_A, of_B, of_C, products_dB, products_dC = _back_row(
             starts[j], p[j], rates[j], steps, inputs, grads, Bs, Cs, sums_B, sums_A, slab, bounds, t_start,
             t_end, STEADY_B, STEADY_C,
         )  # fmt: skip
@@ -308,11 +311,11 @@ def _back_slab(
         then, new_A, new_lost = then + (grad,), new_A + (sum_A,), new_lost + (lost,)
         new_B, new_C = new_B + (total_B[j] + of_B,), new_C + (total_C[j] + of_C,)
         if S > 0:
-            row_j = reduce_scatter(over_B + over_C, index, 1, 2, 2 * STEPS)
+            row_j = reduce_scatter(products_dB + products_dC, index, 1, 2, 2 * STEPS)
             row_j = reduce_scatter(row_j, index, 2 * LANES, CHANNELS // 2, STEPS)
             kept = kept + row_j
             if WARPS > 1:
-                stage_sums(row_j, sums_room, index, slab % 2, j, K, R, WARPS)
+                stage_sums(row_j, sums_buffer, index, slab % 2, j, K, R, WARPS)
     return then, sums_A, sums_B, kept, new_A, new_lost, new_B, new_C
 
 
@@ -321,7 +324,7 @@ def _write_kept(
     to, kept, index, t, t_start, t_end, bounds, K: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A lane's sums of dB and dC of a slab, row by row of those that its warp keeps."""
+    """Write a lane's sums of dB and dC of a slab, for the rows that its warp keeps."""
     for j in tl.static_range((K + WARPS - 1) // WARPS):
         own_j = j * WARPS + index // WARP
         at = to + own_j * LANES * (2 * STEPS)
@@ -333,7 +336,7 @@ def _write_totals(
     to, total_D, total_bias, total_A, total_B, total_C, lane, n, real, STEADY_B: tl.constexpr,
     STEADY_C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over time of dD, dbias and dA, and of dB and dC if B and C are constant."""
+    """Write the sums over time of dD, dbias and dA, and of dB and dC if B and C are constant."""
     N: tl.constexpr = len(total_A) * LANES
     only = real & (lane == 0)
     tl.store(to, total_D, only)
@@ -353,7 +356,7 @@ def _write_gradients(
     sums_A, sums_B, own_s, own_u, own_g, own_slope, own_gate, skip, total_bias, lost_bias, outputs, strides,
     t1, t_start, t_end, real, index, WIDE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """du, ddelta and dz of a slab; what the bias's gradient sums to."""
+    """Write du, ddelta and dz of a slab; return the sum of the bias's gradient so far."""
     to_u, to_s, to_z = outputs
     dul, dsl, dzl = strides
     V: tl.constexpr = len(own_s)
@@ -380,7 +383,7 @@ def _go_back(
     LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, EVERY: tl.constexpr, S: tl.constexpr,
     OF_B: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Go back through slabs first..final of a sequence: the gradient of the state before, and the totals."""
+    """Go back through slabs first..final of a sequence; return the gradient of the state before, and sums."""
     V: tl.constexpr = STEPS // LANES
     K: tl.constexpr = len(p)
     N: tl.constexpr = K * LANES
@@ -389,11 +392,14 @@ def _go_back(
     total_D, total_bias, lost_D, lost_bias = zero, zero, zero, zero
     empty = repeat(zero, K)
     total_A, total_B, total_C, lost_A = empty, empty, empty, empty
-    room, coming = shared_room(index, 2 * S * 4 + (2 * THREADS * K * R * 4 if WARPS > 1 and S > 0 else 0)), ()
+    buffer, coming = (
+        shared_buffer(index, 2 * S * 4 + (2 * THREADS * K * R * 4 if WARPS > 1 and S > 0 else 0)),
+        (),
+    )
     slab = tl.maximum(final - 1, 0)
     if S > 0:
-        coming = load_stretches(shared + slab.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
-        store_shared(coming, room + slab % 2 * (S * 4), index, S, THREADS)
+        coming = load_rows(shared + slab.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
+        store_shared(coming, buffer + slab % 2 * (S * 4), index, S, THREADS)
         barrier(index)
     t1 = slab * STEPS + lane * V
     now_s, now_u, now_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
@@ -417,7 +423,7 @@ def _go_back(
         if z is not None:
             gate, ys = as_floats(now_z, z, WIDE), as_floats(now_y, ungated, WIDE)
         if S > 0:
-            coming = load_stretches(shared + before.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
+            coming = load_rows(shared + before.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
         t1 = before * STEPS + lane * V
         now_s, now_u, now_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
         now_g = read(at_g, t1, gl, l, WIDE, WHOLE, V)
@@ -428,17 +434,17 @@ def _go_back(
         )  # fmt: skip
         for i in tl.static_range(V):
             total_D, lost_D = compensated(total_D, lost_D, own_g[i] * own_u[i])
-        in_room = room + slab % 2 * (S * 4)
+        in_buffer = buffer + slab % 2 * (S * 4)
         p, sums_A, sums_B, kept, total_A, lost_A, total_B, total_C = _back_slab(
-            p, starts, rates, constant_B, constant_C, own_s, own_x, own_g, at_B, at_C, in_room,
-            room + 2 * S * 4, index, lane, leader, slab, bounds, t_start, t_end, total_A, lost_A, total_B,
+            p, starts, rates, constant_B, constant_C, own_s, own_x, own_g, at_B, at_C, in_buffer,
+            buffer + 2 * S * 4, index, lane, leader, slab, bounds, t_start, t_end, total_A, lost_A, total_B,
             total_C, STEADY_B, STEADY_C, LANES, CHANNELS, WARPS, S, OF_B, R,
         )  # fmt: skip
         if S > 0:
-            store_shared(coming, room + (slab + 1) % 2 * (S * 4), index, S, THREADS)
+            store_shared(coming, buffer + (slab + 1) % 2 * (S * 4), index, S, THREADS)
             barrier(index)
             if WARPS > 1:
-                kept = reduce_warps(kept, room + 2 * S * 4, index, slab % 2, K, R, WARPS)
+                kept = reduce_warps(kept, buffer + 2 * S * 4, index, slab % 2, K, R, WARPS)
             t = slab * STEPS + first_sum % STEPS
             to = to_sums + slab.to(tl.int64) * N * (2 * STEPS)
             _write_kept(to, kept, index, t, t_start, t_end, bounds, K, R, LANES, WARPS)
@@ -461,18 +467,18 @@ def backward(
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
-    A slab starts from the state saved last before it, taken on to it if EVERY is more than 1. Writes du,
-    ddelta, dz; for this sequence and chunk the sums over time of dD, dbias, dA (and dB, dC if steady):
-    `totals` (sequence, chunk, d, 2 + N...); and for this tile the sums over its channels of dB and dC,
-    `sums`: (tile of the group, row, group, slab, N, 16).
+    A slab starts from the last state saved before it, advanced to the slab if EVERY > 1. Writes du, ddelta
+    and dz. `totals` (sequence, chunk, d, 2 + N...): the sums over time of dD, dbias, dA (and dB, dC if
+    constant) of this sequence and chunk. `sums` (tile of the group, row, group, slab, N, 16): the sums of dB
+    and dC over this tile's channels.
     """
     K: tl.constexpr = N // LANES
     OF_B: tl.constexpr = 0 if STEADY_B else N
-    S: tl.constexpr = (OF_B + (0 if STEADY_C else N)) * STEPS  # numbers of a slab of B and C
+    S: tl.constexpr = (OF_B + (0 if STEADY_C else N)) * STEPS  # floats of B and C per slab
     THREADS: tl.constexpr = WARP * WARPS
     WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
     R: tl.constexpr = 2 * STEPS // CHANNELS  # sums of dB and dC that a lane keeps
-    chosen = program_place(count, processors)
+    chosen = program_index(count, processors)
     if chosen >= count:
         return
     tile, part, sequence, group = split_program(chosen, groups, tiles, parts)
@@ -485,7 +491,7 @@ def backward(
     weights = ((row * groups + group) * slabs) * S
     at_B, at_C, shared = B + weights, C + weights, (C if STEADY_B else B) + weights
     mine = (((tile % tiles).to(tl.int64) * rows + row) * groups + group) * slabs * N
-    first_sum = (index % 2 * (CHANNELS // 2) + index % WARP // (2 * LANES)) * R  # that a lane keeps
+    first_sum = (index % 2 * (CHANNELS // 2) + index % WARP // (2 * LANES)) * R  # the first that a lane keeps
     to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + first_sum)
     real, channel = channel_of(tile, tiles, group, per_group, column, CHANNELS * WARPS)
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
@@ -506,9 +512,9 @@ def backward(
     if STEADY_C:
         constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
     if carried is not None:
-        for back in range(1, parts - part):  # the last chunk first; the first hands nothing on
+        for back in range(1, parts - part):  # the last chunk first; the first passes nothing on
             at = sequence * (parts - 1) + parts - 1 - back
-            p = chained(p, rates, carried, spans, at, channel, lane, d, real, LANES)
+            p = state_after_chunk(p, rates, carried, spans, at, channel, lane, d, real, LANES)
     p, total_D, total_bias, total_A, total_B, total_C = _go_back(
         p, rates, constant_B, constant_C, u, delta, z, grad_y, ungated, saved, bounds, at_u, at_s, at_z,
         at_g, at_y, at_B, at_C, shared, (to_u, to_s, to_z), (dul, dsl, dzl), to_sums, sl, ul, zl, gl,

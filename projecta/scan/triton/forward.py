@@ -1,16 +1,15 @@
 """The forward kernels of the Triton backend.
 
-A program is one warp, in `backward` a few. In the kernels of states (`forward_states`, `backward`, `carry`) a
-warp's lanes are LANES groups of states times CHANNELS channels; time is a loop over blocks of UNROLL slabs of
-8. Step sizes and inputs are worked out by the lane that owns the step, and spread; sums over states and
-channels are scattered back. In `forward_times` lanes lie along time.
+A program is one or a few warps. In the kernels over states (`forward_states`, `backward`, `carry`) a warp's
+lanes are LANES groups of states times CHANNELS channels. The warp loops over time, in blocks of UNROLL slabs
+of 8 steps. One lane computes the step size and input of each step and broadcasts them; sums over states and
+channels are reduce-scatters. In `forward_times` the lanes run along time.
 
-What bounds them are the words that a warp loads and shuffles, and waiting: a block's arrays are loaded a
-block early, up to 16 bytes a lane, B and C a row of states early. All arithmetic is float32; offsets are
-64-bit.
+Loads, shuffles and latency limit the speed. So a block's arrays are loaded one block early, up to 16 bytes
+per lane, and B and C one row of states early. All arithmetic is float32; offsets are 64-bit.
 
-The flags: WIDE says that arrays can be read in words (time contiguous, aligned, in eights); WHOLE that there
-is nothing to mask (whole blocks and tiles of channels, one sequence a row).
+Flags. WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8). WHOLE: nothing needs a
+mask (whole blocks and tiles of channels, one sequence per row).
 """
 
 import triton
@@ -20,21 +19,21 @@ from projecta.scan.triton.steps import (
     STEPS,
     added,
     as_floats,
-    chained,
     channel_numbers,
     channel_of,
     eight_steps,
-    first_stretches,
     kernel,
     lane_of,
+    load_first_rows,
     own_outputs,
     own_rows,
     own_steps,
-    program_place,
+    program_index,
     read,
     read_three,
     sequence_of,
     split_program,
+    state_after_chunk,
     write,
 )
 from projecta.scan.triton.warp import (
@@ -45,13 +44,13 @@ from projecta.scan.triton.warp import (
     barrier,
     broadcast,
     exp2,
-    load_stretches,
+    load_rows,
     load_words,
     pin,
     prefetch,
     reduce_scatter,
     repeat,
-    shared_room,
+    shared_buffer,
     shift_up,
     shuffle,
     store_shared,
@@ -68,10 +67,10 @@ def _advance_block(
     WIDE: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, OF_B: tl.constexpr,
     LANES: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """The states after a block of UNROLL slabs, its outputs, and the lane's steps of the next block.
+    """The states after a block of UNROLL slabs, its outputs, and the per-lane steps of the next block.
 
-    What was fetched for the next block goes into shared memory at `ahead`. STEADY_C: C is constant, or not
-    read at all unless HAS_C.
+    `coming`, B and C of the next block, is stored to shared memory at `ahead`. STEADY_C: C is constant, or is
+    not read (unless HAS_C).
     """
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = len(h)
@@ -85,11 +84,11 @@ def _advance_block(
         outputs, then = repeat(zero, STEPS), ()
         for j in tl.static_range(K):
             at, row_n = tl.minimum(slab, slabs - 1).to(tl.int64) * STRIDE, j * LANES + lane
-            in_room = half + (k * S + row_n * STEPS) * 4
-            Bs = eight_steps(at_B + at, row_n, in_room, constant_B[j] if STEADY_B else None, STEADY_B)
-            in_room += OF_B * STEPS * 4
+            in_buffer = half + (k * S + row_n * STEPS) * 4
+            Bs = eight_steps(at_B + at, row_n, in_buffer, constant_B[j] if STEADY_B else None, STEADY_B)
+            in_buffer += OF_B * STEPS * 4
             steady_C = constant_C[j] if HAS_C else zero
-            Cs = eight_steps(at_C + at, row_n, in_room, steady_C, STEADY_C)
+            Cs = eight_steps(at_C + at, row_n, in_buffer, steady_C, STEADY_C)
             if saved is not None:
                 to = ((place + (slab - origin) // EVERY) * N + j * LANES + lane) * d + channel
                 here = and_uniform(real, (slab < final) & ((slab - origin) % EVERY == 0))
@@ -103,7 +102,7 @@ def _advance_block(
                 state = exp2(steps[i] * rates[j]) * state + gain
                 new = new + (outputs[i] + state * Cs[i],)
             outputs, then = new, then + (state,)
-            if k == UNROLL - 1 and j == K // 2:  # beside the states, which wait for their exponentials
+            if k == UNROLL - 1 and j == K // 2:  # overlaps with the exponentials of the states
                 store_shared(coming, ahead, index, UNROLL * S, THREADS)
                 t1 = (block + UNROLL) * STEPS + lane * V
                 next_own = own_steps(
@@ -118,7 +117,7 @@ def _first_states(
     A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B: tl.constexpr,
     STEADY_C: tl.constexpr, ENDS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """States at the start of a chunk, rates, and B and C of a lane if they are constant."""
+    """A lane's states at the start of a chunk, its rates, and its B and C if they are constant."""
     rates = own_rows(A + channel * n, lane, n, LOG2_E, K, LANES)
     h, constant_B, constant_C = repeat(zero, K), (), ()
     if start is not None and not ENDS:
@@ -130,7 +129,7 @@ def _first_states(
     if carried is not None and not ENDS:
         for before in range(0, part):
             at = sequence * (parts - 1) + before
-            h = chained(h, rates, carried, spans, at, channel, lane, d, lane >= 0, LANES)
+            h = state_after_chunk(h, rates, carried, spans, at, channel, lane, d, lane >= 0, LANES)
     return h, rates, constant_B, constant_C
 
 
@@ -139,7 +138,7 @@ def _write_outputs(
     sums, skip, loaded_u, loaded_z, u, z, ungated, at_ungated, y, at_y, yl, index, t1, t_start, t_end, real,
     WIDE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A block's outputs, and if `ungated` those before the gate."""
+    """Write a block's outputs, and if `ungated` the outputs before the gate."""
     V: tl.constexpr = STEPS * UNROLL // LANES
     scattered = reduce_scatter(sums, index, 2, LANES, UNROLL * STEPS)
     values = own_outputs(scattered, skip, loaded_u, loaded_z, u, z, WIDE)
@@ -153,7 +152,7 @@ def _write_states(
     h, carried, last, sequence, part, parts, channel, lane, d, n, real, ENDS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk leaves, or the last states of the sequence."""
+    """Write the end states of a chunk (ENDS), or the last states of the sequence."""
     N: tl.constexpr = len(h) * LANES
     for j in tl.static_range(len(h)):
         row_n = j * LANES + lane
@@ -175,16 +174,16 @@ def forward_states(
 ):  # fmt: skip
     """WARPS times CHANNELS channels of a sequence and a chunk; saves the state before each EVERY-th slab.
 
-    Without y it computes the state that each chunk but the last leaves from zero, and its sum of delta.
+    Without y it computes the end state from zero of each chunk but the last, and its sum of delta.
     """
     ENDS: tl.constexpr = y is None
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
     OF_B: tl.constexpr = 0 if STEADY_B else N
     STRIDE: tl.constexpr = (OF_B + (0 if STEADY_C else N)) * STEPS
-    S: tl.constexpr = (OF_B + (0 if STEADY_C or ENDS else N)) * STEPS  # numbers of a slab of B and C
+    S: tl.constexpr = (OF_B + (0 if STEADY_C or ENDS else N)) * STEPS  # floats of B and C per slab
     THREADS: tl.constexpr = WARP * WARPS
-    chosen = program_place(count, processors)
+    chosen = program_index(count, processors)
     if chosen >= count:
         return
     tile, part, sequence, group = split_program(chosen, groups, tiles, parts)
@@ -205,10 +204,10 @@ def forward_states(
         A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B, STEADY_C,
         ENDS, K, LANES,
     )  # fmt: skip
-    room, turn = shared_room(index, 2 * UNROLL * S * 4), 0
-    slab = tl.minimum(first, slabs - 1)  # within bounds for an empty sequence, too
+    buffer, turn = shared_buffer(index, 2 * UNROLL * S * 4), 0
+    slab = tl.minimum(first, slabs - 1)  # within bounds also for an empty sequence
     if S > 0:
-        first_stretches(shared, room, index, slab, slabs, S, STRIDE, UNROLL, THREADS)
+        load_first_rows(shared, buffer, index, slab, slabs, S, STRIDE, UNROLL, THREADS)
     loaded_s, loaded_u, loaded_z = read_three(
         at_s, at_u, at_z, slab * STEPS + lane * V, sl, ul, zl, l, WIDE, WHOLE, V
     )  # fmt: skip
@@ -219,13 +218,13 @@ def forward_states(
         if WHOLE:
             t1 = tl.minimum(t1, l - V)
         next_s, next_u, next_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
-        half, turn, coming = room + turn * (UNROLL * S * 4), 1 - turn, ()
+        half, turn, coming = buffer + turn * (UNROLL * S * 4), 1 - turn, ()
         if S > 0:
             slab = tl.minimum(block + UNROLL, slabs - 1)
             at = shared + slab.to(tl.int64) * STRIDE
-            coming = load_stretches(at, index, slabs - slab, S, STRIDE, UNROLL, THREADS)
+            coming = load_rows(at, index, slabs - slab, S, STRIDE, UNROLL, THREADS)
         span = added(span, own, V)
-        ahead = room + turn * (UNROLL * S * 4)
+        ahead = buffer + turn * (UNROLL * S * 4)
         h, sums, next_own = _advance_block(
             h, rates, own, constant_B, constant_C, block, final, origin, place, at_B, at_C, half, ahead,
             coming, next_s, next_u, delta, u, own_bias, saved, bounds, lane, leader, index, channel, real, d,
@@ -249,7 +248,7 @@ def forward_states(
 def sixteen_steps(
     at, t1, lane, l, NATIVE: tl.constexpr, WHOLE: tl.constexpr, FREE: tl.constexpr
 ):  # fmt: skip
-    """16 steps of B or C for each lane: as they lie in memory, or in quarters, each one stretch of memory."""
+    """16 steps of B or C per lane: from the caller's memory (NATIVE), or from four packed quarters."""
     if NATIVE:
         return read(at, t1, 1, l, True, WHOLE, 2 * STEPS, FREE)
     else:
@@ -261,7 +260,7 @@ def sixteen_steps(
 
 @triton.jit
 def _scan_state(own, outputs, rate, carry, span, Bs, Cs, lane, T: tl.constexpr):
-    """One state over a block: what each lane ends with, and the outputs with C h added."""
+    """Scan one state over a block; return each lane's end state, and the outputs with C h added."""
     decays, gains = (), ()
     for i in tl.static_range(T):
         decays, gains = decays + (exp2(own[i] * rate),), gains + (own[T + i] * Bs[i],)
@@ -285,15 +284,15 @@ def forward_times(
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, NATIVE: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
-    """A program: one channel of a row; lane i scans steps 16 i... of a block, a state at a time.
+    """A program: one channel of a row; lane i scans steps 16 i... of a block, one state at a time.
 
-    A lane's own 16 steps give its end state from zero; the lanes' ends are scanned, which gives each its true
-    start; and the steps are taken again, with the exponentials kept. Lane i also carries state i to the next
-    block: n <= 32. NATIVE reads B and C where they lie. For inference: it saves nothing.
+    Each lane first scans its 16 steps from zero. A warp scan over the lanes' end states gives each lane its
+    true start. Then the steps are repeated with the same exponentials. Lane i also carries state i to the
+    next block: n <= 32. NATIVE: B and C are read from the caller's memory. For inference: it saves nothing.
     """
     T: tl.constexpr = 2 * STEPS
     SIZE: tl.constexpr = WARP * T
-    chosen = program_place(count, processors)
+    chosen = program_index(count, processors)
     if chosen >= count:
         return
     tile, _, row, group = split_program(chosen, groups, tiles, 1)

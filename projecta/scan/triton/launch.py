@@ -13,8 +13,8 @@ from projecta.scan.triton import backward, forward, pack_and_step, replay
 from projecta.scan.triton.layout import (
     Layout,
     as_float32,
-    new_room,
-    recall,
+    cached,
+    new_buffer,
     start_kernel,
     strides_of,
     weight_strides,
@@ -33,7 +33,7 @@ def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: T
 
 
 def _layout(inputs: Inputs, delta_softplus: bool, saved: Tensor) -> Layout:
-    return recall(
+    return cached(
         lambda: Layout(inputs, delta_softplus, saved), inputs, delta_softplus, saved.numel(), inputs.u.device
     )
 
@@ -45,9 +45,9 @@ _POINTERS = (
 
 
 def prepare(given: Inputs, canonical: Inputs, delta_softplus: bool) -> replay.Launch | None:
-    """The launches of a call that has just run without gradients, for others that differ in values only.
+    """The launches of a call that has just run without gradients, for calls that differ in values only.
 
-    None if it made copies of what was given in other types or places.
+    None if the call copied an argument to another type or layout.
     """
     u, _, A, B, C = canonical[:5]
     as_given = given.A is A and given.initial_state is canonical.initial_state
@@ -60,14 +60,14 @@ def prepare(given: Inputs, canonical: Inputs, delta_softplus: bool) -> replay.La
     times, parts = layout.plan.times, layout.plan.parts
     varying, of_B, of_C = (B.dim() == 4, C.dim() == 4), "B", "C"
     steps: list[tuple[Callable, list[int], tuple]] = []
-    floats, offsets = 0, [0, 0]  # of the room for B and C as rows, then for what chunks hand on
+    floats, offsets = 0, [0, 0]  # of a buffer for packed B and C, then for the chunks' end states
 
     def follow(kernel, *places):
         run, rest = layout.launches[kernel]
         steps.append((run, [_POINTERS.index(place) for place in places], rest))
 
     if any(varying) and not (times and layout.native):
-        floats, (offsets[0], offsets[1]) = layout.rooms(varying, 32 if times else 0)
+        floats, (offsets[0], offsets[1]) = layout.packed_sizes(varying, 32 if times else 0)
         of_B, of_C = ("rows_B" if varying[0] else "B"), ("rows_C" if varying[1] else "C")
         sources = "B" if varying[0] else "none", "C" if varying[1] else "none"
         follow(pack_and_step.pack_weights, *sources, of_B, of_C)
@@ -88,8 +88,8 @@ def prepare(given: Inputs, canonical: Inputs, delta_softplus: bool) -> replay.La
         y, last_state = torch.empty_like(u), A.new_empty(shape)
         places += (y.data_ptr(), last_state.data_ptr(), None)
         if floats:
-            room = A.new_empty(floats)  # alive until everything is launched
-            start = room.data_ptr()
+            buffer = A.new_empty(floats)  # kept alive until everything is launched
+            start = buffer.data_ptr()
             places += [start + 4 * offset for offset in offsets]
         for run, slots, rest in steps:
             run(*[places[slot] for slot in slots], *rest)
@@ -129,7 +129,7 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
     if bounds is not None:
         bounds = bounds.contiguous()
         if states is not None:
-            states.zero_()  # a row that no sequence needs is the same at every call
+            states.zero_()  # rows that no sequence uses are the same at every call
     parts = layout.plan.parts
     for ends in (True, False) if parts > 1 else (False,):
 
@@ -160,7 +160,7 @@ def _backward_pass(
             grads.initial_state.copy_(grad_last)
         return
     with torch.cuda.device_of(u):
-        layout = recall(
+        layout = cached(
             lambda: Layout(inputs, delta_softplus, saved),
             (*inputs, grad_y, grad_last, saved),
             delta_softplus,
@@ -192,10 +192,10 @@ def _launch_backward(
         start_kernel(layout.launches, backward.carry, tensors, describe_carry)
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + padded * (1 + steady_B + steady_C)
-    totals = new_room(u, over * layout.d * width)
+    totals = new_buffer(u, over * layout.d * width)
     tiles = layout.tiles(layout.width)
     each_row = 0 if steady_B and steady_C else layout.b * layout.g * slabs * padded * 2 * SLAB
-    sums = new_room(u, tiles * each_row)
+    sums = new_buffer(u, tiles * each_row)
 
     def describe():
         grid, sizes, options = layout.over_states(1, parts)
@@ -314,7 +314,7 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     if y.numel():
         with torch.cuda.device_of(x):
             start_kernel(
-                recall(dict, tensors.values(), dt_softplus, x.device),
+                cached(dict, tensors.values(), dt_softplus, x.device),
                 pack_and_step.update_state,
                 tensors,
                 describe,

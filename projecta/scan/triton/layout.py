@@ -1,4 +1,4 @@
-"""Sizes, grids, options and rooms of a call of the Triton backend, and the launches that it has compiled."""
+"""Sizes, grids, options and buffers of a call of the Triton backend, and its compiled launches."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,24 +10,32 @@ from torch import Tensor
 from projecta._checks import fail
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import pack_and_step
-from projecta.scan.triton.plan import MANY, REGISTERS, WARPS, lanes_of, padded_states, plan, rows_saved
+from projecta.scan.triton.plan import (
+    FEWER_REGISTERS,
+    REGISTERS,
+    WARPS,
+    lanes_of,
+    padded_states,
+    plan,
+    rows_saved,
+)
 from projecta.scan.triton.steps import SLAB
 
-# What kernels take with its strides; everything else that they get the address of is contiguous.
+# Tensors that kernels take with strides; all other tensors are contiguous.
 _STRIDED = {"u", "delta", "z", "y", "x", "dt", "B", "C", "grad_y", "du", "ddelta", "dz", "dB", "dC"}
 
 
 _known: dict[tuple, Any] = {}
 
 
-def recall(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
-    """What `make()` gave for tensors that differed from these in their values only."""
+def cached(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
+    """The cached result of `make()` for tensors that differ from these in values only."""
     key = (
         *others, *(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
     )  # fmt: skip
     found = _known.get(key)
     if found is None:
-        if len(_known) >= 4096:  # lengths that never come again
+        if len(_known) >= 4096:  # many lengths must not fill the memory
             _known.clear()
         found = _known[key] = make()
     return found
@@ -36,11 +44,10 @@ def recall(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
 def start_kernel(
     launches: dict, kernel, tensors: dict[str, Tensor | None], describe: Callable, name: str = ""
 ) -> None:
-    """Launch a kernel, whose arguments are `tensors`, in its order, then numbers, then constants.
+    """Launch a kernel. Its arguments are `tensors`, in its order, then numbers, then constants.
 
-    `describe` gives the grid, numbers by name, and constants and options by name, once: a second launch goes
-    straight to what the first compiled. Triton would look at every argument of every launch for what to
-    compile.
+    The first launch calls `describe` for the grid, numbers by name, and constants and options by name. Later
+    launches go straight to the compiled kernel. Triton's launcher would inspect every argument each time.
     """
     known = launches.get(name or kernel)
     if known is None:
@@ -57,12 +64,12 @@ def start_kernel(
             launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
     else:
         run, rest = known
-        # a tensor would be asked for its address, and the driver whether it lies on the GPU
+        # for a tensor, the launcher would also ask the driver whether it is on the GPU
         run(*(None if t is None else t.data_ptr() for t in tensors.values()), *rest)
 
 
 class Layout:
-    """What calls have in common whose tensors are alike but for their values: sizes, a plan, its launches."""
+    """Sizes, plan and launches of all calls whose tensors differ in values only."""
 
     def __init__(self, inputs: Inputs, delta_softplus: bool, saved: Tensor):
         u, _, A, B, C = inputs[:5]
@@ -81,18 +88,18 @@ class Layout:
         )  # fmt: skip
         self.padded = padded_states(self.n)
         self.lanes = lanes_of(self.n)
-        self.warps = WARPS if self.n <= 64 else 1  # of a program: their sums go through shared memory
-        self.width = 32 * self.warps // self.lanes  # its channels
-        # slabs in a block of the loops over time: 16 bytes of an array for each lane
+        self.warps = WARPS if self.n <= 64 else 1  # per program: their sums go through shared memory
+        self.width = 32 * self.warps // self.lanes  # channels per program
+        # slabs per block of the loops over time: 16 bytes of an array for each lane
         self.unroll = 1 if self.n > 32 else 8 // self.size
         self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
-        # `forward_times` reads B and C best where they lie if they are 16 bits and whole words
+        # `forward_times` reads 16-bit B and C without packing if it can read whole words
         self.native = all(t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C))
-        self.states = saved.numel()  # floats of the saved states; then comes the output before the gate
+        self.states = saved.numel()  # floats of the saved states; the output before the gate follows
         if self.states and inputs.z is not None:
             self.states -= words_of(u)
         rows = self.states // (self.padded * self.d)
-        for self.every in (1, 2, 4):  # slabs between saved states; two choices of as many rows lie alike
+        for self.every in (1, 2, 4):  # slabs between saved states; equal numbers of rows have equal layouts
             if not self.states or rows == rows_saved(u, self.packed, self.sequences, SLAB * self.every):
                 break
         else:
@@ -100,18 +107,18 @@ class Layout:
         self.launches: dict = {}
 
     def along_time(self) -> tuple:
-        """Grid, sizes and options of the kernel whose lanes lie along time."""
+        """Grid, sizes and options of the kernel whose lanes run along time."""
         grid, sizes = self.cut(1, 1)
         few = sizes["count"] <= 12 * self.processors
         options = self.flags | {
             "WIDE": True, "WHOLE": not self.packed and self.l % (2 * SLAB * 32) == 0, "NATIVE": self.native,
             "PIN": not self.native or not few or self.l > 2048, "num_warps": 1,
-            "maxnreg": REGISTERS if few or self.size == 4 else MANY,
+            "maxnreg": REGISTERS if few or self.size == 4 else FEWER_REGISTERS,
         }  # fmt: skip
         return grid, sizes, options
 
     def over_states(self, block: int, parts: int) -> tuple:
-        """The same of a kernel that takes so many chunks of time in blocks of so many slabs."""
+        """The same of a kernel over states, with `parts` chunks of time and blocks of `block` slabs."""
         grid, sizes = self.cut(self.width, parts)
         whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % self.width == 0
         options = self.flags | {
@@ -122,7 +129,7 @@ class Layout:
         return grid, sizes, options
 
     def cut(self, width: int, parts: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        """Grid and sizes of programs of so many channels, and so many chunks of time."""
+        """Grid and sizes of programs of `width` channels, with `parts` chunks of time."""
         per_group, tiles = self.d // self.g, self.tiles(width)
         count = self.sequences * parts * self.g * tiles
         processors = min(self.processors, count)
@@ -134,7 +141,7 @@ class Layout:
         return (-(-count // processors) * processors,), sizes
 
     def tiles(self, width: int) -> int:
-        """Programs of so many channels that share a group."""
+        """Number of programs of `width` channels per group."""
         return -(-(self.d // self.g) // width)
 
     def words(self, *tensors: Tensor | None) -> bool:
@@ -148,25 +155,25 @@ class Layout:
                     return False
         return True
 
-    def rooms(self, varying: tuple[bool, bool], lanes: int) -> tuple[int, tuple[int, int]]:
-        """Floats that B and C take as `arrange` lays them, if they vary, and where each begins."""
+    def packed_sizes(self, varying: tuple[bool, bool], lanes: int) -> tuple[int, tuple[int, int]]:
+        """Size in floats of packed B and C, if they vary, and the offset of each."""
         slabs, rows, steps = self.rows_of(lanes)
         size = self.b * self.g * slabs * rows * steps
-        offset = size if lanes else rows * steps  # of C: behind B, or row by row
+        offset = size if lanes else rows * steps  # of C: after B, or after B in each slab
         return size * sum(varying), (0, varying[0] * offset)
 
     def rows_of(self, lanes: int) -> tuple[int, int, int]:
-        """Slabs of rows of steps that `arrange` makes, for so many lanes along time or none."""
+        """Slabs, rows and steps of packed B and C, for `lanes` lanes along time or 0."""
         return (-(-self.l // (16 * lanes)), self.n, 16 * lanes) if lanes else (self.slabs, self.padded, SLAB)
 
     def arranged(self, B: Tensor, C: Tensor, lanes: int = 0) -> tuple[Tensor, Tensor]:
-        """B and C as `arrange` lays them; constant ones in float32."""
+        """B and C packed for the kernels; constant ones in float32."""
         slabs, rows, steps = self.rows_of(lanes)
         varying = B.dim() == 4, C.dim() == 4
-        size, offsets = self.rooms(varying, lanes)
-        room = new_room(B, size)
+        size, offsets = self.packed_sizes(varying, lanes)
+        buffer = new_buffer(B, size)
         outs = [
-            room[offset:] if varies else t.float().contiguous()
+            buffer[offset:] if varies else t.float().contiguous()
             for offset, t, varies in zip(offsets, (B, C), varying, strict=True)
         ]
 
@@ -186,11 +193,11 @@ class Layout:
         return outs[0], outs[1]
 
     def carried(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Room for what each chunk hands on: a state, and its sum of delta."""
+        """Buffers for the values that each chunk passes on: a state, and its sum of delta."""
         if self.plan.parts == 1:
             return None, None
         size = self.b * (self.plan.parts - 1) * self.d
-        return new_room(u, size * self.padded), new_room(u, size)
+        return new_buffer(u, size * self.padded), new_buffer(u, size)
 
     def kept(self, saved: Tensor, u: Tensor, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The parts of `saved`: states (row, n, channel), and the output before the gate."""
@@ -201,17 +208,17 @@ class Layout:
         return saved[: self.states], saved[self.states :].view(u.dtype)[: u.numel()]
 
 
-def new_room(like: Tensor, size: int) -> Tensor:
+def new_buffer(like: Tensor, size: int) -> Tensor:
     return like.new_empty(size, dtype=torch.float32)
 
 
 def words_of(u: Tensor) -> int:
-    """Room for u, counted in float32, aligned for loads of 16 bytes."""
+    """Size of u in float32 numbers, rounded up for loads of 16 bytes."""
     return -(-u.numel() * u.element_size() // 16) * 4
 
 
 def as_float32(t: Tensor | None) -> Tensor | None:
-    """In float32, as it lies if it can."""
+    """`t` as contiguous float32; no copy if it is already."""
     return None if t is None else t.to(torch.float32).contiguous()
 
 
@@ -230,7 +237,7 @@ def strides_of(**tensors: Tensor | None) -> dict[str, int]:
 
 
 def weight_strides(axes: str = "bgnl", **tensors: Tensor) -> dict[str, int]:
-    """Strides over these axes of B or C (b, g, n, l); constant ones have none."""
+    """Strides over these axes of B or C (b, g, n, l); 0 for constant ones."""
     return {
         name + axis: t.stride(i) if t.dim() == 4 else 0
         for name, t in tensors.items()

@@ -1,4 +1,4 @@
-"""The small Triton kernels: B and C packed for the scan, sums folded into gradients, one step of decoding."""
+"""The small Triton kernels: pack B and C for the scan, reduce sums to gradients, one step of decoding."""
 
 import triton.language as tl
 
@@ -11,10 +11,10 @@ def pack_weights(
     B, C, to_B, to_C, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, slabs, blocks,
     N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """B and C, (b, g, n, l) of any strides, in float32, zero beyond n and l.
+    """Pack B and C, (b, g, n, l) of any strides, in float32, with zeros beyond n and l.
 
     As (b, g, slab, N of each that varies, 8); or for LANES lanes along time as (b, g, n, block, 4, LANES, 4),
-    so that each quarter of the lanes' 16 steps is one stretch of memory.
+    so that each quarter of the lanes' 16 steps is contiguous.
     """
     t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     row, state = tl.program_id(0) // blocks, tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
@@ -44,7 +44,7 @@ def reduce_tiles(
     sums, dB, dC, Bb, Bg, Bn, Bl, Cb, Cg, Cn, Cl, l, n, groups, tiles, slabs, blocks,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum what the tiles of each group hold, in their order, into dB and dC (b, g, n, l)."""
+    """Sum the tiles of each group, in their order, into dB and dC (b, g, n, l)."""
     row, rows = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     each = slabs.to(tl.int64) * (N * 2 * STEPS)
@@ -73,7 +73,7 @@ def reduce_chunks(
     totals, dA, dD, dbias, dB, dC, d, n, over,
     N: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum `totals` over sequences and chunks, in their order, into the gradients of one channel a program."""
+    """Sum `totals` over sequences and chunks, in their order, into the gradients; one channel per program."""
     WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
     channel, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     sum = tl.zeros((BLOCK,), tl.float32)

@@ -10,48 +10,48 @@ from projecta.scan.triton.steps import SLAB
 class Plan(NamedTuple):
     """How a call is cut into programs."""
 
-    times: bool  # lanes lie along time, not along states
-    parts: int  # otherwise: chunks of time,
-    chunk: int  # of so many slabs
+    times: bool  # lanes run along time, not along states
+    parts: int  # otherwise: number of chunks of time
+    chunk: int  # slabs per chunk
 
 
-ROOM = 3  # programs that a processor holds at a time
+PROGRAMS_PER_PROCESSOR = 3  # programs that a processor holds at a time
 
 
-PARTS, SHORTEST = 64, 8  # chunks at most; slabs of a chunk at least
+PARTS, SHORTEST = 64, 8  # maximum chunks; minimum slabs per chunk
 
 
-LONG = 40  # slabs of a chunk from which on chunks are better than lanes along time, if u is float32
+LONG_CHUNK = 40  # slabs per chunk from which on chunks beat lanes along time, if u is float32
 
 
-FEW = 4  # channels per processor from which on lanes along time fill it
+CHANNELS_TO_FILL = 4  # channels per processor from which on lanes along time fill it
 
 
-REGISTERS, MANY = 168, 128  # of a thread: 12 warps per processor, or 16
+REGISTERS, FEWER_REGISTERS = 168, 128  # per thread: 12 warps per processor, or 16
 
 
-WARPS = 4  # of a program that reads B and C by way of shared memory
+WARPS = 4  # of a program that reads B and C through shared memory
 
 
 def plan(
     b: int, d: int, l: int, n: int, groups: int, packed: bool, saves: bool, wide: bool, processors: int
 ) -> Plan:
-    """The table: how many chunks of time fill the GPU's processors once; whether lanes along time do better.
+    """Choose the number of chunks of time that fill the GPU's processors once, or lanes along time.
 
     `saves`: a backward pass will follow. `wide`: u is float32. Measured on an H100 (132 processors).
     """
     slabs = -(-l // SLAB)
     whole = Plan(False, 1, slabs)
     programs = b * groups * -(-(d // groups) * lanes_of(n) // (32 * WARPS))
-    fill = ROOM * processors // programs
+    fill = PROGRAMS_PER_PROCESSOR * processors // programs
     if packed or fill < 2:
         return whole
     parts = min(fill, PARTS, slabs // SHORTEST)
     if not saves and n <= 32:
-        many = b * d >= FEW * processors or parts < 2
-        if many and (not wide or slabs < LONG * fill):
+        many = b * d >= CHANNELS_TO_FILL * processors or parts < 2
+        if many and (not wide or slabs < LONG_CHUNK * fill):
             return Plan(True, 1, slabs)
-        if wide and fill == 2:  # the way through half of the sequence twice costs what the second chunk gains
+        if wide and fill == 2:  # scanning the first half twice costs what two chunks gain
             return whole
     if parts < 2:
         return whole
@@ -69,5 +69,5 @@ def padded_states(n: int) -> int:
 
 
 def rows_saved(u: Tensor, packed: bool, sequences: int, every: int) -> int:
-    """How many states of a channel are saved, if every so many steps; a packed sequence begins a row."""
+    """Number of saved states of a channel, one per `every` steps; each packed sequence begins a row."""
     return u.shape[2] // every + sequences if packed else u.shape[0] * -(-u.shape[2] // every)

@@ -1,7 +1,7 @@
-"""Calls that differ from an earlier one in their values only, where one launch is all that a call takes.
+"""The launch cache: a call that differs from an earlier one in values only goes straight to its launches.
 
-Checks, layout and launch cost the processor several times what a small kernel costs the GPU. What was checked
-once is not checked again: shapes, strides, types, devices and alignment are the key to a launch, ready made.
+Checks, layout and launch cost the CPU several times what a small kernel costs the GPU. Here they are done
+once per key. The key is the shapes, strides, types, devices and alignment of the tensors.
 """
 
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from projecta.scan._operator import KINDS, unwatched
+from projecta.scan._operator import KINDS, untraced
 
 Launch = Callable[..., tuple[Tensor, Tensor]]
 
 _launches: dict[tuple, Launch] = {}
-MOST = 4096  # lengths that never come again must not fill the memory
+MOST = 4096  # launches: many lengths must not fill the memory
 
 
-def kind_of(tensors: tuple[Tensor | None, ...], *others: object) -> tuple[tuple, list[int | None]] | None:
-    """A key to all but the values, and where these lie; None if the call needs the whole way."""
-    if not unwatched():
+def cache_key(tensors: tuple[Tensor | None, ...], *others: object) -> tuple[tuple, list[int | None]] | None:
+    """The cache key of a call and the addresses of its tensors; None if it cannot use the cache."""
+    if not untraced():
         return None
     key: list[object] = [*others]
     places: list[int | None] = []
@@ -40,11 +40,11 @@ def kind_of(tensors: tuple[Tensor | None, ...], *others: object) -> tuple[tuple,
     return tuple(key), places
 
 
-def known(key: tuple) -> Launch | None:
+def cached_launch(key: tuple) -> Launch | None:
     return _launches.get(key)
 
 
-def learn(key: tuple, launch: Launch | None) -> None:
+def cache_launch(key: tuple, launch: Launch | None) -> None:
     if launch is not None:
         if len(_launches) >= MOST:
             _launches.clear()

@@ -1,7 +1,7 @@
-"""How the Triton kernels read and write steps of a sequence: a lane's own steps, words, slabs of eight.
+"""How the Triton kernels read and write steps of a sequence: per-lane steps, words, slabs of 8 steps.
 
-WIDE says that arrays can be read in words (time contiguous, aligned, in eights). WHOLE says that there is
-nothing to mask (whole blocks and tiles of channels, one sequence a row).
+WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8). WHOLE: nothing needs a mask
+(whole blocks and tiles of channels, one sequence per row).
 """
 
 import inspect
@@ -15,8 +15,8 @@ from projecta.scan.triton.warp import (
     constant,
     exp2,
     load_one,
+    load_rows,
     load_shared,
-    load_stretches,
     load_words,
     pack_word,
     repeat,
@@ -28,7 +28,7 @@ from projecta.scan.triton.warp import (
     unpack_word,
 )
 
-# Sizes and strides: all compile to the same code whatever they are (see `launch.start`).
+# Sizes and strides: the compiled code is the same for all values (see `layout.start_kernel`).
 SIZES = [
     "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
     "blocks",
@@ -37,7 +37,7 @@ SIZES = [
 ]  # fmt: skip
 
 
-SLAB = 8  # steps that a kernel of states takes at a time, and between saved states
+SLAB = 8  # steps that a kernel over states takes at a time; states are saved between slabs
 
 
 STEPS = constant(SLAB)
@@ -50,8 +50,8 @@ def kernel(function):
 
 
 @triton.jit
-def program_place(count, processors):
-    """Which of `count` programs this is: those of one processor are neighbours, and share B and C."""
+def program_index(count, processors):
+    """Index of this program among `count`: those of one processor are neighbours, and share B and C."""
     i = tl.program_id(0)
     return i % processors * tl.cdiv(count, processors) + i // processors
 
@@ -65,14 +65,14 @@ def split_program(chosen, groups, tiles, parts):
 
 @triton.jit
 def channel_of(tile, tiles, group, per_group, column, WIDTH: tl.constexpr):
-    """Whether a lane has a channel, and which; the group's last one if it has none."""
+    """Whether a lane has a channel, and the index of this channel, or of the group's last one."""
     own = (tile % tiles) * WIDTH + column
     return own < per_group, (group * per_group + tl.minimum(own, per_group - 1)).to(tl.int64)
 
 
 @triton.jit
 def sequence_of(bounds, sequence, l, slabs, EVERY: tl.constexpr):
-    """Row, first step, end, and the place of the first saved state of a sequence."""
+    """Row, first step, end, and index of the first saved state of a sequence."""
     if bounds is None:
         return sequence, 0, l, sequence * tl.cdiv(slabs, EVERY)
     else:
@@ -91,8 +91,8 @@ def own_rows(at, lane, n, factor, K: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def chained(states, rates, carried, spans, at, channel, lane, d, real, LANES: tl.constexpr):
-    """The states behind a chunk of time, from what it leaves from zero and its sum of delta."""
+def state_after_chunk(states, rates, carried, spans, at, channel, lane, d, real, LANES: tl.constexpr):
+    """The states after a chunk of time, from its end state from zero and its sum of delta."""
     passed, then = tl.load(spans + at * d + channel), ()
     N: tl.constexpr = len(states) * LANES
     for j in tl.static_range(len(states)):
@@ -103,35 +103,35 @@ def chained(states, rates, carried, spans, at, channel, lane, d, real, LANES: tl
 
 @triton.jit
 def channel_numbers(at, channel, zero):
-    """A number for each lane's channel, of a (d,) tensor; zero if there is none."""
+    """The number of a (d,) tensor for each lane's channel; zero without a tensor."""
     return zero if at is None else tl.load(at + channel)
 
 
 @triton.jit
 def added(total, values, COUNT: tl.constexpr):
-    """total + the first values, in their order."""
+    """total + the first COUNT values, in their order."""
     for i in tl.static_range(COUNT):
         total += values[i]
     return total
 
 
 @triton.jit
-def first_stretches(
-    at, room, index, slab, slabs, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr,
+def load_first_rows(
+    at, buffer, index, slab, slabs, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Bring B and C of the first U slabs into shared memory."""
-    coming = load_stretches(at + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, U, THREADS)
-    store_shared(coming, room, index, U * S, THREADS)
+    """Load B and C of the first U slabs into shared memory."""
+    coming = load_rows(at + slab.to(tl.int64) * STRIDE, index, slabs - slab, S, STRIDE, U, THREADS)
+    store_shared(coming, buffer, index, U * S, THREADS)
     barrier(index)
 
 
 @triton.jit
 def lane_of(index, LANES: tl.constexpr):
-    """Per-thread states and channel, and the first thread that has that channel.
+    """For each thread: its lane of a channel, the channel, and the first thread of this channel.
 
-    Threads 2 i and 2 i + 1 have the same states, so that they read B and C from shared memory in one go;
-    the lanes of a channel are 2 threads apart, so that they read its steps side by side.
+    Threads 2 i and 2 i + 1 have the same states, so one read of shared memory serves both. The lanes of a
+    channel are 2 threads apart, so that they read adjacent steps.
     """
     lane = index // 2 % LANES
     return lane, index % 2 + index // (2 * LANES) * 2, index - 2 * lane
@@ -141,7 +141,7 @@ def lane_of(index, LANES: tl.constexpr):
 def read(
     at, t1, stride, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, FREE: tl.constexpr = True
 ):  # fmt: skip
-    """V steps of each lane from its t1 on: words, or wherever they lie, one by one."""
+    """V steps of each lane from its t1 on: in words (WIDE), or one by one with any stride."""
     BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
     P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
     found = ()
@@ -168,7 +168,7 @@ def read_three(
 
 @triton.jit
 def as_floats(loaded, like, WIDE: tl.constexpr):
-    """What `read` found, as tiles in float32; `like` is a pointer to its type."""
+    """The result of `read`, as tiles in float32; `like` is a pointer to its type."""
     tiles = ()
     for i in tl.static_range(len(loaded)):
         tiles = tiles + (unpack_word(loaded[i], like.dtype.element_ty) if WIDE else (loaded[i],))
@@ -179,7 +179,7 @@ def as_floats(loaded, like, WIDE: tl.constexpr):
 def write(
     at, t1, stride, tiles, t_start, t_end, real, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
 ):  # fmt: skip
-    """V steps of each real lane from its t1 on, those within t_start..t_end."""
+    """Write V steps of each lane that has a channel (`real`), from its t1 on, within t_start..t_end."""
     element: tl.constexpr = at.dtype.element_ty
     BITS: tl.constexpr = element.primitive_bitwidth
     P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
@@ -199,7 +199,7 @@ def write(
 
 @triton.jit
 def eight_steps(at, row, shared, constant, STEADY: tl.constexpr):
-    """A slab's 8 steps of a row of B or C: from shared memory; interpreted, from where they came from."""
+    """A slab's 8 steps of a row of B or C: from shared memory, or in the interpreter from global memory."""
     if STEADY:
         return repeat(constant, STEPS)
     else:
@@ -219,7 +219,7 @@ def own_steps(
     loaded_s, loaded_u, delta, u, bias, t1, t_start, t_end, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Per-lane steps: delta, then delta u."""
+    """Per-lane values of delta, then of delta u."""
     s, v = as_floats(loaded_s, delta, WIDE), as_floats(loaded_u, u, WIDE)
     steps, inputs = (), ()
     for i in tl.static_range(len(s)):
@@ -235,7 +235,7 @@ def own_steps(
 
 @triton.jit
 def own_outputs(sums, skip, loaded_u, loaded_z, u, z, WIDE: tl.constexpr):
-    """Per-lane steps: y before the gate, then after it."""
+    """Per-lane values of y before the gate, then after it."""
     v = as_floats(loaded_u, u, WIDE)
     raws, gated = (), ()
     if len(loaded_z) > 0:

@@ -1,6 +1,6 @@
-"""What the Triton kernels are written in: lanes of a warp, values a lane keeps in registers, quick maths.
+"""Building blocks of the Triton kernels: warp shuffles, scans and reductions, loads and stores, fast maths.
 
-A tile is one warp: (32,), one element a lane. A tuple of V tiles holds V steps (or states) of each lane in
+A tile is one warp: (32,), one element per lane. A tuple of V tiles holds V steps (or states) of each lane in
 registers. Memory is read and written in 32-bit words, which hold one float32 or two 16-bit numbers.
 """
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 def constant(x):
-    """A global that a kernel may use; the interpreter wants the bare number."""
+    """A global that a kernel may use; the interpreter needs the plain number."""
     return x if os.environ.get("TRITON_INTERPRET") == "1" else tl.constexpr(x)
 
 
@@ -23,7 +23,7 @@ LN_2 = constant(0.6931471805599453)
 
 @triton.jit
 def exp2(x):
-    """2^x to 2 ulp; below 2^-126 zero."""
+    """2^x to 2 ulp; results below 2^-126 are zero."""
     if INTERPRETED:
         return tl.exp2(x)
     else:
@@ -48,8 +48,8 @@ def softplus(x, BROAD: tl.constexpr):
     """max(x, 0) + log(1 + e) with e = exp(-|x|), to 2e-7 of the value.
 
     log(1 + e) / e is a minimax polynomial: the logarithm unit is exact to 2^-22 where 1 + e is near 1, which
-    is 5e-6 of a step of 0.05. BROAD takes its terms side by side, not one after the other: on an H100 the
-    forward pass is a fifth faster so with 32-bit inputs, and a twentieth slower with 16-bit ones.
+    is 5e-6 of a step of 0.05. BROAD computes the terms in parallel, not one after the other. On an H100 this
+    makes the forward pass a fifth faster with 32-bit inputs, and a twentieth slower with 16-bit inputs.
     """
     e = exp2(tl.abs(x) * -LOG2_E)
     if BROAD:
@@ -72,9 +72,9 @@ def softplus(x, BROAD: tl.constexpr):
 
 @triton.jit
 def and_uniform(inside, condition):
-    """The lanes that are inside, if a condition that all lanes share holds.
+    """inside & condition, for a condition that all lanes share.
 
-    The interpreter of Triton 3.9 would broadcast the condition as int32, which is no type of a mask.
+    The interpreter of Triton 3.9 would broadcast the condition as int32, which cannot be a mask.
     """
     if INTERPRETED:
         return inside & (condition.to(tl.int32) + tl.zeros(inside.shape, tl.int32) != 0)
@@ -84,7 +84,7 @@ def and_uniform(inside, condition):
 
 @triton.jit
 def compensated(total, lost, value):
-    """total + value, and what rounding has added to the sum so far (Kahan)."""
+    """total + value, and the rounding error of the sum so far (Kahan)."""
     value = value - lost
     new = total + value
     return new, (new - total) - value
@@ -94,9 +94,9 @@ def compensated(total, lost, value):
 def load_words(at, W: tl.constexpr, FREE: tl.constexpr):
     """W adjacent 32-bit words of each lane from a pointer on: W tiles, by one load of up to 16 bytes.
 
-    In assembly: the compiler's search for layouts takes seconds for as many loads as these kernels have, and
-    it unpacks 16-bit numbers, and so waits, where they are loaded. FREE loads may be moved past stores and
-    barriers (`nc`: nothing writes here while the kernel runs); others stay where a `pin` holds them.
+    In assembly: for so many loads the compiler's search for layouts takes seconds, and it would unpack 16-bit
+    numbers, and so wait, directly after the load. FREE loads may be moved past stores and barriers (`nc`:
+    nothing writes here while the kernel runs); a `pin` keeps the others in place.
     """
     CACHE: tl.constexpr = ".nc.L2::128B" if FREE else ".L2::128B"
     if INTERPRETED:
@@ -124,10 +124,10 @@ def load_words(at, W: tl.constexpr, FREE: tl.constexpr):
 
 @triton.jit
 def pin(x, index):
-    """0.0, once all loads so far that are not free have been issued.
+    """Return 0.0 after all earlier loads that are not FREE have been issued.
 
-    A barrier (of one warp: a few cycles) keeps ptxas from moving loads for the next round down to where that
-    round begins, as it otherwise does; x, and a use of the result, keep the barrier itself in its place.
+    A barrier (of one warp: a few cycles) keeps ptxas from moving loads for the next iteration down to its
+    start. x, and a use of the result, keep the barrier itself in place.
     """
     if INTERPRETED:
         return 0.0
@@ -166,7 +166,7 @@ def store_words(at, tiles, inside, W: tl.constexpr):
 
 @triton.jit
 def load_one(at, inside):
-    """A number of each lane that is inside, else 0, in float32: for arrays that cannot be read in words."""
+    """One number per lane that is inside, else 0, in float32: for arrays that cannot be read in words."""
     element: tl.constexpr = at.dtype.element_ty
     if INTERPRETED:
         return tl.load(at, inside, 0.0).to(tl.float32)
@@ -184,7 +184,7 @@ def load_one(at, inside):
 
 @triton.jit
 def store_one(at, value, inside):
-    """Write a number of each lane that is inside."""
+    """Write one number per lane that is inside."""
     element: tl.constexpr = at.dtype.element_ty
     if INTERPRETED:
         tl.store(at, value.to(element), inside)
@@ -200,7 +200,7 @@ def store_one(at, value, inside):
 
 @triton.jit
 def unpack_word(word, element: tl.constexpr):
-    """The float32 that a word is, or the two 16-bit numbers that it holds."""
+    """A word as one float32, or as two if it holds two 16-bit numbers."""
     if element.primitive_bitwidth == 32:
         return (word.to(tl.float32, bitcast=True),)
     elif element == tl.bfloat16:  # the upper half of a float32
@@ -227,7 +227,7 @@ def pack_word(tiles, i: tl.constexpr, element: tl.constexpr):
 
 @triton.jit
 def prefetch(at):
-    """Bring a line to the L2 cache."""
+    """Prefetch a cache line into L2."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, False, 1
@@ -236,7 +236,7 @@ def prefetch(at):
 
 @triton.jit
 def shuffle(x, source):
-    """x of the lane `source`, which is one of the same warp."""
+    """x of lane `source` of the same warp."""
     if INTERPRETED:
         return tl.gather(x, source + tl.zeros(x.shape, tl.int32), 0)
     else:
@@ -247,12 +247,12 @@ def shuffle(x, source):
 
 @triton.constexpr_function
 def _room(BYTES):
-    return f"{{ .shared .align 16 .b8 room[{BYTES}]; mov.u32 $0, room; }}"
+    return f"{{ .shared .align 16 .b8 buffer[{BYTES}]; mov.u32 $0, buffer; }}"
 
 
 @triton.jit
-def shared_room(index, BYTES: tl.constexpr):
-    """The address of so much shared memory; a kernel may ask once."""
+def shared_buffer(index, BYTES: tl.constexpr):
+    """The address of BYTES bytes of shared memory; a kernel may call this once."""
     if INTERPRETED or BYTES == 0:
         return index
     else:
@@ -267,10 +267,10 @@ def barrier(index):
 
 
 @triton.jit
-def load_stretches(
+def load_rows(
     at, index, count, S: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, THREADS: tl.constexpr
 ):
-    """U stretches of S numbers, STRIDE apart, 16 bytes a thread at a time; of `count`, the last again."""
+    """Load U runs of S numbers, STRIDE apart, 16 bytes per thread; beyond `count`, the last run again."""
     found = ()
     if not INTERPRETED:
         for i in tl.static_range((U * S // 4 + THREADS - 1) // THREADS):
@@ -281,15 +281,15 @@ def load_stretches(
 
 
 @triton.jit
-def store_shared(tiles, room, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Leave what `load_stretches` loaded in shared memory, SIZE numbers."""
+def store_shared(tiles, buffer, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Store the SIZE numbers from `load_rows` to shared memory."""
     for i in tl.static_range(len(tiles) // 4):
         v = i * THREADS + index
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p st.shared.v4.b32 [$2], {$3, $4, $5, $6};"
             " mov.b32 $0, 0; }",
             "=r,r,r,r,r,r,r",
-            [(v < SIZE // 4).to(tl.int32), room + v * 16, tiles[4 * i], tiles[4 * i + 1], tiles[4 * i + 2],
+            [(v < SIZE // 4).to(tl.int32), buffer + v * 16, tiles[4 * i], tiles[4 * i + 1], tiles[4 * i + 2],
              tiles[4 * i + 3]],
             tl.int32, False, 1,
         )  # fmt: skip
@@ -297,7 +297,7 @@ def store_shared(tiles, room, index, SIZE: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def load_shared(at):
-    """16 bytes from shared memory. Half as dear where lanes 2 i and 2 i + 1 read the same."""
+    """Load 16 bytes from shared memory, at half the cost if lanes 2 i and 2 i + 1 read the same."""
     return tl.inline_asm_elementwise(
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
         (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
@@ -306,12 +306,12 @@ def load_shared(at):
 
 @triton.jit
 def stage_sums(
-    tiles, room, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr
+    tiles, buffer, index, half, j: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr
 ):
-    """Leave R tiles, row j of K, in one half of `room`; `reduce_warps` adds them."""
+    """Store R tiles, row j of K, to one half of `buffer`; `reduce_warps` adds them."""
     if not INTERPRETED:
         HALF: tl.constexpr = WARPS * WARP * K * R * 4
-        at = room + half * HALF + ((index // WARP * K + j) * WARP + index % WARP) * (R * 4)
+        at = buffer + half * HALF + ((index // WARP * K + j) * WARP + index % WARP) * (R * 4)
         for i in tl.static_range(0, R, 2):
             tl.inline_asm_elementwise(
                 "st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,r,f,f",
@@ -321,10 +321,10 @@ def stage_sums(
 
 
 @triton.jit
-def reduce_warps(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
-    """The sum of K rows of R tiles over the program's warps: warp w keeps rows w, WARPS + w... of them.
+def reduce_warps(tiles, buffer, index, half, K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
+    """The sum of K rows of R tiles over the program's warps: warp w keeps rows w, WARPS + w...
 
-    After a barrier: one is enough if the halves of `room` alternate. The interpreter sums the tiles.
+    Call it after a barrier: one is enough if the halves of `buffer` alternate. The interpreter sums `tiles`.
     """
     HALF: tl.constexpr = WARPS * WARP * K * R * 4
     warp, place = index // WARP, index % WARP
@@ -340,7 +340,7 @@ def reduce_warps(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WAR
                             other = tl.gather(tiles[(j * WARPS + k) * R + i], w * WARP + place, 0)
                             sum += tl.where(warp == k, other, 0.0)
                 else:
-                    at = room + half * HALF + ((w * K + row) * WARP + place) * (R * 4) + i * 4
+                    at = buffer + half * HALF + ((w * K + row) * WARP + place) * (R * 4) + i * 4
                     sum += tl.inline_asm_elementwise(
                         "ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, False, 1
                     )
@@ -350,7 +350,7 @@ def reduce_warps(tiles, room, index, half, K: tl.constexpr, R: tl.constexpr, WAR
 
 @triton.jit
 def repeat(x, V: tl.constexpr):
-    """The tile V times."""
+    """The tile, repeated V times."""
     tiles = ()
     for _ in tl.static_range(V):
         tiles = tiles + (x,)
@@ -359,7 +359,7 @@ def repeat(x, V: tl.constexpr):
 
 @triton.jit
 def broadcast(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr):
-    """Give every lane T steps, FIRST and on, of those that its group owns: V a lane, lanes UNIT apart."""
+    """Broadcast T steps, from FIRST on, in each group of lanes: V steps per lane, lanes UNIT apart."""
     tiles = ()
     for i in tl.static_range(FIRST, FIRST + T):
         tiles = tiles + (shuffle(own[i % V], leader + i // V * UNIT),)
@@ -368,7 +368,7 @@ def broadcast(own, leader, FIRST: tl.constexpr, V: tl.constexpr, T: tl.constexpr
 
 @triton.jit
 def reduce_scatter(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.constexpr):
-    """Sum T tiles over groups of L lanes, UNIT lanes apart; the i-th of a group keeps sums i T / L and on."""
+    """Sum T tiles over groups of L lanes, UNIT lanes apart; lane i of a group keeps sums i T / L and on."""
     if L == 1:
         return tiles
     else:
@@ -384,7 +384,7 @@ def reduce_scatter(tiles, index, UNIT: tl.constexpr, L: tl.constexpr, T: tl.cons
 
 @triton.jit
 def all_reduce(x, index, UNIT: tl.constexpr, L: tl.constexpr):
-    """The sum over each group of L lanes, UNIT lanes apart, in all of them."""
+    """The sum over each group of L lanes, UNIT lanes apart, in every lane."""
     if L == 1:
         return x
     else:
@@ -402,7 +402,7 @@ def _link(REACH, LAST):
 
 @triton.jit
 def warp_scan(decay, state, lane, REACH: tl.constexpr = 1):
-    """Chain h -> decay h + state over a warp's lanes: what each lane has after its own link."""
+    """Inclusive scan of h -> decay h + state over a warp's lanes."""
     if REACH == WARP:
         return state
     elif INTERPRETED:
