@@ -188,7 +188,7 @@ def _seconds_per_vector_operation() -> float:
     """16 float32 lanes on one core: twelve independent chains of fused multiply-adds, best of five runs."""
     numba = importlib.import_module("numba")
     load, store, fma = (
-        common.require("projecta.scan.cpu.simd", name, formerly="projecta.scan._vectors")
+        common.require("projecta._cpu.simd", name, formerly="projecta.scan.cpu.simd")
         for name in ("load", "store", "fma")
     )
     width = 16

@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "BackendUnavailable": "projecta.scan",
     "available_backends": "projecta.scan",
+    "causal_conv": "projecta.conv",
+    "causal_conv_update": "projecta.conv",
     "selective_scan": "projecta.scan",
     "selective_state_update": "projecta.scan",
     "mrss_scan": "projecta.mrss",
@@ -22,7 +24,7 @@ _MODULE_OF = {
     "accelerate": "projecta.mamba",
     "Plan": "projecta.vtp",
 }
-_MODULES = ("low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
+_MODULES = ("conv", "low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
 _EXTRA = {"torch": "scan", "numpy": "scan"}  # the extra that installs each package
 
 __all__ = [
@@ -31,12 +33,16 @@ __all__ = [
     "Plan",
     "accelerate",
     "available_backends",
+    "causal_conv",
+    "causal_conv_update",
     "mrss_scan",
     "selective_scan",
     "selective_state_update",
 ]
 
 if TYPE_CHECKING:
+    from projecta.conv import causal_conv as causal_conv
+    from projecta.conv import causal_conv_update as causal_conv_update
     from projecta.mamba import MambaBlock as MambaBlock
     from projecta.mamba import accelerate as accelerate
     from projecta.mrss import mrss_scan as mrss_scan

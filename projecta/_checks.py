@@ -1,5 +1,6 @@
 """One format for every error message: `function: argument must rule; got value[. what to do]`."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -18,10 +19,10 @@ def fail(
 
 
 class Checker:
-    """The checks of one public function, so that each check names the function only once."""
+    """The checks of one public function, whose name and first tensor each message repeats."""
 
-    def __init__(self, function: str):
-        self.function = function
+    def __init__(self, function: str, first: str = "u"):
+        self.function, self.first = function, first
 
     def that(
         self, holds: bool, argument: str, rule: str, value: object, advice: str = "", error: type = ValueError
@@ -35,7 +36,7 @@ class Checker:
         if torch is None or not isinstance(value, torch.Tensor):
             fail(self.function, argument, "be a tensor", type(value).__name__, error=TypeError)
         if device is not None and value.device != device:
-            fail(self.function, argument, f"be on {device} like u", value.device)
+            fail(self.function, argument, f"be on {device} like {self.first}", value.device)
 
     def shape(self, argument: str, value: Any, shape: Sequence[int], axes: str, why: str = ""):
         """`axes` names the expected `shape`, as in "(b, d, l)"; `why` explains it, as in "like u"."""
@@ -47,6 +48,21 @@ class Checker:
         if value.dtype not in allowed:
             names = " or ".join(", ".join(_short(d) for d in allowed).rsplit(", ", 1))
             self.that(False, argument, f"be {names}", _short(value.dtype), error=TypeError)
+
+    def bounds(self, argument: str, value: Any, device: Any, l: int) -> int:
+        """The number of packed sequences; values are checked on the CPU only, where reading them is free."""
+        torch = sys.modules["torch"]
+        self.tensor(argument, value, device)
+        self.dtype(argument, value, (torch.int32,))
+        one_axis = value.dim() == 1 and len(value) > 0
+        self.that(one_axis, argument, "have shape (s + 1,)", tuple(value.shape))
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            ends = value.tolist()
+            rises = all(x <= y for x, y in itertools.pairwise(ends))
+            self.that(
+                rises and ends[0] == 0 and ends[-1] == l, argument, f"rise from 0 to l = {l}", ends
+            )  # fmt: skip
+        return len(value) - 1
 
     def one_of(self, argument: str, value: object, allowed: Sequence[object]):
         if value not in allowed:

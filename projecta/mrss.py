@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from projecta._checks import Checker
+from projecta._operators import only_once, refuse_tangents
 from projecta.scan import available_backends, reference, require_backend, selective_scan, vectorised
 from projecta.scan._arguments import canonical_arguments
-from projecta.scan._operator import Inputs, only_once, refuse_tangents
+from projecta.scan._operator import Inputs
 
 BACKENDS = ("reference", "vectorised", "cpu")
 DECAYS = ("compound", "exact")

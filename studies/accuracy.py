@@ -4,7 +4,8 @@ The model is transformers' Mamba on projecta's scan: two layers of width 64, 16 
 "full" uses the full scan. "trained" uses MRSS at theta 0.5 with the initial step sizes. "post hoc" is the
 full model, calibrated after training (theta 0.1 and others). Seeds are fixed; nothing is tuned.
 
-`python -m studies.accuracy` writes results/mrss_accuracy.csv and .png from the results of all seeds.
+`python -m studies.accuracy [FOLDER] [TASK...]` measures what results/mrss_accuracy_seeds.csv lacks, and writes
+mrss_accuracy.csv and .png from the results of all seeds.
 """
 
 import csv
@@ -13,7 +14,7 @@ import io
 import statistics
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ TRAINED, POST_HOC = (0.5,), (0.05, 0.1, 0.25, 0.5)
 TESTED = 256  # sequence length in the test of induction heads
 IGNORE = -100  # ignore_index of cross_entropy: positions without an answer
 Batch = tuple[torch.Tensor, torch.Tensor]
+Compare = Callable[[str, int], dict[str, float]]  # the result with each scan, of a task and a seed
 
 
 class Task(NamedTuple):
@@ -101,7 +103,7 @@ def digits(count: int, draw: torch.Generator, test: bool) -> Batch:
 
 
 @functools.cache
-def _sources() -> tuple[torch.Tensor, torch.Tensor]:
+def library_bytes() -> tuple[torch.Tensor, torch.Tensor]:
     """Bytes of the standard library's modules: every eighth is for the test, the others for training."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     parts = [b"".join(p.read_bytes() for p in group) for group in ([*_without(paths, 8)], paths[::8])]
@@ -115,7 +117,7 @@ def _without(paths: list[Path], every: int):
 
 def language(count: int, draw: torch.Generator, test: bool, l: int = 256) -> Batch:
     """Predict the next byte in the source of Python's standard library."""
-    text = _sources()[test]
+    text = library_bytes()[test]
     starts = torch.randint(0, len(text) - l - 1, (count, 1), generator=draw)
     window = text[starts + torch.arange(l + 1)].long()
     return window[:, :-1], window[:, 1:]
@@ -141,7 +143,7 @@ def build(task: Task, seed: int):
     return MambaForCausalLM(config)
 
 
-def _loss(model, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+def loss_of(model, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     logits = model(ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE)
 
@@ -157,7 +159,7 @@ def train(name: str, seed: int, mrss: float | None = None, steps: int | None = N
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     for _ in range(steps):
-        loss = _loss(model, *task.draw(BATCH, draw, False))
+        loss = loss_of(model, *task.draw(BATCH, draw, False))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -202,17 +204,17 @@ def compare(name: str, seed: int, steps: int | None = None, count: int = JUDGED)
     return found
 
 
-def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
-    """Draw the change of each scan against the full one, by task, with one dot per seed."""
-    import matplotlib
+def draw_chart(rows: Sequence[tuple[str, str, Sequence[float]]]):
+    """A figure of the change of each scan against the full one, by task, with one dot per seed.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Args:
+        rows: task, scan, and the value with each seed.
+    """
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for name, _, _ in rows))
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(3.2 * len(names), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         mine = [(way, values) for task, way, values in rows if task == name]
         full = dict(mine)["full"]
@@ -224,32 +226,33 @@ def draw_chart(rows: list[tuple[str, str, list[float]]], path: Path) -> None:
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(f"change, {TASKS[name].unit}", fontsize=8)
         axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def main() -> None:
-    """Measure every task, seed and scan. The results of a seed are written at once and not measured again.
-
-    `python -m studies.accuracy [FOLDER] [TASK...]`
-    """
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
-    each = folder / "mrss_accuracy_seeds.csv"
-    known = _read(each)
-    for seed in SEEDS:
-        for name in sys.argv[2:] or TASKS:
+def measure(path: Path, names: Collection[str], seeds: Iterable[int], compare: Compare = compare) -> None:
+    """Add the results of each task and seed that the file lacks. Those of a seed are written at once."""
+    known = _read(path)
+    for seed in seeds:
+        for name in names:
             if (name, TASKS[name].steps, seed) in known:
                 continue
             found = compare(name, seed)
-            fresh = not each.exists()
-            with each.open("a", newline="") as file:
+            fresh = not path.exists()
+            with path.open("a", newline="") as file:
                 out = csv.writer(file)
                 if fresh:
                     out.writerow(["task", "steps", "seed", "scan", "value"])
                 for way, value in found.items():
                     out.writerow([name, TASKS[name].steps, seed, way, f"{value:.4f}"])
                     print(f"{name}, seed {seed}: {way} {value:.3f} {TASKS[name].unit}", flush=True)
-    means = folder / "mrss_accuracy.csv"
+
+
+def write_results(
+    folder: Path, names: Collection[str], seeds: Iterable[int], compare: Compare = compare
+) -> None:
+    """Measure what is missing; write the table and the chart of all results in the folder."""
+    each, means, chart = (folder / f"mrss_accuracy{end}" for end in ("_seeds.csv", ".csv", ".png"))
+    measure(each, names, seeds, compare)
     rows: dict[tuple[str, str], list[float]] = {}
     for (name, _, _), found in sorted(_read(each).items()):
         for way, value in found.items():
@@ -261,8 +264,8 @@ def main() -> None:
             changes = [v - f for v, f in zip(values, rows[name, "full"], strict=True)]
             numbers = (statistics.mean(values), statistics.mean(changes), min(changes), max(changes))
             out.writerow([name, way, TASKS[name].unit, len(values), *(f"{v:.3f}" for v in numbers)])
-    chart = folder / "mrss_accuracy.png"
-    draw_chart([(name, way, values) for (name, way), values in rows.items()], chart)
+    figure = draw_chart([(name, way, values) for (name, way), values in rows.items()])
+    figure.savefig(chart, dpi=120)
     record_provenance([each, means, chart], "nox -s accuracy")
 
 
@@ -278,4 +281,5 @@ def _read(path: Path) -> dict[tuple[str, int, int], dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    place, *chosen = sys.argv[1:] or ["results"]
+    write_results(Path(place), chosen or TASKS, SEEDS)

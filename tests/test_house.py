@@ -13,15 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARROWS = {  # part of the package: the parts that it may import
     "_checks": set(),
-    "scan": {"_checks"},
-    "mrss": {"_checks", "scan"},
-    "mamba": {"_checks", "mrss", "scan"},
+    "_operators": {"_checks"},
+    "_cpu": set(),
+    "_triton": set(),
+    "scan": {"_checks", "_operators", "_cpu", "_triton"},
+    "conv": {"_checks", "_operators", "_cpu", "_triton"},
+    "mrss": {"_checks", "_operators", "_cpu", "scan"},
+    "mamba": {"_checks", "_operators", "conv", "mrss", "scan"},
     "low_rank": {"_checks"},
-    "s4d": {"_checks", "scan"},
+    "s4d": {"_checks", "_operators", "scan"},
     "vtp": {"_checks"},
     "regress": {"_checks"},
     "__main__": {"regress"},
-    "__init__": {"mamba", "mrss", "scan", "vtp"},  # for type checkers only
+    "__init__": {"conv", "mamba", "mrss", "scan", "vtp"},  # for type checkers only
 }
 
 

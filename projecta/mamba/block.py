@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker
-from projecta.mamba.layer import check_backend, convolve, join_columns, scan_layer, step_layer
+from projecta.conv import last_inputs
+from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, step_layer
 from projecta.mrss import MrssState, choose_periods
 
 
@@ -132,8 +133,15 @@ class MambaBlock(nn.Module):
             hidden_states.dim() == 3 and hidden_states.shape[2] == self.d_model,
             "hidden_states", f"have shape (b, l, d_model = {self.d_model})", tuple(hidden_states.shape),
         )  # fmt: skip
-        x, z = self.in_proj(hidden_states).chunk(2, -1)
         conv, ssm = (None, None) if state is None else state
+        module, weights = (None, None) if self.mrss is not None else fused(self, hidden_states, self.backend)
+        if module is not None:
+            output, last = module.run(hidden_states, weights, conv, ssm)
+            if not return_state:
+                return output
+            last_x = self.in_proj(hidden_states[:, max(0, hidden_states.shape[1] - self.d_conv + 1) :])
+            return output, State(self._last_inputs(conv, last_x[..., : self.d_inner]), last)
+        x, z = self.in_proj(hidden_states).chunk(2, -1)
         if self.mrss is not None and ssm is None and return_state:
             ssm = self.initial_state(len(x)).ssm
         periods: Any = None if self.mrss is None else self.periods
@@ -141,17 +149,19 @@ class MambaBlock(nn.Module):
         output = self.out_proj(y)
         if not return_state:
             return output
-        kept = self.d_conv - 1
-        before = x.new_zeros(len(x), self.d_inner, kept) if conv is None else conv
-        window = join_columns(before, x[:, max(0, x.shape[1] - kept) :])
-        after = window[:, window.shape[1] - kept :].transpose(1, 2).contiguous()
-        return output, State(after, last)
+        return output, State(self._last_inputs(conv, x), last)
+
+    def _last_inputs(self, before: Tensor | None, x: Tensor) -> Tensor:
+        """The convolution's last inputs after `before` and x (b, l, d_inner)."""
+        return last_inputs(x.transpose(1, 2), self.d_conv - 1, before, None)
 
     def step(self, hidden_states: Tensor, state: State) -> Tensor:
         """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
         check = Checker("MambaBlock.step")
         check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
+        if self.mrss is None and not torch.is_grad_enabled():
+            module, weights = fused(self, hidden_states, self.backend)
+            if module is not None:
+                return module.step(hidden_states, weights, *state)
         x, z = self.in_proj(hidden_states).chunk(2, -1)
-        window = torch.cat([state.conv, x[..., None]], -1)
-        state.conv.copy_(window[..., 1:])
-        return self.out_proj(step_layer(self, window, z, state.ssm, self.backend))
+        return self.out_proj(step_layer(self, x, state.conv, z, state.ssm, self.backend))

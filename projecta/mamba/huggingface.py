@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta._checks import Checker, host
-from projecta.mamba.layer import check_backend, convolve, scan_layer, split_projection, step_layer
+from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, split_projection, step_layer
 from projecta.mrss import choose_periods
 
 _MIXERS = {  # the layers of transformers that `accelerate` knows, by the module that defines them
@@ -260,18 +260,33 @@ class _Forward:
         )  # fmt: skip
         cache = cache_params if cache is None else cache
         mask = None if attention_mask is None else attention_mask[:, -l:, None]
-        x, z = mixer.in_proj(_masked(hidden_states, mask)).chunk(2, -1)
         conv: Any = None
         ssm: Any = None
         if cache is not None:
             kept = cache.layers[mixer.layer_idx]
             if cache.has_previous_state(mixer.layer_idx):
                 conv, ssm = kept.conv_states[0], kept.recurrent_states[0]
-        single = l == 1 and mask is None and not x.requires_grad
-        if ssm is not None and single and not kept.record_past:
-            window = torch.cat([conv[..., 1:], x.transpose(1, 2)], -1)
-            conv.copy_(window)
-            return mixer.out_proj(step_layer(mixer, window, z[:, 0], ssm, self.backend)[:, None])
+        graded = torch.is_grad_enabled()
+        module, weights = None, None
+        past = cache is not None and (graded or kept.record_past)
+        if mask is None and self.periods is None and not past:
+            module, weights = fused(mixer, hidden_states, self.backend)
+        steps = ssm is not None and l == 1 and mask is None and not kept.record_past
+        if module is not None:
+            if steps:
+                return module.step(hidden_states[:, 0], weights, conv, ssm)[:, None]
+            width = mixer.conv_kernel_size
+            output, last = module.run(
+                hidden_states, weights, None if conv is None else conv[..., conv.shape[-1] - width + 1 :], ssm
+            )
+            if cache is not None:
+                x = mixer.in_proj(hidden_states[:, max(0, l - width) :])[..., : mixer.intermediate_size]
+                cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
+                cache.update_recurrent_state(last, mixer.layer_idx)
+            return output
+        x, z = mixer.in_proj(_masked(hidden_states, mask)).chunk(2, -1)
+        if steps and not x.requires_grad:
+            return mixer.out_proj(step_layer(mixer, x[:, 0], conv, z[:, 0], ssm, self.backend)[:, None])
         if ssm is not None and x.requires_grad:
             ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
         convolved = convolve(mixer, x, conv)

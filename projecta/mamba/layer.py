@@ -11,6 +11,7 @@ figure 3. Both layer classes use the same weight names, so one set of functions 
 (b, l, d_inner) in memory; the scan takes transposed views.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ from torch import Tensor, nn
 
 from projecta import mrss as multi
 from projecta._checks import Checker
+from projecta.conv import causal_conv, causal_conv_update
 from projecta.mrss import MrssState, mrss_scan, mrss_update
-from projecta.scan import BACKENDS, require_backend, selective_scan, selective_state_update
+from projecta.scan import (
+    BACKENDS,
+    available_backends,
+    device_of,
+    require_backend,
+    selective_scan,
+    selective_state_update,
+)
 
 
 def check_backend(check: Checker, backend: str, by_mrss: bool = False) -> None:
@@ -33,26 +42,31 @@ def activate(layer: Any, x: Tensor) -> Tensor:
     return layer.act(x) if hasattr(layer, "act") else F.silu(x)
 
 
-def join_columns(before: Tensor, x: Tensor) -> Tensor:
-    """The columns before (b, d, k - 1 or more) and x (b, l, d) as one (b, k - 1 + l, d)."""
-    return torch.cat([before.transpose(1, 2).to(x.dtype), x], 1)
-
-
 def convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
-    """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x.
+    """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x."""
+    kept, silu = layer.conv1d.kernel_size[0] - 1, _is_silu(layer)
+    start = None if before is None else before[..., before.shape[-1] - kept :]
+    y = causal_conv(
+        x.transpose(1, 2), layer.conv1d.weight.squeeze(1), layer.conv1d.bias,
+        activation="silu" if silu else None, initial_state=start,
+    )  # fmt: skip
+    y = y.transpose(1, 2)
+    return y if silu else activate(layer, y)
 
-    It is computed as a channels-last convolution of an image one pixel high, without a copy of x.
-    """
-    l, width = x.shape[1], layer.conv1d.kernel_size[0]
-    if not l:  # torch's convolutions refuse an empty image
-        return x
-    if before is not None:
-        x = join_columns(before[..., before.shape[-1] - (width - 1) :], x)
-    padding = (0, width - 1 if before is None else 0)
-    image = x.transpose(1, 2).unsqueeze(2)
-    weight, bias = layer.conv1d.weight.unsqueeze(2), layer.conv1d.bias
-    y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
-    return activate(layer, y[..., :l].squeeze(2).transpose(1, 2))
+
+def _is_silu(layer: Any) -> bool:
+    return type(getattr(layer, "act", None)).__name__ in ("NoneType", "SiLU", "SiLUActivation")
+
+
+def fused(layer: Any, hidden: Tensor, backend: str) -> tuple[Any, Any]:
+    """The module that runs a layer as one node on the GPU, and its weights; (None, None) if it cannot."""
+    if torch.compiler.is_compiling() or hidden.device.type != device_of("triton") or not _is_silu(layer):
+        return None, None
+    if backend not in ("auto", "triton") or available_backends()["triton"]:
+        return None, None
+    module = import_module("projecta.mamba.fused")
+    weights = module.weights_of(layer, hidden)
+    return (None, None) if weights is None else (module, weights)
 
 
 def select(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -90,12 +104,13 @@ def scan_layer(
     return y.transpose(1, 2), last_state
 
 
-def step_layer(layer: Any, window: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
-    """y (b, d) of the last columns (b, d, d_conv) and z (b, d); `state` is overwritten."""
-    x = (window * layer.conv1d.weight.squeeze(1)).sum(-1)
-    if layer.conv1d.bias is not None:
-        x = x + layer.conv1d.bias
-    x = activate(layer, x)
+def step_layer(layer: Any, x: Tensor, conv: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
+    """y (b, d) of one token's x and z (b, d); `conv`, the inputs before it, and `state` are overwritten."""
+    silu = _is_silu(layer)
+    x = causal_conv_update(
+        x, conv, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, activation="silu" if silu else None
+    )  # fmt: skip
+    x = x if silu else activate(layer, x)
     delta, bias, B, C = select(layer, x)
     A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
     if isinstance(state, MrssState):

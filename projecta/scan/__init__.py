@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from projecta._checks import Checker
+from projecta._operators import BackendUnavailable as BackendUnavailable
 from projecta.scan._arguments import canonical_arguments, check_step, state_dtype
 from projecta.scan._operator import Inputs
 
@@ -30,10 +31,6 @@ BACKENDS = ("reference", "vectorised", "cpu", "triton")
 AUTO = {"cpu": "cpu", "cuda": "triton"}
 # Backends for one device type only. Triton's interpreter runs on the CPU.
 _ONLY = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"}
-
-
-class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot run here; the message says why."""
 
 
 def available_backends() -> dict[str, str]:
@@ -193,6 +190,11 @@ def selective_state_update(
     elif wide.dtype != state.dtype or not _flattens(state):
         state.copy_(wide.view(state.shape))
     return y.view(x.shape)
+
+
+def device_of(backend: str) -> str:
+    """The one device type that a backend runs on, or "" if it runs on any."""
+    return _ONLY.get(backend, "")
 
 
 def _flattens(state: Tensor) -> bool:

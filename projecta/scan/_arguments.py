@@ -1,6 +1,5 @@
 """Checks the arguments of a scan and brings them into the canonical form that the backends take."""
 
-import itertools
 import math
 
 import torch
@@ -38,7 +37,7 @@ def canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, initial_stat
     sequences = b
     if cu_seqlens is not None:
         check.that(b == 1, "u", "have b = 1 with cu_seqlens", b)
-        sequences = _check_bounds(check, cu_seqlens, u.device, l)
+        sequences = check.bounds("cu_seqlens", cu_seqlens, u.device, l)
     if initial_state is not None:
         check.tensor("initial_state", initial_state, u.device)
         axes = "(b, d, n)" if cu_seqlens is None else "(s, d, n)"
@@ -74,25 +73,6 @@ def _canonical_weight(check, name, B, A, b, d, n, l, u):
             grouped.to(state_dtype(u, A).to_real()).unflatten(-1, (l, 2)).contiguous()
         )
     return grouped
-
-
-def _check_bounds(check, cu_seqlens, device, l) -> int:
-    """The number of packed sequences."""
-    check.tensor("cu_seqlens", cu_seqlens, device)
-    check.dtype("cu_seqlens", cu_seqlens, (torch.int32,))
-    check.that(
-        cu_seqlens.dim() == 1 and len(cu_seqlens) > 0,
-        "cu_seqlens",
-        "have shape (s + 1,)",
-        tuple(cu_seqlens.shape),
-    )
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        rises = all(x <= y for x, y in itertools.pairwise(bounds))
-        check.that(
-            rises and bounds[0] == 0 and bounds[-1] == l, "cu_seqlens", f"rise from 0 to l = {l}", bounds
-        )
-    return len(cu_seqlens) - 1
 
 
 def check_step(check, state, x, dt, A, B, C, D, z, dt_bias, indices) -> None:

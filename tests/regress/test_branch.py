@@ -57,9 +57,9 @@ def on_branch(bare):
     return {name: git(bare, "show", f"results:{name}") for name in names}
 
 
-def push(folder, machine, **options):
+def push(folder, machine, remote=None, **options):
     project = Project(folder)
-    return branch.push(project, [(project.results, machine)], branch.Remote(folder), **options)
+    return branch.push(project, [(project.results, machine)], remote or branch.Remote(folder), **options)
 
 
 def test_the_first_push_creates_the_branch(desks, monkeypatch):
@@ -98,22 +98,20 @@ def test_a_push_without_results_is_an_error(desks):
     assert git(desks[2], "branch", "--list", "results") == ""
 
 
-def test_the_second_runner_merges_and_pushes_again(desks, monkeypatch):
+def test_the_second_runner_merges_and_pushes_again(desks):
     """The other runner's push comes between this one's fetch and its push."""
     first, second, bare = desks
     fill(first, "t4", "a" * 40, f=[[1.0]])
     fill(second, "a100", "a" * 40, g=[[2.0]])
-    true, waits, raced = branch.Remote.push, [], []
+    waits = []
 
-    def raced_push(self, folder, commit):
-        if not raced:
-            raced.append(True)
-            monkeypatch.setattr(branch.Remote, "push", true)
-            push(second, "a100")
-        return true(self, folder, commit)
+    class Raced(branch.Remote):
+        def push(self, folder, commit):
+            if not waits:
+                push(second, "a100")
+            return super().push(folder, commit)
 
-    monkeypatch.setattr(branch.Remote, "push", raced_push)
-    push(first, "t4", pause=waits.append)
+    push(first, "t4", Raced(first), pause=waits.append)
     assert len(waits) == 1
     assert 0 <= waits[0] <= 0.5
     held = on_branch(bare)

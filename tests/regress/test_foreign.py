@@ -18,7 +18,6 @@ from projecta.regress.cli import errors as command
 from projecta.regress.gate import session, statistics
 from projecta.regress.project.config import Project
 from projecta.regress.run import build as builds
-from projecta.regress.run.build import Build
 from projecta.regress.run.case import Case, Outcome, higher_is_better, select
 from projecta.regress.store import journal
 from projecta.regress.store.journal import Journal
@@ -134,16 +133,10 @@ def test_an_installed_copy_is_not_taken_for_the_commit(workplace):
         ("dist-of-it", "my_lib", "file:///elsewhere/dist.whl", True),
     ],
 )  # fmt: skip
-def test_the_packages_leave_out_the_project_itself(workplace, monkeypatch, name, project, source, kept):
-    foreign.make(workplace, ONE, project=project)
-    build = Build(Project(workplace), foreign.commit(workplace, "one"))
-    found = json.dumps([[name, "1.0", source.format(folder=workplace)], ["numpy", "2.0", ""]])
-
-    class Done:
-        stdout = found
-
-    monkeypatch.setattr(builds.subprocess, "run", lambda *words, **options: Done)
-    assert build.packages() == {"numpy": "2.0"} | ({builds.normalised(name): "1.0"} if kept else {})
+def test_the_packages_leave_out_the_project_itself(tmp_path, name, project, source, kept):
+    installed = [(name, "1.0", source.format(folder=tmp_path)), ("numpy", "2.0", "")]
+    found = builds.other_packages(installed, project, tmp_path / ".asv/env")
+    assert found == {"numpy": "2.0"} | ({builds.normalised(name): "1.0"} if kept else {})
 
 
 # --- environments and plugins
@@ -154,20 +147,14 @@ class FakeEnvironment:
         self.python, self.requirements, self.env_vars = "3.11", requirements, variables
 
 
-def test_labels_of_environments_name_their_differences(monkeypatch):
+def test_labels_of_environments_name_their_differences():
     made = [
         FakeEnvironment({"numpy": n, "six": "1"}, {"MODE": m}) for n in ("1", "2") for m in ("fast", "slow")
     ]
-    monkeypatch.setattr(builds, "_environments", lambda project, config: made)
-    assert builds.environment_labels(Mock) == [
+    assert builds.environment_labels(made) == [
         "MODE=fast, numpy=1", "MODE=slow, numpy=1", "MODE=fast, numpy=2", "MODE=slow, numpy=2",
     ]  # fmt: skip
-    monkeypatch.setattr(builds, "_environments", lambda project, config: made[:1])
-    assert builds.environment_labels(Mock) == [""]
-
-
-class Mock:
-    config = None
+    assert builds.environment_labels(made[:1]) == [""]
 
 
 PLUGIN = """
@@ -400,8 +387,14 @@ def test_an_internal_error_writes_its_traceback_to_a_file(error, capsys):
     path.unlink()
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EADDRINUSE])
-def test_an_error_of_the_system_is_reported_in_one_line(number, capsys):
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "Change its permissions."), (errno.ENOSPC, "Free some space."),
+        (errno.EADDRINUSE, "Take another port: --port."),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_is_reported_in_one_line(number, remedy, capsys):
     @command.one_line
     def refused():
         raise OSError(number, "no", "results")
@@ -409,7 +402,7 @@ def test_an_error_of_the_system_is_reported_in_one_line(number, capsys):
     with pytest.raises(SystemExit) as caught:
         refused()
     assert caught.value.code == command.USAGE
-    assert capsys.readouterr().err == f"projecta: cannot use results: no. {command._WORLD[number]}\n"
+    assert capsys.readouterr().err == f"projecta: cannot use results: no. {remedy}\n"
 
 
 def test_calibration_reports_a_broken_benchmark(workplace):
@@ -454,10 +447,10 @@ def test_errors_of_sqlite_are_distinguished(name, words):
     error = sqlite3.OperationalError("it")
     error.sqlite_errorname = name
     if words is None:
-        journal._explain(Path("journal.sqlite"), error)
+        journal.explain(Path("journal.sqlite"), error)
         return
     with pytest.raises(ValueError, match=r"^projecta: ") as caught:
-        journal._explain(Path("journal.sqlite"), error)
+        journal.explain(Path("journal.sqlite"), error)
     assert words in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
-from projecta.regress.gate import statistics
+from projecta.regress.gate import output, session, statistics
 from projecta.regress.gate.statistics import (
     BROKEN,
     INCONCLUSIVE,
@@ -23,12 +23,14 @@ from projecta.regress.gate.statistics import (
     PASS,
     REGRESSED,
     Design,
+    Judgement,
     judge_exact,
     judge_pairs,
     overall,
     pairs_for_power,
 )  # fmt: skip
 from projecta.regress.project.machine import state, warnings
+from projecta.regress.run.case import Case, Outcome
 from tests.regress import foreign
 from tests.regress.foreign import git, run
 
@@ -39,7 +41,7 @@ DATA = st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-6), min_size=8
 @given(DATA, st.sampled_from([0.01, 0.002, 0.05]))
 def test_the_bound_agrees_with_the_signed_rank_test_of_scipy(data, level):
     averages = sorted((a + b) / 2 for i, a in enumerate(data) for b in data[i:])
-    bound = statistics._bound(averages, len(data), level)
+    bound = statistics.lower_bound(averages, len(data), level)
     if bound == -math.inf:
         assert 2.0 ** -len(data) > level
         return
@@ -137,6 +139,44 @@ def test_the_worst_verdict_counts():
     }  # fmt: skip
 
 
+def judged(name, verdict, ratios, low=None, high=None):
+    """A row of a gate: one pair for each ratio."""
+    row = session.Row(Case(name, 0, (), "time", "seconds", "1", 1.0))
+    for ratio in ratios:
+        for side, value in (("base", 1.0), ("head", ratio)):
+            row.outcomes[side].append(Outcome("ok", (value,), 1))
+    row.judgement = Judgement(verdict, ratios[0] if ratios else None, low, high, pairs=len(ratios))
+    return row
+
+
+def test_the_chart_has_the_pairs_and_the_interval_of_each_row():
+    rows = [
+        judged("same", PASS, [1.0, 1.01], 0.0, 1.02), judged("slow", REGRESSED, [1.1, 1.2, 1.15], 1.05, 1.25),
+        judged("few", None, [1.02]), judged("broken", BROKEN, []),
+    ]  # fmt: skip
+    figure = output.draw(session.Result("b" * 40, "h" * 40, "desk", Design(), rows, 1.0, {}, []))
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == [
+        "slow  REGRESSED",
+        "few  INCONCLUSIVE",
+        "same  PASS",
+    ]
+    assert "head against base, %" in axis.get_xlabel()
+    dots = {line.get_ydata()[0]: line.get_xdata() for line in axis.lines if line.get_marker() == "."}
+    intervals = {line.get_ydata()[0]: line.get_xdata() for line in axis.lines if line.get_linewidth() == 5}
+    assert dots[0] == pytest.approx([10, 20, 15])
+    assert (dots[1], dots[2]) == (pytest.approx([2]), pytest.approx([0, 1]))
+    assert intervals[0] == pytest.approx([5, 25])
+    assert 1 not in intervals  # one pair has no spread
+    left, right = axis.get_xlim()
+    assert intervals[2][0] < left  # no lower bound: the bar leaves the chart
+    assert intervals[2][1] == pytest.approx(2)
+    assert len(intervals) == 2
+    assert right > 25
+    rules = [set(line.get_xdata()) for line in axis.lines[-2:]]
+    assert rules == [{0}, {pytest.approx(3)}]
+
+
 def test_a_machine_in_another_state_is_named():
     now = state()
     assert now["processors"] >= 1
@@ -198,7 +238,7 @@ def test_the_gate_finds_a_slow_down_more_memory_and_a_failure(project):
     assert "REGRESSED: 2 REGRESSED, 1 BROKEN." in text
     markdown = (project / "out.md").read_text()
     assert "| REGRESSED | 1.010 | 1.010 to 1.010 | 50 MiB | 2 | `suite.Work.track_memory` |  |" in markdown
-    assert (project / "out.png").stat().st_size > 5000
+    assert (project / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.serial

@@ -16,7 +16,6 @@ import pytest
 
 from projecta.regress.project.config import Project
 from projecta.regress.project.git import find_commits
-from projecta.regress.run import build as builds
 from projecta.regress.run import group
 from projecta.regress.run.case import Case, Outcome
 from projecta.regress.store import journal
@@ -206,15 +205,13 @@ def test_an_interrupted_run_writes_its_results(project, number):
     assert len([m for m in read_measurements(Project(project), "desk") if m.measured]) >= 2
 
 
-def test_an_interrupt_while_a_process_starts_leaves_no_process(tmp_path, monkeypatch):
-    guard, start_one = group.Guard(), subprocess.Popen
-
+def test_an_interrupt_while_a_process_starts_leaves_no_process(tmp_path):
     def interrupted(*words, **options):
-        process = start_one(*words, **options)
+        process = subprocess.Popen(*words, **options)
         signal.raise_signal(signal.SIGINT)
         return process
 
-    monkeypatch.setattr(group.subprocess, "Popen", interrupted)
+    guard = group.Guard(interrupted)
     with (tmp_path / "printed").open("wb") as out, pytest.raises(KeyboardInterrupt):
         guard.start(["sleep", "4244"], out, tmp_path, os.environ)
     (process,) = guard.groups
@@ -300,14 +297,17 @@ def test_suites_that_a_commit_cannot_import_are_not_tried_on_another(project, mo
     assert set(installed) == {first}
 
 
-def test_environments_that_differ_are_not_blamed_on_the_commit(project, monkeypatch):
+def test_environments_that_differ_are_not_blamed_on_the_commit(project):
+    """Each commit brings another version of a package along."""
     foreign.make(project, SLOW)
-    foreign.commit(project, "one")
-    versions = iter(["1.0", "2.0"])
-    monkeypatch.setattr(builds.Build, "packages", lambda self: {"numpy": next(versions)})
-    code, text = run("gate", "HEAD", "HEAD")
+    for version in ("1.0", "2.0"):
+        info = project / "brought.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: brought\nVersion: {version}\n")
+        foreign.commit(project, version)
+    code, text = run("gate", "HEAD^")
     assert code == 3
-    assert "the environments of base and head differ: numpy 1.0 and 2.0." in text
+    assert "the environments of base and head differ: brought 1.0 and 2.0." in text
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """The pre-flight check, with a fake nvidia-smi."""
 
 import json
+import os
 import re
+import shutil
 import sys
 import textwrap
 
@@ -153,20 +155,28 @@ def test_messages_distinguish_two_gpus(nvidia_smi):
     ]
 
 
-def test_disk_and_load(nvidia_smi, monkeypatch):
+def test_a_full_disk_and_a_busy_machine_are_refused():
+    found = preflight.Findings([], "no nvidia-smi", disk=2.25, load=1.5)
+    assert found.problems(preflight.Limits(), demanded=False) == [
+        "projecta: cannot measure here: the disk has 2.2 GiB free, less than 10 GiB. Free some space.",
+        "projecta: cannot measure here: the load is 1.50 runnable processes per processor, more than 0.5. "
+        "End what runs beside.",
+    ]
+    assert found.problems(preflight.Limits(disk=2, load=1.5), demanded=False) == []
+    unknown = preflight.Findings([], "no nvidia-smi", disk=20.0, load=None)
+    assert unknown.problems(preflight.Limits(), demanded=False) == []
+
+
+def test_disk_and_load_are_read(nvidia_smi, tmp_path):
     nvidia_smi()
-    monkeypatch.setattr("os.getloadavg", lambda: (3.0, 0.0, 0.0))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    code, said = run("preflight", "--disk", "1e9")
+    before, found, after = os.getloadavg()[0], preflight.look(tmp_path), os.getloadavg()[0]
+    assert found.load in [average / os.cpu_count() for average in (before, after)]
+    assert found.disk == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, abs=1)
+    code, said = run("preflight", "--disk", "1e9", "--load", "1000")
     assert code == 3
-    disk, load = said.splitlines()[-2:]
     assert re.fullmatch(
         r"projecta: cannot measure here: the disk has [\d.]+ GiB free, less than 1e\+09 GiB\. Free some space\.",
-        disk,
-    )
-    assert load == (
-        "projecta: cannot measure here: the load is 1.50 runnable processes per processor, more than 0.5. "
-        "End what runs beside."
+        said.splitlines()[-1],
     )
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from projecta.regress.project.config import Project
 from projecta.regress.site import charts, tables
 from projecta.regress.store.provenance import NAME, read_provenance
-from projecta.regress.store.results import Measurement
+from projecta.regress.store.results import Measurement, read_measurements
 from tests.regress import foreign
 from tests.regress.foreign import run
 
@@ -52,6 +53,18 @@ def test_the_report_prints_and_writes_what_the_project_declares(project):
     assert foreign.git(project, "status", "--porcelain", "--untracked-files=all").split() == [
         "??", "pyproject.toml", "??", "tables.py",
     ]  # fmt: skip
+
+
+def test_the_chart_of_lines_names_its_axes_and_its_lines(project):
+    (section,) = tables.load_sections(project)
+    table, source = section.tables[0], tables.Source(read_measurements(Project(project), "desk"), project)
+    figure = table.draw(table.rows(source), charts.PRINT)
+    (axis,) = figure.axes
+    assert (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) == ("random", "p0", "time (ms)")
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+    assert drawn == {"bubble": ([10, 100], [2.0, 200.0]), "merge": ([10, 100], [1.0, 10.0])}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["bubble", "merge"]
 
 
 def test_each_file_names_where_it_comes_from(project):

@@ -136,7 +136,7 @@ def gate(
     if markdown:
         markdown.write_text(output.as_markdown(result))
     if plot:
-        output.draw(result, plot)
+        output.draw(result).savefig(plot, dpi=120)
     sys.exit(statistics.EXIT_CODES[result.verdict])
 
 

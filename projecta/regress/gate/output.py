@@ -181,16 +181,14 @@ def write_json(result: Result, path: Path) -> None:
     path.write_text(json.dumps(as_json(result), indent=1) + "\n")
 
 
-def draw(result: Result, path: Path) -> None:
-    """Chart of each benchmark's pairs, bounds and tolerance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(result: Result) -> Any:
+    """Chart of each benchmark's pairs, bounds and tolerance, as a matplotlib figure."""
+    from matplotlib.figure import Figure
 
     rows = [row for row in sorted_rows(result) if any(map(math.isfinite, row.ratios))]
     height = 1.2 + 0.32 * max(1, len(rows))
-    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axis = figure.subplots()
     names = {"green": "C2", "bold red": "C3", "bold magenta": "C6", "yellow": "C1", "blue": "C0"}
     bounds = [bound for row in rows for bound in (row.judgement.low, row.judgement.high)]
     shown = [bound for bound in bounds if bound and math.isfinite(bound)]  # the rest are open: over the edge
@@ -211,5 +209,4 @@ def draw(result: Result, path: Path) -> None:
     axis.set_xlabel(
         "head against base, % (dots: pairs of processes; bars: bounds; dashed: tolerance)", fontsize=8
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure

@@ -12,7 +12,7 @@ from projecta.regress.gate import statistics
 from projecta.regress.gate.statistics import Design, Judgement
 from projecta.regress.project import machine
 from projecta.regress.project.config import Project
-from projecta.regress.run.build import Build, BuildFailed, cases, environment_labels
+from projecta.regress.run.build import Build, BuildFailed, cases, environment_labels, find_environments
 from projecta.regress.run.case import FAILURES, SKIPPED, Case, Outcome, select
 from projecta.regress.run.launch import Worker
 from projecta.regress.run.pair import measure_pair
@@ -130,13 +130,10 @@ def run_session(
         builds[side].make()
         found[side] = cases(builds[side].benchmarks())
     packages = {side: builds[side].packages() for side in SIDES}
-    if packages["base"] != packages["head"]:
-        names = sorted(
-            k for k in packages["base"] | packages["head"] if len({p.get(k) for p in packages.values()}) > 1
-        )
-        differ = ", ".join(f"{k} {packages['base'].get(k)} and {packages['head'].get(k)}" for k in names[:4])
+    differ = differing_packages(packages["base"], packages["head"])
+    if differ:
         raise BuildFailed(
-            f"the environments of base and head differ: {differ}. Delete {builds['base'].config.env_dir} and "
+            f"the environments of base and head differ: {', '.join(differ[:4])}. Delete {builds['base'].config.env_dir} and "
             f"{builds['head'].config.env_dir}; they are made anew."
         )
     now = machine.state() | {"packages": packages["head"]}
@@ -187,6 +184,19 @@ def run_session(
     )  # fmt: skip
 
 
+def differing_packages(base: Mapping[str, str], head: Mapping[str, str]) -> list[str]:
+    """The packages that are not the same on both sides, with their versions.
+
+    >>> differing_packages({"numpy": "1.0", "six": "1"}, {"numpy": "2.0", "six": "1", "rich": "3"})
+    ['numpy 1.0 and 2.0', 'rich None and 3']
+    """
+    return [
+        f"{name} {base.get(name)} and {head.get(name)}"
+        for name in sorted(base.keys() | head.keys())
+        if base.get(name) != head.get(name)
+    ]
+
+
 def _matched(
     found: dict[str, list[Case]], pattern: str | None, environment: str
 ) -> tuple[list[Row], list[Row]]:
@@ -217,7 +227,7 @@ def judge_environments(
 
     The environments share the `budget` (minutes) and the gate's rate of error.
     """
-    labels, results = environment_labels(project), []
+    labels, results = environment_labels(find_environments(project, project.config)), []
     share = replace(design, error=design.error / len(labels))
     for i, label in enumerate(labels):
         if label:

@@ -112,8 +112,8 @@ def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None
     found.ratio = math.exp(statistics.median(averages))
     passes, regresses = design.looks()
     low, high = (plan.get(n, min(plan.values())) for plan in (regresses, passes))
-    found.low = math.exp(_bound(averages, n, low))  # 0: too few pairs to say
-    found.high = math.exp(-_bound([-a for a in reversed(averages)], n, high))
+    found.low = math.exp(lower_bound(averages, n, low))  # 0: too few pairs to say
+    found.high = math.exp(-lower_bound([-a for a in reversed(averages)], n, high))
     if n in regresses and found.low > 1 + tolerance:
         found.verdict = REGRESSED
     elif n in passes and found.high < 1 + tolerance:
@@ -125,7 +125,7 @@ def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None
     return found
 
 
-def _bound(averages: list[float], n: int, level: float) -> float:
+def lower_bound(averages: list[float], n: int, level: float) -> float:
     """The least value that the signed-rank test does not reject at this level: an average of two (Walsh)."""
     ranks = _critical(n, level)
     return -math.inf if ranks is None else averages[ranks]

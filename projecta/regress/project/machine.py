@@ -25,7 +25,7 @@ def state() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}", "processor": _processor(),
         "processors": os.cpu_count(),
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), "clock_mhz": _clock(),
-        "temperature": _temperature(), "load": _load(), "gpu": _gpu(),
+        "temperature": _temperature(), "load": load(), "gpu": _gpu(),
         "threads": {k: os.environ[k] for k in THREADS if k in os.environ} or None,
     }  # fmt: skip
     return {name: fact for name, fact in facts.items() if fact is not None}
@@ -82,10 +82,11 @@ def _temperature() -> float | None:
     return max((int(text) / 1000 for text in found if text and text.lstrip("-").isdigit()), default=None)
 
 
-def _load() -> float | None:
+def load() -> float | None:
+    """Runnable processes per processor; None where the system does not say."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
-    except OSError:
+    except (AttributeError, OSError):
         return None
 
 

@@ -7,7 +7,6 @@ locked where that is asked for and permitted; a clock that cannot be locked is n
 import dataclasses
 import datetime
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -145,9 +144,7 @@ def examine_machine(
 def look(folder: Path) -> Findings:
     """Read the state; change nothing."""
     gpus, missing = _gpus()
-    processors = os.cpu_count() or 1
-    load = os.getloadavg()[0] / processors if hasattr(os, "getloadavg") else None
-    return Findings(gpus, missing, shutil.disk_usage(folder).free / 2**30, load)
+    return Findings(gpus, missing, shutil.disk_usage(folder).free / 2**30, machine.load())
 
 
 def lock(gpu: Gpu) -> None:

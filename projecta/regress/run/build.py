@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Build:
         self.folder = (project.folder / self.config.benchmark_dir).resolve()
         with _asv_in(project.folder):
             self.repo = get_repo(self.config)
-        self.environment = _environments(project, self.config)[which]
+        self.environment = find_environments(project, self.config)[which]
         self.variables: dict[str, str] = {}
 
     @property
@@ -159,22 +159,12 @@ class Build:
         return found
 
     def packages(self) -> dict[str, str]:
-        """Versions of what is installed beside the project.
-
-        The project is what was installed from asv's folder, whatever its distribution is called, or bears the
-        project's name.
-        """
+        """Versions of what is installed beside the project."""
         done = subprocess.run(
             [self.python, "-c", _PACKAGES], capture_output=True, text=True, env=self.variables
         )
-        built = (self.project.folder / self.config.env_dir).resolve()
-        found = {}
-        for name, version, source in json.loads(done.stdout or "[]"):
-            local = Path(unquote(urlsplit(source).path)) if source.startswith("file:") else None
-            ours = local is not None and local.resolve().is_relative_to(built)
-            if not ours and normalised(name) != normalised(self.config.project):
-                found[normalised(name)] = version
-        return found
+        built = self.project.folder / self.config.env_dir
+        return other_packages(json.loads(done.stdout or "[]"), self.config.project, built)
 
 
 # Run in the environment's interpreter.
@@ -224,6 +214,24 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def other_packages(installed: Iterable[Sequence[str]], project: str, built: Path) -> dict[str, str]:
+    """Versions by name of the distributions that are not the project.
+
+    The project is what was installed from asv's folder `built`, whatever its distribution is called, or bears
+    the project's name.
+
+    Args:
+        installed: name, version and address of origin (or "") of each distribution.
+    """
+    found = {}
+    for name, version, source in installed:
+        local = Path(unquote(urlsplit(source).path)) if source.startswith("file:") else None
+        ours = local is not None and local.resolve().is_relative_to(built.resolve())
+        if not ours and normalised(name) != normalised(project):
+            found[normalised(name)] = version
+    return found
+
+
 def _imported(folder: Path) -> set[str]:
     """The top-level modules that the suites import, wherever in their code."""
     found = set()
@@ -267,23 +275,22 @@ def _holds(root: Path, name: str) -> bool:
 
 def builds_of(project: Project, commit: str) -> list[Build]:
     """A commit in every environment of the project's matrix."""
-    return [Build(project, commit, which=i) for i in range(len(environment_labels(project)))]
+    count = len(find_environments(project, project.config))
+    return [Build(project, commit, which=i) for i in range(count)]
 
 
-def environment_labels(project: Project) -> list[str]:
-    """A label for each environment of the project's matrix: what it differs in from the others.
+def environment_labels(environments: Sequence[Any]) -> list[str]:
+    """A label for each of asv's environments: what it differs in from the others.
 
     One environment has the label "".
     """
-    facts = [
-        {"python": env.python} | dict(env.requirements) | dict(env.env_vars)
-        for env in _environments(project, project.config)
-    ]  # fmt: skip
+    facts = [{"python": env.python} | dict(env.requirements) | dict(env.env_vars) for env in environments]
     names = sorted({name for fact in facts for name in fact if len({str(f.get(name)) for f in facts}) > 1})
     return [", ".join(f"{name}={fact.get(name)}" for name in names) for fact in facts]
 
 
-def _environments(project: Project, config: Any) -> list[Any]:
+def find_environments(project: Project, config: Any) -> list[Any]:
+    """asv's environments of the project's matrix."""
     from asv import environment
     from asv.console import log
     from asv.environment import EnvironmentUnavailable

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,11 +27,16 @@ for group in groups:
 
 
 class Guard:
-    """Starts process groups; a guard process kills them if this process dies."""
+    """Starts process groups; a guard process kills them if this process dies.
 
-    def __init__(self) -> None:
+    Args:
+        popen: starts a process of a group.
+    """
+
+    def __init__(self, popen: "Callable[..., subprocess.Popen[bytes]]" = subprocess.Popen):
         words = [sys.executable, "-I", "-S", "-c", _GUARD]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+        self.popen = popen
         self.groups: list[subprocess.Popen[bytes]] = []
 
     def start(
@@ -39,7 +44,7 @@ class Guard:
         inherited: Sequence[int] = (),
     ) -> "subprocess.Popen[bytes]":  # fmt: skip
         with _uninterrupted():  # a process that nobody knows of would outlive us
-            process = subprocess.Popen(
+            process = self.popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
                 env=variables, start_new_session=True, pass_fds=inherited,
             )  # fmt: skip

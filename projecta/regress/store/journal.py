@@ -95,7 +95,7 @@ class Journal:
                     f"it is no journal ({error})",
                     "`projecta doctor --fix` sets it aside.",
                 )
-            _explain(self.path, error)
+            explain(self.path, error)
             raise
 
     def __enter__(self) -> "Journal":
@@ -130,7 +130,7 @@ class Journal:
                 row,
             )
         except sqlite3.OperationalError as error:
-            _explain(self.path, error)
+            explain(self.path, error)
             raise
 
     def runs(self, machine: str, commit: str, environment: str, purpose: str = BENCH) -> list[Run]:
@@ -260,7 +260,7 @@ def _tuple(text: str) -> tuple[Any, ...]:
     return tuple(json.loads(text))
 
 
-def _explain(path: Path, error: sqlite3.Error) -> None:
+def explain(path: Path, error: sqlite3.Error) -> None:
     """Raise a UsageError for errors that the user can mend; return for others."""
     name = getattr(error, "sqlite_errorname", "")
     kept = "What was measured before is kept; run it again."

@@ -10,17 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from projecta.scan.cpu import lazy
-from projecta.scan.cpu.layout import CHUNK, UNROLL
-from projecta.scan.cpu.recurrence import (
-    decay_of,
-    match_rows,
-    step_rows,
-    step_rows_back,
-    to_radians,
-    weight_of,
-)
-from projecta.scan.cpu.simd import (
+from projecta._cpu.simd import (
     BYTES,
     address,
     claim,
@@ -37,7 +27,17 @@ from projecta.scan.cpu.simd import (
     sum_lanes,
     zero,
 )
-from projecta.scan.cpu.threads import compiled, inner
+from projecta._cpu.threads import compiled, inner
+from projecta.scan.cpu import lazy
+from projecta.scan.cpu.layout import CHUNK, UNROLL
+from projecta.scan.cpu.recurrence import (
+    decay_of,
+    match_rows,
+    step_rows,
+    step_rows_back,
+    to_radians,
+    weight_of,
+)
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,

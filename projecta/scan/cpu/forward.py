@@ -9,10 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from projecta.scan.cpu import lazy
-from projecta.scan.cpu.layout import CHUNK, UNROLL
-from projecta.scan.cpu.recurrence import decay_of, step_rows, weight_of
-from projecta.scan.cpu.simd import (
+from projecta._cpu.simd import (
     BYTES,
     address,
     claim,
@@ -28,7 +25,10 @@ from projecta.scan.cpu.simd import (
     store_past_cache,
     zero,
 )
-from projecta.scan.cpu.threads import compiled, inner
+from projecta._cpu.threads import compiled, inner
+from projecta.scan.cpu import lazy
+from projecta.scan.cpu.layout import CHUNK, UNROLL
+from projecta.scan.cpu.recurrence import decay_of, step_rows, weight_of
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,

@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from projecta._cpu.memory import flat, in_large_pages, memory
+from projecta._cpu.threads import run
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
 from projecta.scan.cpu import backward, forward
-from projecta.scan.cpu.layout import Layout, flat, in_large_pages, memory, saved_shape
-from projecta.scan.cpu.threads import run
+from projecta.scan.cpu.layout import Layout, saved_shape
 
 
 def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:

@@ -5,53 +5,23 @@ time, which are parallel work too. The cut depends on the shape and the machine,
 in use. So results do not depend on it either.
 """
 
-import ctypes
 import functools
 import os
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from projecta._cpu.memory import flat, memory, round_up
+from projecta._cpu.simd import BYTES
 from projecta.scan._operator import Inputs
-from projecta.scan.cpu.simd import BYTES
 
 CHUNK = 16  # steps between saved states
 UNROLL = 4  # rows of states that one loop over time advances
 SUPERBLOCK = 8  # blocks that share their sums of dB and dC
 PIECE = 8192  # minimum steps of a piece
 CORES = os.cpu_count() or 1
-
-
-_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # the types that `simd` reads
-
-
-def flat(t: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor as a flat array; complex numbers as pairs.
-
-    Kernels add offsets to an array's address and ignore its strides. So every array for a kernel comes from
-    here, and a tensor that is not contiguous is an error.
-    """
-    t = t.detach()
-    if t.is_complex():
-        t = torch.view_as_real(t)
-    if not t.is_contiguous():
-        raise AssertionError(
-            f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
-        )
-    array: np.ndarray = t.view(_STORED.get(t.dtype, t.dtype)).view(-1).numpy()
-    return array
-
-
-def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The memory of a (b, d, l) tensor as a flat array, and the strides with which kernels address it."""
-    strides = t.stride()
-    if not t.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
-        t = t.detach().as_strided((last + 1 if t.numel() else 0,), (1,))
-    return flat(t), np.array(strides)
 
 
 class Work(NamedTuple):
@@ -191,31 +161,6 @@ class Layout:
             return rows
         pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
         return 2 * pairs.conj() if conjugate else pairs
-
-
-_LARGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # Linux
-_ALWAYS_FRESH = 2**25  # bytes: glibc's malloc maps larger blocks anew each time
-
-
-@functools.cache
-def _madvise():
-    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-
-
-def in_large_pages(*tensors: Tensor | None) -> None:
-    """Ask Linux for large pages for tensors that have not been written yet.
-
-    Otherwise a fresh tensor of 50 MB costs 12,000 page faults, as much time as the scan that fills it.
-    """
-    for t in tensors:
-        if t is not None and t.numel() * t.element_size() >= _ALWAYS_FRESH and _madvise() is not None:
-            start = round_up(t.data_ptr(), _LARGE_PAGE)
-            size = t.data_ptr() + t.untyped_storage().nbytes() - start
-            _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_HUGEPAGE)  # advice: may fail
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}

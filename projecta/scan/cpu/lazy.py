@@ -8,20 +8,9 @@ f is the exponential if `exact` is not None, else max(0, 1 + z / 8)^8. A is pass
 short last block the last token reads v too. `projecta.mrss` explains the formula.
 """
 
+from projecta._cpu.simd import BYTES, exp2_product_safe, fma, lanes, line, load, prefetch, splat, store, zero
+from projecta._cpu.threads import inner
 from projecta.scan.cpu.layout import UNROLL
-from projecta.scan.cpu.simd import (
-    BYTES,
-    exp2_product_safe,
-    fma,
-    lanes,
-    line,
-    load,
-    prefetch,
-    splat,
-    store,
-    zero,
-)
-from projecta.scan.cpu.threads import inner
 
 
 @inner

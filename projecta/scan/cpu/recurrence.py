@@ -5,16 +5,8 @@ A real state is one row of vectors. A complex state is two: its real and its ima
 
 import math
 
-from projecta.scan.cpu.simd import (
-    LOG2_E,
-    cos_and_sin,
-    exp2_product,
-    exp2_product_safe,
-    fma,
-    load,
-    splat,
-)
-from projecta.scan.cpu.threads import inner
+from projecta._cpu.simd import LOG2_E, cos_and_sin, exp2_product, exp2_product_safe, fma, load, splat
+from projecta._cpu.threads import inner
 
 RADIANS = 2 * math.pi * LOG2_E  # A's imaginary parts are in full turns, its real parts in powers of 2
 

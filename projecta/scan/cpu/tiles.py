@@ -4,7 +4,7 @@ A tile is `TILE` steps of as many channels as a vector has lanes. `read` transpo
 dtype, so that each step is one vector; `write` is the inverse.
 """
 
-from projecta.scan.cpu.simd import (
+from projecta._cpu.simd import (
     BYTES,
     LOG2_E,
     address,
@@ -18,7 +18,7 @@ from projecta.scan.cpu.simd import (
     transpose_past_cache,
     zero,
 )
-from projecta.scan.cpu.threads import inner
+from projecta._cpu.threads import inner
 
 TILE = 64  # steps that are read and transposed together
 

@@ -11,21 +11,8 @@ chunks. It sums dB and dC over a program's channels, then over programs, in a fi
 Most kernels read B and C from packed float32 buffers. Nothing waits for the device.
 """
 
-import os
-
-import torch
-
+from projecta._triton.launch import cannot_run as unavailable
 from projecta.scan.triton import replay
 from projecta.scan.triton.launch import prepare, selective_scan, selective_state_update
-
-
-def unavailable() -> str:
-    """Why this backend cannot run; "" when it can."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
-    if torch.version.hip:
-        return "the kernels hold instructions of NVIDIA's"
-    return "" if torch.cuda.is_available() else "there is no CUDA device"
-
 
 __all__ = ["prepare", "replay", "selective_scan", "selective_state_update", "unavailable"]

@@ -3,47 +3,49 @@
 import triton
 import triton.language as tl
 
+from projecta._triton.launch import kernel
+from projecta._triton.memory import (
+    as_floats,
+    barrier,
+    load_rows,
+    load_words,
+    read,
+    shared_buffer,
+    store_one,
+    store_shared,
+    store_words,
+    unpack_word,
+    write,
+)
+from projecta._triton.warp import (
+    LN_2,
+    LOG2_E,
+    WARP,
+    all_reduce,
+    broadcast,
+    compensated,
+    exp2,
+    reduce_scatter,
+    reduce_warps,
+    repeat,
+    sigmoid,
+    softplus,
+    stage_sums,
+)
 from projecta.scan.triton.steps import (
     STEPS,
-    as_floats,
     channel_numbers,
     channel_of,
     eight_steps,
-    kernel,
     lane_of,
     load_first_rows,
     own_rows,
     own_steps,
     program_index,
-    read,
     read_three,
     sequence_of,
     split_program,
     state_after_chunk,
-    write,
-)
-from projecta.scan.triton.warp import (
-    LN_2,
-    LOG2_E,
-    WARP,
-    all_reduce,
-    barrier,
-    broadcast,
-    compensated,
-    exp2,
-    load_rows,
-    load_words,
-    reduce_scatter,
-    reduce_warps,
-    repeat,
-    shared_buffer,
-    sigmoid,
-    softplus,
-    stage_sums,
-    store_one,
-    store_shared,
-    store_words,
-    unpack_word,
 )
 
 
@@ -218,7 +220,8 @@ def _own_values(
             step = softplus(step, False)
         if GATED:
             open = sigmoid(gate[i])
-            own_gate = own_gate + (grad * ys[i] * open * (1.0 + gate[i] * (1.0 - open)),)
+            if len(ys) > 0:
+                own_gate = own_gate + (grad * ys[i] * open * (1.0 + gate[i] * (1.0 - open)),)
             grad = grad * gate[i] * open
         if not WHOLE:
             inside = real & (t1 + i >= t_start) & (t1 + i < t_end)
@@ -227,6 +230,17 @@ def _own_values(
         own_s, own_x, own_g = own_s + (step,), own_x + (step * value,), own_g + (grad,)
         own_u, own_slope = own_u + (value,), own_slope + (slope,)
     return own_s, own_x, own_g, own_u, own_slope, own_gate
+
+
+@triton.jit
+def _gate_again(sums, skip, own_u, g, gate):
+    """Per-lane values of the gradient of z and of y after the gate, from the sums C h."""
+    own_gate, outputs = (), ()
+    for i in tl.static_range(len(sums)):
+        value, open = sums[i] + skip * own_u[i], sigmoid(gate[i])
+        own_gate = own_gate + (g[i] * value * open * (1.0 + gate[i] * (1.0 - open)),)
+        outputs = outputs + (value * gate[i] * open,)
+    return own_gate, outputs
 
 
 @triton.jit
@@ -240,13 +254,14 @@ def _saved_rows(saved, place, lane, d, channel, K: tl.constexpr, LANES: tl.const
 
 @triton.jit
 def _back_row(
-    state, grad, rate, steps, inputs, grads, Bs, Cs, sums_B, sums_A, slab, bounds, t_start, t_end,
+    state, grad, rate, steps, inputs, grads, Bs, Cs, sums_B, sums_A, sums_y, slab, bounds, t_start, t_end,
     STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
 ):  # fmt: skip
     """One state of a lane over a slab: forward from its start, then back.
 
-    Returns the gradient of the state before the slab; the sums over states for dx (`sums_dx`) and d(delta)
-    (`sums_ddelta`); the slab's sums for dA, dB and dC; and each step's products for dB and dC.
+    Returns the gradient of the state before the slab; the sums over states for dx (`sums_dx`), d(delta)
+    (`sums_ddelta`) and y (`sums_y`, if not empty); the slab's sums for dA, dB and dC; and each step's
+    products for dB and dC.
     """
     states, decays = (state,), ()
     for i in tl.static_range(STEPS):
@@ -256,6 +271,14 @@ def _back_row(
             gain = tl.where(inside, gain, 0.0)
         state = decay * state + gain
         states, decays = states + (state,), decays + (decay,)
+    outputs = ()
+    if len(sums_y) > 0:
+        for i in tl.static_range(STEPS):
+            value = states[i + 1] * Cs[i]
+            if bounds is not None:
+                inside = (slab * STEPS + i >= t_start) & (slab * STEPS + i < t_end)
+                value = tl.where(inside, value, 0.0)
+            outputs = outputs + (sums_y[i] + value,)
     zero = tl.zeros_like(grad)
     of_A, of_B, of_C = zero, zero, zero  # sums of the slab first: fewer rounding errors
     sums_dx, sums_ddelta, products_dB, products_dC = (), (), (), ()
@@ -278,7 +301,7 @@ def _back_row(
         change = grad * states[i]
         sums_ddelta = (sums_A[i] + rate * change,) + sums_ddelta
         of_A += steps[i] * change
-    return grad, sums_dx, sums_ddelta, of_A, of_B, of_C, products_dB, products_dC
+    return grad, sums_dx, sums_ddelta, outputs, of_A, of_B, of_C, products_dB, products_dC
 
 
 @triton.jit
@@ -286,16 +309,19 @@ def _back_slab(
     p, starts, rates, constant_B, constant_C, own_s, own_x, own_g, at_B, at_C, in_buffer, sums_buffer, index,
     lane, leader, slab, bounds, t_start, t_end, total_A, lost_A, total_B, total_C, STEADY_B: tl.constexpr,
     STEADY_C: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
-    S: tl.constexpr, OF_B: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, OF_B: tl.constexpr, R: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """All states of a lane over a slab: carried gradients, sums over states, sums of dB and dC, totals."""
+    """All states of a lane over a slab: carried gradients, sums over states, sums of dB and dC, totals.
+
+    The sums over states are for d(delta), dx and, if OUTPUTS, y.
+    """
     K: tl.constexpr = len(p)
     V: tl.constexpr = len(own_s)
     zero = tl.zeros_like(own_s[0])
     steps = broadcast(own_s, leader, 0, V, STEPS, 2)
     inputs = broadcast(own_x, leader, 0, V, STEPS, 2)
     grads = broadcast(own_g, leader, 0, V, STEPS, 2)
-    sums_B, sums_A = repeat(zero, STEPS), repeat(zero, STEPS)
+    sums_B, sums_A, sums_y = repeat(zero, STEPS), repeat(zero, STEPS), repeat(zero, STEPS if OUTPUTS else 0)
     then, new_A, new_B, new_C, kept, new_lost = (), (), (), (), (), ()
     for j in tl.static_range(K):
         row_n, at = j * LANES + lane, slab.to(tl.int64) * S
@@ -303,9 +329,9 @@ def _back_slab(
         Bs = eight_steps(at_B + at, row_n, here, constant_B[j] if STEADY_B else None, STEADY_B)
         here += OF_B * STEPS * 4
         Cs = eight_steps(at_C + at, row_n, here, constant_C[j] if STEADY_C else None, STEADY_C)
-        grad, sums_B, sums_A, of_A, of_B, of_C, products_dB, products_dC = _back_row(
-            starts[j], p[j], rates[j], steps, inputs, grads, Bs, Cs, sums_B, sums_A, slab, bounds, t_start,
-            t_end, STEADY_B, STEADY_C,
+        grad, sums_B, sums_A, sums_y, of_A, of_B, of_C, products_dB, products_dC = _back_row(
+            starts[j], p[j], rates[j], steps, inputs, grads, Bs, Cs, sums_B, sums_A, sums_y, slab, bounds,
+            t_start, t_end, STEADY_B, STEADY_C,
         )  # fmt: skip
         sum_A, lost = compensated(total_A[j], lost_A[j], of_A)
         then, new_A, new_lost = then + (grad,), new_A + (sum_A,), new_lost + (lost,)
@@ -316,7 +342,7 @@ def _back_slab(
             kept = kept + row_j
             if WARPS > 1:
                 stage_sums(row_j, sums_buffer, index, slab % 2, j, K, R, WARPS)
-    return then, sums_A, sums_B, kept, new_A, new_lost, new_B, new_C
+    return then, sums_A, sums_B, sums_y, kept, new_A, new_lost, new_B, new_C
 
 
 @triton.jit
@@ -353,12 +379,13 @@ def _write_totals(
 
 @triton.jit
 def _write_gradients(
-    sums_A, sums_B, own_s, own_u, own_g, own_slope, own_gate, skip, total_bias, lost_bias, outputs, strides,
+    sums_A, sums_B, own_s, own_u, own_g, own_slope, own_gate, own_y, skip, total_bias, lost_bias, outputs,
+    strides,
     t1, t_start, t_end, real, index, WIDE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write du, ddelta and dz of a slab; return the sum of the bias's gradient so far."""
-    to_u, to_s, to_z = outputs
-    dul, dsl, dzl = strides
+    to_u, to_s, to_z, to_y = outputs
+    dul, dsl, dzl, yl = strides
     V: tl.constexpr = len(own_s)
     of_B = reduce_scatter(sums_B, index, 2, LANES, STEPS)
     of_A = reduce_scatter(sums_A, index, 2, LANES, STEPS)
@@ -371,6 +398,8 @@ def _write_gradients(
     write(to_s, t1, dsl, outs_s, t_start, t_end, real, WIDE, WHOLE, V)
     if to_z is not None:
         write(to_z, t1, dzl, own_gate, t_start, t_end, real, WIDE, WHOLE, V)
+    if to_y is not None:
+        write(to_y, t1, yl, own_y, t_start, t_end, real, WIDE, WHOLE, V)
     return total_bias, lost_bias
 
 
@@ -404,7 +433,7 @@ def _go_back(
     t1 = slab * STEPS + lane * V
     now_s, now_u, now_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
     now_g = read(at_g, t1, gl, l, WIDE, WHOLE, V)
-    now_y = () if z is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+    now_y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
     at = place + tl.maximum(final - 1 - origin, 0) // EVERY
     starts = _saved_rows(saved, at, lane, d, channel, K, LANES)
     for back in range(0, final - first):
@@ -421,13 +450,15 @@ def _go_back(
         s, v, g = as_floats(now_s, delta, WIDE), as_floats(now_u, u, WIDE), as_floats(now_g, grad_y, WIDE)
         gate, ys = (), ()
         if z is not None:
-            gate, ys = as_floats(now_z, z, WIDE), as_floats(now_y, ungated, WIDE)
+            gate = as_floats(now_z, z, WIDE)
+        if ungated is not None:
+            ys = as_floats(now_y, ungated, WIDE)
         if S > 0:
             coming = load_rows(shared + before.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
         t1 = before * STEPS + lane * V
         now_s, now_u, now_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
         now_g = read(at_g, t1, gl, l, WIDE, WHOLE, V)
-        now_y = () if z is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+        now_y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
         t1 = slab * STEPS + lane * V
         own_s, own_x, own_g, own_u, own_slope, own_gate = _own_values(
             s, v, g, gate, ys, own_bias, t1, t_start, t_end, real, SOFTPLUS, z is not None, WHOLE
@@ -435,11 +466,16 @@ def _go_back(
         for i in tl.static_range(V):
             total_D, lost_D = compensated(total_D, lost_D, own_g[i] * own_u[i])
         in_buffer = buffer + slab % 2 * (S * 4)
-        p, sums_A, sums_B, kept, total_A, lost_A, total_B, total_C = _back_slab(
+        p, sums_A, sums_B, sums_y, kept, total_A, lost_A, total_B, total_C = _back_slab(
             p, starts, rates, constant_B, constant_C, own_s, own_x, own_g, at_B, at_C, in_buffer,
             buffer + 2 * S * 4, index, lane, leader, slab, bounds, t_start, t_end, total_A, lost_A, total_B,
-            total_C, STEADY_B, STEADY_C, LANES, CHANNELS, WARPS, S, OF_B, R,
+            total_C, STEADY_B, STEADY_C, LANES, CHANNELS, WARPS, S, OF_B, R, outputs[3] is not None,
         )  # fmt: skip
+        own_y = ()
+        if outputs[3] is not None:
+            own_gate, own_y = _gate_again(
+                reduce_scatter(sums_y, index, 2, LANES, STEPS), skip, own_u, g, gate
+            )  # fmt: skip
         if S > 0:
             store_shared(coming, buffer + (slab + 1) % 2 * (S * 4), index, S, THREADS)
             barrier(index)
@@ -450,8 +486,8 @@ def _go_back(
             _write_kept(to, kept, index, t, t_start, t_end, bounds, K, R, LANES, WARPS)
         starts = _saved_rows(saved, place + (before - origin) // EVERY, lane, d, channel, K, LANES)
         total_bias, lost_bias = _write_gradients(
-            sums_A, sums_B, own_s, own_u, own_g, own_slope, own_gate, skip, total_bias, lost_bias, outputs,
-            strides, t1, t_start, t_end, real, index, WIDE, WHOLE, LANES,
+            sums_A, sums_B, own_s, own_u, own_g, own_slope, own_gate, own_y, skip, total_bias, lost_bias,
+            outputs, strides, t1, t_start, t_end, real, index, WIDE, WHOLE, LANES,
         )  # fmt: skip
     return p, total_D, total_bias, total_A, total_B, total_C
 
@@ -459,15 +495,16 @@ def _go_back(
 @kernel
 def backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans, du, ddelta, dz,
-    sums, totals, grad_start, ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, dub, dud, dul, dsb, dsd, dsl,
-    dzb, dzd, dzl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
+    gated, sums, totals, grad_start, ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, dub, dud, dul, dsb, dsd,
+    dsl, dzb, dzd, dzl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
     SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
     EVERY: tl.constexpr,
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
-    A slab starts from the last state saved before it, advanced to the slab if EVERY > 1. Writes du, ddelta
+    A slab starts from the last state saved before it, advanced to the slab if EVERY > 1. With `gated`
+    it computes y again, which it writes there; without, dz is computed from `ungated`. Writes du, ddelta
     and dz. `totals` (sequence, chunk, d, 2 + N...): the sums over time of dD, dbias, dA (and dB, dC if
     constant) of this sequence and chunk. `sums` (tile of the group, row, group, slab, N, 16): the sums of dB
     and dC over this tile's channels.
@@ -497,9 +534,11 @@ def backward(
     at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
     at_g, at_y = grad_y + row * gb + channel * gd, (row * d + channel) * l
     to_u, to_s = du + row * dub + channel * dud, ddelta + row * dsb + channel * dsd
-    at_z, to_z = None, None
+    at_z, to_z, to_y = None, None, None
     if z is not None:
         at_z, to_z = z + row * zb + channel * zd, dz + row * dzb + channel * dzd
+    if gated is not None:
+        to_y = gated + row * yb + channel * yd
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     rates, constant_B, constant_C = own_rows(A + channel * n, lane, n, LOG2_E, K, LANES), (), ()
     p = ()
@@ -517,7 +556,7 @@ def backward(
             p = state_after_chunk(p, rates, carried, spans, at, channel, lane, d, real, LANES)
     p, total_D, total_bias, total_A, total_B, total_C = _go_back(
         p, rates, constant_B, constant_C, u, delta, z, grad_y, ungated, saved, bounds, at_u, at_s, at_z,
-        at_g, at_y, at_B, at_C, shared, (to_u, to_s, to_z), (dul, dsl, dzl), to_sums, sl, ul, zl, gl,
+        at_g, at_y, at_B, at_C, shared, (to_u, to_s, to_z, to_y), (dul, dsl, dzl, yl), to_sums, sl, ul, zl, gl,
         own_bias, skip, lane, leader, index, first_sum, channel, real, place, origin, first, final, d, l,
         t_start, t_end, SOFTPLUS, STEADY_B, STEADY_C, WIDE, WHOLE, LANES, CHANNELS, WARPS, EVERY, S, OF_B, R,
     )  # fmt: skip

@@ -15,47 +15,49 @@ mask (whole blocks and tiles of channels, one sequence per row).
 import triton
 import triton.language as tl
 
+from projecta._triton.launch import kernel
+from projecta._triton.memory import (
+    as_floats,
+    barrier,
+    load_rows,
+    load_words,
+    prefetch,
+    read,
+    shared_buffer,
+    store_shared,
+    store_words,
+    write,
+)
+from projecta._triton.warp import (
+    LOG2_E,
+    WARP,
+    all_reduce,
+    and_uniform,
+    broadcast,
+    exp2,
+    pin,
+    reduce_scatter,
+    repeat,
+    shift_up,
+    shuffle,
+    warp_scan,
+)
 from projecta.scan.triton.steps import (
     STEPS,
     added,
-    as_floats,
     channel_numbers,
     channel_of,
     eight_steps,
-    kernel,
     lane_of,
     load_first_rows,
     own_outputs,
     own_rows,
     own_steps,
     program_index,
-    read,
     read_three,
     sequence_of,
     split_program,
     state_after_chunk,
-    write,
-)
-from projecta.scan.triton.warp import (
-    LOG2_E,
-    WARP,
-    all_reduce,
-    and_uniform,
-    barrier,
-    broadcast,
-    exp2,
-    load_rows,
-    load_words,
-    pin,
-    prefetch,
-    reduce_scatter,
-    repeat,
-    shared_buffer,
-    shift_up,
-    shuffle,
-    store_shared,
-    store_words,
-    warp_scan,
 )
 
 

@@ -7,35 +7,38 @@ import triton
 from torch import Tensor
 
 from projecta._checks import fail
+from projecta._operators import refuse_tangents
+from projecta._triton.launch import as_float32, cached, new_buffer, start_kernel, strides_of
 from projecta.scan import reference
-from projecta.scan._operator import Inputs, define, refuse_tangents
+from projecta.scan._operator import Inputs, define
 from projecta.scan.triton import backward, forward, pack_and_step, replay
-from projecta.scan.triton.layout import (
-    Layout,
-    as_float32,
-    cached,
-    new_buffer,
-    start_kernel,
-    strides_of,
-    weight_strides,
-    words_of,
-)
+from projecta.scan.triton.layout import Layout, weight_strides, words_of
 from projecta.scan.triton.plan import padded_states, rows_saved
 from projecta.scan.triton.steps import SLAB
 
 
-def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+def forward_pass(
+    inputs: Inputs,
+    delta_softplus: bool,
+    y: Tensor,
+    last_state: Tensor,
+    saved: Tensor,
+    with_output: bool = True,
+) -> None:
+    """Write y, the last state and, unless it is empty, `saved`: states, and y before the gate if wanted."""
     if not y.numel():
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
     with torch.cuda.device_of(y):
-        _launch_forward(_layout(inputs, delta_softplus, saved), inputs, y, last_state, saved)
+        layout = _layout(inputs, delta_softplus, saved, with_output)
+        _launch_forward(layout, inputs, y, last_state, saved)
 
 
-def _layout(inputs: Inputs, delta_softplus: bool, saved: Tensor) -> Layout:
+def _layout(inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool = True) -> Layout:
     return cached(
-        lambda: Layout(inputs, delta_softplus, saved), inputs, delta_softplus, saved.numel(), inputs.u.device
-    )
+        lambda: Layout(inputs, delta_softplus, saved, with_output),
+        inputs, delta_softplus, saved.numel(), with_output, inputs.u.device,
+    )  # fmt: skip
 
 
 _POINTERS = (
@@ -124,7 +127,7 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
         start_kernel(layout.launches, forward.forward_times, tensors, describe_times)
         return
     B, C = layout.arranged(B, C)
-    states, ungated = layout.kept(saved, u, z)
+    states, ungated = layout.kept(saved, u)
     carried, spans = layout.carried(u)
     if bounds is not None:
         bounds = bounds.contiguous()
@@ -148,9 +151,14 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
         start_kernel(layout.launches, forward.forward_states, tensors, describe, name)
 
 
-def _backward_pass(
-    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
-) -> None:
+def backward_pass(
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
+    gated: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write the gradients; with `gated` (the output's shape) also y again, which `saved` then does not hold.
+
+    The gradients of u, delta and z may take the place of grad_y, delta and z.
+    """
     u = inputs.u
     if not u.numel():
         for grad in grads:
@@ -161,21 +169,22 @@ def _backward_pass(
         return
     with torch.cuda.device_of(u):
         layout = cached(
-            lambda: Layout(inputs, delta_softplus, saved),
-            (*inputs, grad_y, grad_last, saved),
+            lambda: Layout(inputs, delta_softplus, saved, gated is None),
+            (*inputs, grad_y, grad_last, saved, gated),
             delta_softplus,
             u.device,
         )
-        _launch_backward(layout, inputs, grad_y, grad_last, saved, grads)
+        _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated)
 
 
 def _launch_backward(
-    layout: Layout, inputs: Inputs, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs
-) -> None:
+    layout: Layout, inputs: Inputs, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
+    gated: Tensor | None,
+) -> None:  # fmt: skip
     u, delta, A, B, C, D, z, bias, _, bounds = inputs
     D, bias = as_float32(D), as_float32(bias)
     parts, padded, slabs = layout.plan.parts, layout.padded, layout.slabs
-    states, ungated = layout.kept(saved, u, z)
+    states, ungated = layout.kept(saved, u)
     arranged_B, arranged_C = layout.arranged(B, C)
     carried, spans = layout.carried(u)
 
@@ -199,8 +208,10 @@ def _launch_backward(
 
     def describe():
         grid, sizes, options = layout.over_states(1, parts)
-        options["WIDE"] &= layout.words(u, delta, z, grad_y, grads.u, grads.delta, grads.z)
-        strides = strides_of(u=u, s=delta, z=z, g=grad_y, du=grads.u, ds=grads.delta, dz=grads.z)
+        options["WIDE"] &= layout.words(u, delta, z, grad_y, grads.u, grads.delta, grads.z, gated)
+        strides = strides_of(
+            u=u, s=delta, z=z, g=grad_y, du=grads.u, ds=grads.delta, dz=grads.z, y=gated
+        )  # fmt: skip
         return grid, strides | sizes, options | {"EVERY": layout.every}
 
     if bounds is not None:
@@ -209,7 +220,7 @@ def _launch_backward(
         "u": u, "delta": delta, "A": A, "B": arranged_B, "C": arranged_C, "D": D, "z": z, "bias": bias,
         "bounds": bounds, "grad_y": grad_y, "grad_last": grad_last.contiguous(), "saved": states,
         "ungated": ungated, "carried": carried, "spans": spans, "du": grads.u, "ddelta": grads.delta,
-        "dz": grads.z, "sums": sums, "totals": totals, "grad_start": grads.initial_state,
+        "dz": grads.z, "gated": gated, "sums": sums, "totals": totals, "grad_start": grads.initial_state,
     }  # fmt: skip
     start_kernel(layout.launches, backward.backward, tensors, describe)
 
@@ -247,13 +258,18 @@ def _launch_backward(
             grad.copy_(folded)
 
 
-def _saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
+def saved_states(inputs: Inputs, sequences: int, every: int) -> int:
+    """Numbers that the states of a call take, saved every so many steps."""
     u, n = inputs.u, inputs.A.shape[1]
-    rows = rows_saved(u, inputs.cu_seqlens is not None, sequences, every)
-    return (rows * padded_states(n) * u.shape[1] + (0 if inputs.z is None else words_of(u)),)
+    return rows_saved(u, inputs.cu_seqlens is not None, sequences, every) * padded_states(n) * u.shape[1]
 
 
-_scan = define("scan_triton", _forward_pass, _backward_pass, _saved_shape)
+def _saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
+    output = 0 if inputs.z is None else words_of(inputs.u)
+    return (saved_states(inputs, sequences, every) + output,)
+
+
+_scan = define("scan_triton", forward_pass, backward_pass, _saved_shape)
 
 
 def selective_scan(
@@ -283,13 +299,23 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return reference.selective_state_update(*given, dt_softplus)
     x, dt, A, B, C, D, z, dt_bias = (None if t is None else t.resolve_neg() for t in given[1:])
+    own = state.resolve_neg().contiguous()
+    y = update_state(own, x, dt, A.contiguous(), B, C, as_float32(D), z, as_float32(dt_bias), dt_softplus)
+    if own is not state:
+        state.copy_(own)
+    return y
+
+
+def update_state(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, bias: Tensor | None, softplus: bool, log_A: bool = False,
+) -> Tensor:  # fmt: skip
+    """y (b, d) of one step; state, A, D and bias are contiguous. With `log_A`, A is log(-A)."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b, d = x.shape
     n = A.shape[1]
-    own = state.resolve_neg().contiguous()
     tensors = {
-        "state": own, "x": x, "dt": dt, "A": A.contiguous(), "B": B, "C": C, "D": as_float32(D), "z": z,
-        "bias": as_float32(dt_bias), "y": y,
+        "state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": bias, "y": y
     }  # fmt: skip
 
     def describe():
@@ -297,28 +323,19 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
         tiles = -(-d // channels)
         strides = {"zb": 0, "zd": 0}
         for name, t, axes in (
-            ("x", x, "bd"),
-            ("s", dt, "bd"),
-            ("z", z, "bd"),
-            ("B", B, "bgn"),
-            ("C", C, "bgn"),
-        ):
+            ("x", x, "bd"), ("s", dt, "bd"), ("z", z, "bd"), ("B", B, "bgn"), ("C", C, "bgn"),
+        ):  # fmt: skip
             if t is not None:
                 strides |= {name + axis: t.stride(i) for i, axis in enumerate(axes)}
         sizes = {"d": d, "n": n, "per_B": d // B.shape[1], "per_C": d // C.shape[1], "tiles": tiles}
         options = {
-            "SOFTPLUS": dt_softplus, "CHANNELS": channels, "N": triton.next_power_of_2(n), "num_warps": 1
+            "SOFTPLUS": softplus, "LOG_A": log_A, "CHANNELS": channels, "N": triton.next_power_of_2(n),
+            "num_warps": 1,
         }  # fmt: skip
         return (b * tiles,), strides | sizes, options
 
     if y.numel():
         with torch.cuda.device_of(x):
-            start_kernel(
-                cached(dict, tensors.values(), dt_softplus, x.device),
-                pack_and_step.update_state,
-                tensors,
-                describe,
-            )
-    if own is not state:
-        state.copy_(own)
+            launches = cached(dict, tensors.values(), softplus, log_A, x.device)
+            start_kernel(launches, pack_and_step.update_state, tensors, describe)
     return y

@@ -1,13 +1,9 @@
 """Sizes, grids, options and buffers of a call of the Triton backend, and its compiled launches."""
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from projecta._checks import fail
+from projecta._triton.launch import new_buffer, processors_of, start_kernel
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import pack_and_step
 from projecta.scan.triton.plan import (
@@ -21,57 +17,11 @@ from projecta.scan.triton.plan import (
 )
 from projecta.scan.triton.steps import SLAB
 
-# Tensors that kernels take with strides; all other tensors are contiguous.
-_STRIDED = {"u", "delta", "z", "y", "x", "dt", "B", "C", "grad_y", "du", "ddelta", "dz", "dB", "dC"}
-
-
-_known: dict[tuple, Any] = {}
-
-
-def cached(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
-    """The cached result of `make()` for tensors that differ from these in values only."""
-    key = (
-        *others, *(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
-    )  # fmt: skip
-    found = _known.get(key)
-    if found is None:
-        if len(_known) >= 4096:  # many lengths must not fill the memory
-            _known.clear()
-        found = _known[key] = make()
-    return found
-
-
-def start_kernel(
-    launches: dict, kernel, tensors: dict[str, Tensor | None], describe: Callable, name: str = ""
-) -> None:
-    """Launch a kernel. Its arguments are `tensors`, in its order, then numbers, then constants.
-
-    The first launch calls `describe` for the grid, numbers by name, and constants and options by name. Later
-    launches go straight to the compiled kernel. Triton's launcher would inspect every argument each time.
-    """
-    known = launches.get(name or kernel)
-    if known is None:
-        if list(tensors) != kernel.arg_names[: len(tensors)]:
-            raise AssertionError(f"{kernel} takes {kernel.arg_names} in this order; got {list(tensors)}")
-        for argument, t in tensors.items():
-            if t is not None and argument not in _STRIDED and not t.is_contiguous():
-                raise AssertionError(f"{argument} must be contiguous; got strides {t.stride()} of {t.shape}")
-        grid, sizes, options = describe()
-        built = kernel[grid](**tensors, **sizes, **options)
-        if built is not None:  # the interpreter builds nothing
-            given = sizes | options
-            rest = tuple(given[argument] for argument in kernel.arg_names[len(tensors) :])
-            launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
-    else:
-        run, rest = known
-        # for a tensor, the launcher would also ask the driver whether it is on the GPU
-        run(*(None if t is None else t.data_ptr() for t in tensors.values()), *rest)
-
 
 class Layout:
     """Sizes, plan and launches of all calls whose tensors differ in values only."""
 
-    def __init__(self, inputs: Inputs, delta_softplus: bool, saved: Tensor):
+    def __init__(self, inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool = True):
         u, _, A, B, C = inputs[:5]
         self.b, self.d, self.l = u.shape
         self.n = A.shape[1]
@@ -95,8 +45,9 @@ class Layout:
         self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
         # `forward_times` reads 16-bit B and C without packing if it can read whole words
         self.native = all(t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C))
-        self.states = saved.numel()  # floats of the saved states; the output before the gate follows
-        if self.states and inputs.z is not None:
+        self.states = saved.numel()  # floats of the saved states; the output before the gate may follow
+        self.with_output = with_output and inputs.z is not None
+        if self.states and self.with_output:
             self.states -= words_of(u)
         rows = self.states // (self.padded * self.d)
         for self.every in (1, 2, 4):  # slabs between saved states; equal numbers of rows have equal layouts
@@ -199,41 +150,18 @@ class Layout:
         size = self.b * (self.plan.parts - 1) * self.d
         return new_buffer(u, size * self.padded), new_buffer(u, size)
 
-    def kept(self, saved: Tensor, u: Tensor, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def kept(self, saved: Tensor, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The parts of `saved`: states (row, n, channel), and the output before the gate."""
         if not self.states:
             return None, None
-        if z is None:
+        if not self.with_output:
             return saved, None
         return saved[: self.states], saved[self.states :].view(u.dtype)[: u.numel()]
-
-
-def new_buffer(like: Tensor, size: int) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
 
 
 def words_of(u: Tensor) -> int:
     """Size of u in float32 numbers, rounded up for loads of 16 bytes."""
     return -(-u.numel() * u.element_size() // 16) * 4
-
-
-def as_float32(t: Tensor | None) -> Tensor | None:
-    """`t` as contiguous float32; no copy if it is already."""
-    return None if t is None else t.to(torch.float32).contiguous()
-
-
-@functools.cache
-def processors_of(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def strides_of(**tensors: Tensor | None) -> dict[str, int]:
-    """Strides as kernels name them: `sb`, `sd`, `sl` of an array s (b, d, l)."""
-    return {
-        name + axis: 0 if t is None else t.stride(i)
-        for name, t in tensors.items()
-        for i, axis in enumerate("bdl")
-    }
 
 
 def weight_strides(axes: str = "bgnl", **tensors: Tensor) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 import triton.language as tl
 
-from projecta.scan.triton.steps import STEPS, kernel
-from projecta.scan.triton.warp import LOG2_E, exp2, sigmoid, softplus
+from projecta._triton.launch import kernel
+from projecta._triton.warp import LOG2_E, exp2, sigmoid, softplus
+from projecta.scan.triton.steps import STEPS
 
 
 @kernel
@@ -95,7 +96,7 @@ def reduce_chunks(
 @kernel
 def update_state(
     state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
-    tiles, SOFTPLUS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
+    tiles, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n)."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -106,20 +107,23 @@ def update_state(
     u = tl.load(x + row * xb + channel * xd, real, 0.0).to(tl.float32)
     delta = tl.load(dt + row * sb + channel * sd, real, 0.0).to(tl.float32)
     if bias is not None:
-        delta += tl.load(bias + channel, real, 0.0)
+        delta += tl.load(bias + channel, real, 0.0).to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta, False)
     held = channel[:, None] * n + state_n
     at_B = row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
     at_C = row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
     weight = tl.load(B + at_B, here, 0.0).to(tl.float32)
-    decay = exp2(delta[:, None] * (tl.load(A + held, here, 0.0) * LOG2_E))
+    rate = tl.load(A + held, here, 0.0).to(tl.float32)
+    if LOG_A:
+        rate = -exp2(rate * LOG2_E)
+    decay = exp2(delta[:, None] * (rate * LOG2_E))
     h = tl.load(state + row * d * n + held, here, 0.0)
     h = decay * h + (delta * u)[:, None] * weight
     tl.store(state + row * d * n + held, h, here)
     out = tl.sum(h * tl.load(C + at_C, here, 0.0).to(tl.float32), 1)
     if D is not None:
-        out += tl.load(D + channel, real, 0.0) * u
+        out += tl.load(D + channel, real, 0.0).to(tl.float32) * u
     if z is not None:
         gate = tl.load(z + row * zb + channel * zd, real, 0.0).to(tl.float32)
         out *= gate * sigmoid(gate)

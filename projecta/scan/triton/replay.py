@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from projecta.scan._operator import KINDS, untraced
+from projecta._operators import KINDS, untraced
 
 Launch = Callable[..., tuple[Tensor, Tensor]]
 

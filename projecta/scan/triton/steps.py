@@ -4,49 +4,25 @@ WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8). W
 (whole blocks and tiles of channels, one sequence per row).
 """
 
-import inspect
-
 import triton
 import triton.language as tl
 
-from projecta.scan.triton.warp import (
-    INTERPRETED,
+from projecta._triton.memory import (
+    as_floats,
     barrier,
-    constant,
-    exp2,
-    load_one,
     load_rows,
     load_shared,
     load_words,
-    pack_word,
-    repeat,
-    sigmoid,
-    softplus,
-    store_one,
+    read,
     store_shared,
-    store_words,
     unpack_word,
 )
-
-# Sizes and strides: the compiled code is the same for all values (see `layout.start_kernel`).
-SIZES = [
-    "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
-    "blocks",
-    *(f"{t}{axis}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "B", "C", "x") for axis in "bdl"),
-    "Bg", "Bn", "Cg", "Cn", "per_B", "per_C",
-]  # fmt: skip
-
+from projecta._triton.warp import INTERPRETED, constant, exp2, repeat, sigmoid, softplus
 
 SLAB = 8  # steps that a kernel over states takes at a time; states are saved between slabs
 
 
 STEPS = constant(SLAB)
-
-
-def kernel(function):
-    return triton.jit(
-        function, do_not_specialize=[name for name in SIZES if name in inspect.signature(function).parameters]
-    )
 
 
 @triton.jit
@@ -138,63 +114,12 @@ def lane_of(index, LANES: tl.constexpr):
 
 
 @triton.jit
-def read(
-    at, t1, stride, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, FREE: tl.constexpr = True
-):  # fmt: skip
-    """V steps of each lane from its t1 on: in words (WIDE), or one by one with any stride."""
-    BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
-    P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
-    found = ()
-    if WIDE:
-        for i in tl.static_range(V // P):
-            t = t1 + i * P
-            if not WHOLE:
-                t = tl.minimum(t, l - P)
-            found = found + load_words(at + t, P * BITS // 32, FREE)
-    else:
-        for i in tl.static_range(V):
-            found = found + (load_one(at + (t1 + i).to(tl.int64) * stride, t1 + i < l),)
-    return found
-
-
-@triton.jit
 def read_three(
     at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
 ):  # fmt: skip
     """V steps of each lane of delta, u, and z if there is one."""
     z = () if at_z is None else read(at_z, t1, zl, l, WIDE, WHOLE, V)
     return read(at_s, t1, sl, l, WIDE, WHOLE, V), read(at_u, t1, ul, l, WIDE, WHOLE, V), z
-
-
-@triton.jit
-def as_floats(loaded, like, WIDE: tl.constexpr):
-    """The result of `read`, as tiles in float32; `like` is a pointer to its type."""
-    tiles = ()
-    for i in tl.static_range(len(loaded)):
-        tiles = tiles + (unpack_word(loaded[i], like.dtype.element_ty) if WIDE else (loaded[i],))
-    return tiles
-
-
-@triton.jit
-def write(
-    at, t1, stride, tiles, t_start, t_end, real, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
-):  # fmt: skip
-    """Write V steps of each lane that has a channel (`real`), from its t1 on, within t_start..t_end."""
-    element: tl.constexpr = at.dtype.element_ty
-    BITS: tl.constexpr = element.primitive_bitwidth
-    P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
-    if WIDE:
-        for i in tl.static_range(V // P):
-            row, inside = (), real
-            for k in tl.static_range(P * BITS // 32):
-                row = row + (pack_word(tiles, i * P * BITS // 32 + k, element),)
-            if not WHOLE:
-                inside = inside & (t1 + i * P < t_end)
-            store_words(at + (t1 + i * P), row, inside, P * BITS // 32)
-    else:
-        for i in tl.static_range(V):
-            inside = real & (t1 + i >= t_start) & (t1 + i < t_end)
-            store_one(at + (t1 + i).to(tl.int64) * stride, tiles[i], inside)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""What the numba kernels of `conv` and `scan` share."""

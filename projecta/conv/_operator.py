@@ -1,0 +1,92 @@
+"""Makes one PyTorch operator out of a backend's forward and backward functions, as `scan._operator` does."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from projecta._operators import is_plain, refuse_derivative, refuse_tangents, register, without_autocast
+
+
+class Inputs(NamedTuple):
+    """The tensors of one convolution, in the order of the public signature."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    start: Tensor | None
+    bounds: Tensor | None = None
+
+
+DIFFERENTIABLE = 4  # all but the bounds
+
+
+def define(name: str, forward: Callable, backward: Callable) -> Callable:
+    """Register `projecta::{name}` and its backward operator; return the function to call.
+
+    forward(inputs, silu, y) writes y; backward(grad_y, inputs, silu, grads) writes the gradients, which are
+    None where an input is.
+    """
+    backend = name.removeprefix("conv_")
+
+    def conv(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        start: Tensor | None,
+        bounds: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        with without_autocast(x):
+            forward(Inputs(x, weight, bias, start, bounds), silu, y)
+        return y
+
+    def conv_backward(
+        grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor | None,
+        bounds: Tensor | None, silu: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        inputs = Inputs(x, weight, bias, start, bounds)
+        grads = backward_shapes(grad_y, *inputs, silu)
+        present = [None if t is None else g for g, t in zip(grads, inputs, strict=False)]
+        with without_autocast(x):
+            backward(grad_y, inputs, silu, Inputs(*present))
+        return grads
+
+    def backward_shapes(grad_y, *inputs):
+        return [
+            inputs[0].new_empty(0) if t is None
+            else torch.empty_like(t) if i == 0
+            else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for i, t in enumerate(inputs[:DIFFERENTIABLE])
+        ]  # fmt: skip
+
+    conv_op = register(name, conv, lambda x, *rest: torch.empty_like(x))
+    backward_op = register(f"{name}_backward", conv_backward, backward_shapes)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.silu = inputs
+        ctx.save_for_backward(*tensors)
+
+    def differentiate(ctx, grad_y):
+        tensors = ctx.saved_tensors
+        refuse_tangents("causal_conv", (grad_y, *tensors), backend)
+        grads = backward_op(grad_y, *tensors, ctx.silu)
+        return *(None if t is None else g for g, t in zip(grads, tensors, strict=False)), None, None
+
+    def differentiate_again(ctx, *grads):
+        refuse_derivative("causal_conv", "second derivatives", backend)
+
+    torch.library.register_autograd(f"projecta::{name}", differentiate, setup_context=setup_context)
+    torch.library.register_autograd(f"projecta::{name}_backward", differentiate_again)
+
+    def causal_conv(x, weight, bias, silu, start, bounds):
+        tensors = Inputs(x, weight, bias, start, bounds)
+        refuse_tangents("causal_conv", tensors, backend)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if not torch.compiler.is_compiling() and not save and is_plain(tensors):
+            return conv(*tensors, silu)
+        return conv_op(*tensors, silu)
+
+    return causal_conv
