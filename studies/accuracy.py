@@ -4,8 +4,8 @@ The model is transformers' Mamba on projecta's scan: two layers of width 64, 16 
 "full" uses the full scan. "trained" uses MRSS at theta 0.5 with the initial step sizes. "post hoc" is the
 full model, calibrated after training (theta 0.1 and others). Seeds are fixed; nothing is tuned.
 
-`python -m studies.accuracy [FOLDER] [TASK...]` measures what results/mrss_accuracy_seeds.csv lacks, and writes
-mrss_accuracy.csv and .png from the results of all seeds.
+`python -m studies.accuracy [FOLDER] [TASK...]` measures what mrss_accuracy_seeds.csv of the folder (results)
+lacks, and writes mrss_accuracy.csv and .png from the results of all seeds.
 """
 
 import csv

@@ -3,7 +3,8 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def start_kernel(
     The first launch calls `describe` for the grid, numbers by name, and constants and options by name. Later
     launches go straight to the compiled kernel. Triton's launcher would inspect every argument each time.
     """
-    known = launches.get(name or kernel)
+    known, recording = launches.get(name or kernel), getattr(_thread, "recording", None)
     if known is None:
         if list(tensors) != kernel.arg_names[: len(tensors)]:
             raise AssertionError(f"{kernel} takes {kernel.arg_names} in this order; got {list(tensors)}")
@@ -76,20 +77,119 @@ def start_kernel(
         if built is not None:  # the interpreter builds nothing
             given = sizes | options
             rest = tuple(given[argument] for argument in kernel.arg_names[len(tensors) :])
-            launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
+            known = launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
     else:
         run, rest = known
         # for a tensor, the launcher would also ask the driver whether it is on the GPU
         run(*(None if t is None else t.data_ptr() for t in tensors.values()), *rest)
+    if recording is not None:
+        recording.add(known, tensors.values())
+
+
+_thread = threading.local()
+
+
+class Recording:
+    """The launches of a call, to be repeated for calls whose tensors differ in values and addresses only.
+
+    Checks, layout and argument handling cost the processor several times the GPU's time for a small kernel;
+    a repeated call is one allocation of scratch memory and the launches.
+
+    Args:
+        given: the caller's tensors, which may share memory. A kernel must get these very objects.
+        made: outputs, each in memory of its own. A kernel may also get views of them.
+    """
+
+    def __init__(self, given: Iterable[Tensor | None], made: Iterable[Tensor | None]):
+        self._given, self._made = list(given), list(made)
+        self._slot_of = {id(t): i for i, t in enumerate(self._given) if t is not None}
+        self._tensors = len(self._given) + len(self._made)
+        self._buffers: list[tuple[Tensor, int]] = []  # scratch memory, and where it begins in the whole
+        self._size = 0  # of the scratch memory, in floats
+        self._views: dict[tuple[int, int], int] = {}  # (tensor, or -1 for scratch; bytes into it): slot
+        self._steps: list[tuple[Callable, list[int], tuple]] = []
+        self.complete = True  # whether every launch has been understood
+
+    def __enter__(self) -> "Recording":
+        _thread.recording = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _thread.recording = None
+        self.complete = self.complete and error[0] is None
+        self._given, self._made, self._slot_of, self._buffers = [], [], {}, []
+
+    def add_buffer(self, t: Tensor) -> None:
+        self._buffers.append((t, self._size))
+        self._size += -(-t.numel() // 64) * 64
+
+    def add(self, known: tuple | None, tensors: Iterable[Tensor | None]) -> None:
+        slots = [self._slot(t) for t in tensors]
+        if known is None or None in slots:
+            self.complete = False
+        else:
+            self._steps.append((known[0], slots, known[1]))  # type: ignore[arg-type]
+
+    def _slot(self, t: Tensor | None) -> int | None:
+        """Where `repeat` finds the address of a tensor; None if it is unknown."""
+        if t is None:
+            return self._tensors
+        slot = self._slot_of.get(id(t))
+        if slot is not None:
+            return slot
+        at = t.data_ptr()
+        places = [(i + len(self._given), m, 0) for i, m in enumerate(self._made) if m is not None]
+        places += [(-1, buffer, 4 * start) for buffer, start in self._buffers]
+        for tensor, whole, start in places:
+            offset = at - whole.data_ptr()
+            if 0 <= offset < max(1, whole.untyped_storage().nbytes()):
+                view = tensor, start + offset
+                if view[1] == 0 and tensor >= 0:
+                    return tensor
+                return self._views.setdefault(view, self._tensors + 1 + len(self._views))
+        return None
+
+    def repeat(self, tensors: Iterable[Tensor | None], like: Tensor) -> None:
+        """Launch the same kernels on other tensors: those of `given`, then those of `made`."""
+        at: list[int | None] = [None if t is None else t.data_ptr() for t in tensors]
+        at.append(None)
+        if self._views:
+            scratch = (
+                like.new_empty(self._size, dtype=torch.float32) if self._size else None
+            )  # alive until launched
+            begin = 0 if scratch is None else scratch.data_ptr()
+            at += [(begin if tensor < 0 else at[tensor]) + offset for tensor, offset in self._views]  # type: ignore[operator]
+        for run, slots, rest in self._steps:
+            run(*[at[slot] for slot in slots], *rest)
+
+
+def repeated(
+    records: dict[Any, Recording], key: Any, given: Sequence[Tensor | None], made: Sequence[Tensor | None],
+    launch: Callable[[], None],
+) -> None:  # fmt: skip
+    """Call `launch()`, or repeat what it launched at the last call with this key."""
+    recording = records.get(key)
+    if recording is not None:
+        recording.repeat((*given, *made), next(t for t in (*made, *given) if t is not None))
+        return
+    with Recording(given, made) as recording:
+        launch()
+    if recording.complete:
+        records[key] = recording
 
 
 def new_buffer(like: Tensor, size: int) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
+    """Scratch memory of so many float32 numbers."""
+    buffer = like.new_empty(size, dtype=torch.float32)
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.add_buffer(buffer)
+    return buffer
 
 
-def as_float32(t: Tensor | None) -> Tensor | None:
-    """`t` as contiguous float32; no copy if it is already."""
-    return None if t is None else t.to(torch.float32).contiguous()
+def narrow(t: Tensor | None) -> Tensor | None:
+    """`t` contiguous, and not float64; no copy if it is already."""
+    return None if t is None else (t.float() if t.dtype == torch.float64 else t).contiguous()
 
 
 @functools.cache

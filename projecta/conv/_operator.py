@@ -51,7 +51,7 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         grads = backward_shapes(grad_y, *inputs, silu)
         present = [None if t is None else g for g, t in zip(grads, inputs, strict=False)]
         with without_autocast(x):
-            backward(grad_y, inputs, silu, Inputs(*present))
+            backward(grad_y, inputs, silu, Inputs(*present))  # type: ignore[arg-type]
         return grads
 
     def backward_shapes(grad_y, *inputs):

@@ -105,7 +105,7 @@ def _convolve_steps(
 
 @compiled
 def forward(counter, items, chunks, blocks, columns, source, taps, y, y_strides, silu, along):
-    """Item i is channel block i % blocks of chunk i // blocks; a chunk is (row, sequence, t_start, t0, t1)."""
+    """Item i is channel block i % blocks of chunk i // blocks: (row, sequence, t_start, t0, t1)."""
     item = claim(counter)
     while item < items:
         row, sequence, t_start, t0, t1 = chunks[item // blocks, :5]
@@ -229,8 +229,8 @@ def backward(
         G[(last - t0) * move : (t1 + kept - t0) * move] = 0
         if silu is not None:
             _convolve_steps(
-                source, base, source.strides[2], sequence, t_start, t0, last, taps, c, count, G, 0, move, None,
-                along,
+                source, base, source.strides[2], sequence, t_start, t0, last, taps, c, count, G, 0, move,
+                None, along,
             )  # fmt: skip
         if along is not None:
             if silu is not None:

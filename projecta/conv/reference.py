@@ -64,8 +64,8 @@ def start_gradient(grad_y: Tensor, inputs: Inputs, silu: bool) -> Tensor:
         open = torch.sigmoid(value)
         first_grad = first_grad * open * (1 + value * (1 - open))
     grad = torch.zeros_like(start, dtype=wide)
-    for t in range(first_x.shape[2]):  # column t + j of start meets tap j at step t
-        grad[..., t:] += taps[:, : kept - t] * first_grad[..., t, None]
+    for i in range(first_x.shape[2]):  # column i + j of start meets tap j at step i
+        grad[..., i:] += taps[:, : kept - i] * first_grad[..., i, None]
     return grad.to(start.dtype)
 
 

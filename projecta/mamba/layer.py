@@ -46,7 +46,7 @@ def convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
     """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x."""
     kept, silu = layer.conv1d.kernel_size[0] - 1, _is_silu(layer)
     start = None if before is None else before[..., before.shape[-1] - kept :]
-    y = causal_conv(
+    y: Any = causal_conv(
         x.transpose(1, 2), layer.conv1d.weight.squeeze(1), layer.conv1d.bias,
         activation="silu" if silu else None, initial_state=start,
     )  # fmt: skip

@@ -104,23 +104,26 @@ def selective_scan(
         >>> selective_scan(u, delta, A, B, C)[0, 0]
         tensor([1.0000, 1.3679, 1.5032])
     """
-    given, kind = (u, delta, A, B, C, D, z, delta_bias, initial_state), None
-    if not torch.compiler.is_compiling() and _may_replay(backend, u, cu_seqlens):
-        kind = _loaded["triton"].replay.cache_key(given, bool(delta_softplus), save_every)
-        launch = None if kind is None else _loaded["triton"].replay.cached_launch(kind[0])
-        if kind is not None and launch is not None:
-            found = launch(u, A, kind[1])
+    given, key = (u, delta, A, B, C, D, z, delta_bias, initial_state), None
+    if not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
+        eager = _loaded["triton"].eager
+        key = eager.cache_key(given, bool(delta_softplus), save_every)
+        found = None if key is None else eager.repeat(key, given)
+        if found is not None:
             return found if return_last_state else found[0]
     check = Checker("selective_scan")
     A, B, C, initial_state = canonical_arguments(check, *given, cu_seqlens)
     check.one_of("save_every", save_every, SAVE_EVERY)
     module = _choose(check, backend, u, A.dtype)
-    y, last_state = module.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
-    )
-    if kind is not None and hasattr(module, "prepare"):  # "auto" may have taken another backend
+    found = None
+    if key is not None and module is _loaded["triton"]:
         canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-        module.replay.cache_launch(kind[0], module.prepare(Inputs(*given), canonical, delta_softplus))
+        found = eager.first(key, given, canonical, bool(delta_softplus))
+    if found is None:
+        found = module.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
+        )
+    y, last_state = found
     return (y, last_state) if return_last_state else y
 
 
@@ -202,8 +205,8 @@ def _flattens(state: Tensor) -> bool:
     return state.dim() == 3 or state.stride(1) == state.shape[2] * state.stride(2)
 
 
-def _may_replay(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether backend "triton" is loaded and may have prepared launches for this call."""
+def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether backend "triton" is loaded and may repeat the launches of an earlier call."""
     return (
         "triton" in _loaded
         and cu_seqlens is None

@@ -1,5 +1,6 @@
 """No result is lost by faults of benchmarks, runners, disks or files."""
 
+import contextlib
 import json
 import os
 import random
@@ -108,19 +109,37 @@ def kept(folder):
         base.close()
 
 
+def size_of(path):
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def wait_for_writes(folder, process, count):
+    """Return while the run writes to the journal for the `count`-th time, or when it has ended."""
+    log = folder / ".asv/results/journal.sqlite-wal"
+    for _ in range(count):
+        before = size_of(log)
+        while size_of(log) == before and process.poll() is None:
+            time.sleep(0.001)
+
+
 def test_a_run_killed_at_any_moment_keeps_its_results_and_resumes(project):
-    """kill -9 at twenty random moments. Processes of the run end as well."""
+    """kill -9 at twelve random moments: in turn by time, and as it writes. Processes of the run end as well."""
     foreign.make(project, SLOW)
     foreign.commit(project, "one")
-    draw, before, most = random.Random(0), 0, 0
-    for _ in range(20):
+    draw, counts = random.Random(0), []
+    for i in range(12):
         process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
-        time.sleep(draw.uniform(0.2, 3.0))
+        if i % 2:
+            wait_for_writes(project, process, draw.randint(1, 6))
+        else:
+            time.sleep(draw.uniform(0.1, 1.6))
         process.kill()
         process.communicate()
-        now = kept(project)
-        assert now >= before
-        before, most = now, max(most, now)
+        counts.append(kept(project))
+    assert counts == sorted(counts)
+    assert any(0 < count < 12 for count in counts)
     time.sleep(0.5)
     assert not running(str(project / "benchmarks"))
     process = start(project, "bench", "HEAD", "--machine", "desk")

@@ -57,8 +57,8 @@ def test_the_report_prints_and_writes_what_the_project_declares(project):
 
 def test_the_chart_of_lines_names_its_axes_and_its_lines(project):
     (section,) = tables.load_sections(project)
-    table, source = section.tables[0], tables.Source(read_measurements(Project(project), "desk"), project)
-    figure = table.draw(table.rows(source), charts.PRINT)
+    table, newest = section.tables[0], tables.newest_commit(read_measurements(Project(project), "desk"), [])
+    figure = table.draw(table.rows(tables.Source(newest, project)), charts.PRINT)
     (axis,) = figure.axes
     assert (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) == ("random", "p0", "time (ms)")
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}

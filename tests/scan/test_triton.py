@@ -277,7 +277,7 @@ _CONV = {
     "THREADS": 128,
 }  # fmt: skip
 _SCAN = {
-    "bounds": None, "SOFTPLUS": True, "STEADY_B": False, "STEADY_C": False, "WIDE": True, "WHOLE": True, "N": 16,
+    "bounds": None, "SOFTPLUS": True, "LOG_A": False, "STEADY_B": False, "STEADY_C": False, "WIDE": True, "WHOLE": True, "N": 16,
     "LANES": 4, "CHANNELS": 8, "WARPS": 4,
 }  # fmt: skip
 KERNELS = {
@@ -359,7 +359,7 @@ def _check_repeats():
     """A call that differs only in values repeats the launches of the first call, with its own tensors."""
     from projecta import available_backends, selective_scan
     from projecta._triton import launch
-    from projecta.scan.triton import forward, layout, pack_and_step, replay
+    from projecta.scan.triton import backward, eager, forward, layout, pack_and_step
 
     log = []
 
@@ -376,14 +376,17 @@ def _check_repeats():
         found = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
         return found, list(log)
 
-    names = {"pack_weights": pack_and_step, "forward_times": forward, "forward_states": forward}
+    names = {
+        "pack_weights": pack_and_step, "forward_times": forward, "forward_states": forward,
+        "backward": backward, "reduce_tiles": pack_and_step, "reduce_chunks": pack_and_step,
+    }  # fmt: skip
     stubs = {name: _Recorded(getattr(module, name), log) for name, module in names.items()}
     available_backends()  # loads the Triton backend
     with contextlib.ExitStack() as patches:
         for name, module in names.items():
             patches.enter_context(mock.patch.object(module, name, stubs[name]))
         patches.enter_context(mock.patch.object(layout, "processors_of", return_value=132))
-        for table in (replay._launches, launch._known):
+        for table in (eager._calls, launch._known):
             patches.enter_context(mock.patch.dict(table, clear=True))
         for case, expected in (
             ({}, ["forward_times"]),
@@ -411,10 +414,25 @@ def _check_repeats():
             for row in rows[1:]:  # each kernel reads the output of `pack_weights`
                 assert (row["B"], row["C"]) == (rows[0]["to_B"], rows[0]["to_C"])
         first = inputs()
-        whole = len(replay._launches)
+        whole = len(eager._calls)
         for change in ({"u": first["u"].mT.contiguous().mT}, {"D": first["D"].half()}, {"z": None}):
             assert call(**{**first, **change})[1]
-        assert len(replay._launches) == whole + 2  # D of another dtype is copied: no entry
+        assert len(eager._calls) == whole + 3
+        wide = inputs(b=8, l=40)
+        for prefix in ("compiled ", ""):  # with gradients: the second call compiles nothing
+            leaves = [t.detach().requires_grad_() for t in wide.values()]
+            (y, _), forwards = call(**dict(zip(wide, leaves, strict=True)))
+            del log[:]
+            grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            assert [name for name, _ in forwards] == [prefix + n for n in ("pack_weights", "forward_states")]
+            expected = ["pack_weights", "backward", "reduce_tiles", "reduce_chunks"]
+            assert [name.removeprefix("compiled ") for name, _ in log] == expected
+            assert [g.shape for g in grads] == [t.shape for t in leaves]
+            found = dict(log)
+        back = dict(zip(stubs["backward"].arg_names, found["backward"], strict=False))
+        assert back["u"] == leaves[0].data_ptr()
+        assert back["du"] == grads[0].data_ptr()
+        assert back["grad_last"] is None
         for name, wrong in (("delta", first["delta"][..., 1:]), ("D", first["D"][1:]), ("u", [1])):
             with pytest.raises((ValueError, TypeError), match=rf"^selective_scan: {name} must"):
                 call(**{**first, name: wrong})

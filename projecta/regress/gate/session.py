@@ -133,8 +133,8 @@ def run_session(
     differ = differing_packages(packages["base"], packages["head"])
     if differ:
         raise BuildFailed(
-            f"the environments of base and head differ: {', '.join(differ[:4])}. Delete {builds['base'].config.env_dir} and "
-            f"{builds['head'].config.env_dir}; they are made anew."
+            f"the environments of base and head differ: {', '.join(differ[:4])}. Delete "
+            f"{builds['base'].config.env_dir} and {builds['head'].config.env_dir}; they are made anew."
         )
     now = machine.state() | {"packages": packages["head"]}
     before = journal.calibrated(host)

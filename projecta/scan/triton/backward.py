@@ -19,7 +19,6 @@ from projecta._triton.memory import (
 )
 from projecta._triton.warp import (
     LN_2,
-    LOG2_E,
     WARP,
     all_reduce,
     broadcast,
@@ -39,6 +38,7 @@ from projecta.scan.triton.steps import (
     eight_steps,
     lane_of,
     load_first_rows,
+    own_rates,
     own_rows,
     own_steps,
     program_index,
@@ -94,8 +94,9 @@ def _carry_block(
 @kernel
 def carry(
     delta, A, C, z, bias, grad_y, carried, spans, sb, sd, sl, zb, zd, zl, gb, gd, gl, d, l, n, per_group,
-    tiles, slabs, chunk, groups, count, parts, processors, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr,
-    STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    tiles, slabs, chunk, groups, count, parts, processors, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr,
+    STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    N: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient that each chunk of time but the first adds to its start state, and its sum of delta.
@@ -119,7 +120,7 @@ def carry(
     if z is not None:
         at_z = z + row * zb + channel * zd
     own_bias = channel_numbers(bias, channel, zero)
-    p, constant_C, rates = repeat(zero, K), (), own_rows(A + channel * n, lane, n, LOG2_E, K, LANES)
+    p, constant_C, rates = repeat(zero, K), (), own_rates(A, channel, lane, n, LOG_A, K, LANES)
     if STEADY_C:
         constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
     first, final = (part + 1) * chunk, tl.minimum((part + 2) * chunk, slabs)
@@ -497,9 +498,9 @@ def backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans, du, ddelta, dz,
     gated, sums, totals, grad_start, ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, dub, dud, dul, dsb, dsd,
     dsl, dzb, dzd, dzl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
-    EVERY: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """A program: WARPS times CHANNELS channels of a sequence and a chunk of time.
 
@@ -540,12 +541,15 @@ def backward(
     if gated is not None:
         to_y = gated + row * yb + channel * yd
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
-    rates, constant_B, constant_C = own_rows(A + channel * n, lane, n, LOG2_E, K, LANES), (), ()
+    rates, constant_B, constant_C = own_rates(A, channel, lane, n, LOG_A, K, LANES), (), ()
     p = ()
     for j in tl.static_range(K):
         row_n = j * LANES + lane
-        last = grad_last + (sequence * d + channel) * n + row_n
-        p = p + (tl.load(last, (row_n < n) & real, 0.0),)
+        grad = zero
+        if grad_last is not None:
+            last = grad_last + (sequence * d + channel) * n + row_n
+            grad = tl.load(last, (row_n < n) & real, 0.0)
+        p = p + (grad,)
     if STEADY_B:
         constant_B = own_rows(B + channel * n, lane, n, 1.0, K, LANES)
     if STEADY_C:
@@ -556,8 +560,8 @@ def backward(
             p = state_after_chunk(p, rates, carried, spans, at, channel, lane, d, real, LANES)
     p, total_D, total_bias, total_A, total_B, total_C = _go_back(
         p, rates, constant_B, constant_C, u, delta, z, grad_y, ungated, saved, bounds, at_u, at_s, at_z,
-        at_g, at_y, at_B, at_C, shared, (to_u, to_s, to_z, to_y), (dul, dsl, dzl, yl), to_sums, sl, ul, zl, gl,
-        own_bias, skip, lane, leader, index, first_sum, channel, real, place, origin, first, final, d, l,
+        at_g, at_y, at_B, at_C, shared, (to_u, to_s, to_z, to_y), (dul, dsl, dzl, yl), to_sums, sl, ul, zl,
+        gl, own_bias, skip, lane, leader, index, first_sum, channel, real, place, origin, first, final, d, l,
         t_start, t_end, SOFTPLUS, STEADY_B, STEADY_C, WIDE, WHOLE, LANES, CHANNELS, WARPS, EVERY, S, OF_B, R,
     )  # fmt: skip
     _write_totals(

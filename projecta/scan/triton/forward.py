@@ -29,7 +29,6 @@ from projecta._triton.memory import (
     write,
 )
 from projecta._triton.warp import (
-    LOG2_E,
     WARP,
     all_reduce,
     and_uniform,
@@ -51,9 +50,11 @@ from projecta.scan.triton.steps import (
     lane_of,
     load_first_rows,
     own_outputs,
+    own_rates,
     own_rows,
     own_steps,
     program_index,
+    rate_of,
     read_three,
     sequence_of,
     split_program,
@@ -117,10 +118,10 @@ def _advance_block(
 @triton.jit
 def _first_states(
     A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B: tl.constexpr,
-    STEADY_C: tl.constexpr, ENDS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+    STEADY_C: tl.constexpr, LOG_A: tl.constexpr, ENDS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A lane's states at the start of a chunk, its rates, and its B and C if they are constant."""
-    rates = own_rows(A + channel * n, lane, n, LOG2_E, K, LANES)
+    rates = own_rates(A, channel, lane, n, LOG_A, K, LANES)
     h, constant_B, constant_C = repeat(zero, K), (), ()
     if start is not None and not ENDS:
         h = own_rows(start + (sequence * d + channel) * n, lane, n, 1.0, K, LANES)
@@ -170,9 +171,9 @@ def _write_states(
 def forward_states(
     u, delta, A, B, C, D, z, bias, start, bounds, carried, spans, y, last, saved, ungated, ub, ud, ul, sb,
     sd, sl, zb, zd, zl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts,
-    processors, SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
-    WARPS: tl.constexpr, EVERY: tl.constexpr,
+    processors, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr,
+    STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    CHANNELS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """WARPS times CHANNELS channels of a sequence and a chunk; saves the state before each EVERY-th slab.
 
@@ -204,7 +205,7 @@ def forward_states(
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     h, rates, constant_B, constant_C = _first_states(
         A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B, STEADY_C,
-        ENDS, K, LANES,
+        LOG_A, ENDS, K, LANES,
     )  # fmt: skip
     buffer, turn = shared_buffer(index, 2 * UNROLL * S * 4), 0
     slab = tl.minimum(first, slabs - 1)  # within bounds also for an empty sequence
@@ -283,8 +284,8 @@ def _scan_state(own, outputs, rate, carry, span, Bs, Cs, lane, T: tl.constexpr):
 def forward_times(
     u, delta, A, B, C, D, z, bias, start, y, last, ub, ud, ul, sb, sd, sl, zb, zd, zl, yb, yd, yl, Bb, Bg,
     Bn, Cb, Cg, Cn, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
-    SOFTPLUS: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, NATIVE: tl.constexpr, PIN: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
     """A program: one channel of a row; lane i scans steps 16 i... of a block, one state at a time.
 
@@ -314,7 +315,7 @@ def forward_times(
         at_B, at_C, turn_B, turn_C, ahead = packed, packed, every_state, every_state, SIZE
     at_B, at_C = B + at_B, C + at_C
     held = channel * n + lane
-    rates, carries = tl.load(A + held, lane < n, 0.0) * LOG2_E, zero
+    rates, carries = rate_of(tl.load(A + held, lane < n, 0.0), lane < n, LOG_A), zero
     if start is not None:
         carries = tl.load(start + row * d * n + held, lane < n, 0.0)
     if STEADY_B:

@@ -1,109 +1,48 @@
 """Launches the Triton kernels: forward and backward passes of a call, one step, and prepared calls."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 from torch import Tensor
 
 from projecta._checks import fail
 from projecta._operators import refuse_tangents
-from projecta._triton.launch import as_float32, cached, new_buffer, start_kernel, strides_of
+from projecta._triton.launch import cached, narrow, new_buffer, start_kernel, strides_of
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
-from projecta.scan.triton import backward, forward, pack_and_step, replay
+from projecta.scan.triton import backward, forward, pack_and_step
 from projecta.scan.triton.layout import Layout, weight_strides, words_of
 from projecta.scan.triton.plan import padded_states, rows_saved
 from projecta.scan.triton.steps import SLAB
 
 
 def forward_pass(
-    inputs: Inputs,
-    delta_softplus: bool,
-    y: Tensor,
-    last_state: Tensor,
-    saved: Tensor,
-    with_output: bool = True,
-) -> None:
-    """Write y, the last state and, unless it is empty, `saved`: states, and y before the gate if wanted."""
+    inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor,
+    with_output: bool = True, log_A: bool = False,
+) -> None:  # fmt: skip
+    """Write y, the last state and, unless it is empty, `saved`: states, and y before the gate if wanted.
+
+    With `log_A`, A is log(-A). A, D and the bias may have any real type.
+    """
     if not y.numel():
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
     with torch.cuda.device_of(y):
-        layout = _layout(inputs, delta_softplus, saved, with_output)
+        layout = _layout(inputs, delta_softplus, saved, with_output, log_A)
         _launch_forward(layout, inputs, y, last_state, saved)
 
 
-def _layout(inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool = True) -> Layout:
+def _layout(
+    inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool, log_A: bool
+) -> Layout:  # fmt: skip
     return cached(
-        lambda: Layout(inputs, delta_softplus, saved, with_output),
-        inputs, delta_softplus, saved.numel(), with_output, inputs.u.device,
+        lambda: Layout(inputs, delta_softplus, saved, with_output, log_A),
+        inputs, delta_softplus, saved.numel(), with_output, log_A, inputs.u.device,
     )  # fmt: skip
-
-
-_POINTERS = (
-    "u", "delta", "A", "B", "C", "D", "z", "bias", "start", "y", "last", "none", "rows_B", "rows_C",
-    "carried", "spans",
-)  # fmt: skip
-
-
-def prepare(given: Inputs, canonical: Inputs, delta_softplus: bool) -> replay.Launch | None:
-    """The launches of a call that has just run without gradients, for calls that differ in values only.
-
-    None if the call copied an argument to another type or layout.
-    """
-    u, _, A, B, C = canonical[:5]
-    as_given = given.A is A and given.initial_state is canonical.initial_state
-    narrow = (given.D, given.delta_bias, *(t for t in (B, C) if t.dim() == 2))
-    if not u.numel() or not as_given or any(t is not None and as_float32(t) is not t for t in narrow):
-        return None
-    layout = _layout(canonical, delta_softplus, A.new_empty(0))
-    if not layout.launches:  # the interpreter compiles nothing
-        return None
-    times, parts = layout.plan.times, layout.plan.parts
-    varying, of_B, of_C = (B.dim() == 4, C.dim() == 4), "B", "C"
-    steps: list[tuple[Callable, list[int], tuple]] = []
-    floats, offsets = 0, [0, 0]  # of a buffer for packed B and C, then for the chunks' end states
-
-    def follow(kernel, *places):
-        run, rest = layout.launches[kernel]
-        steps.append((run, [_POINTERS.index(place) for place in places], rest))
-
-    if any(varying) and not (times and layout.native):
-        floats, (offsets[0], offsets[1]) = layout.packed_sizes(varying, 32 if times else 0)
-        of_B, of_C = ("rows_B" if varying[0] else "B"), ("rows_C" if varying[1] else "C")
-        sources = "B" if varying[0] else "none", "C" if varying[1] else "none"
-        follow(pack_and_step.pack_weights, *sources, of_B, of_C)
-    head = "u", "delta", "A", of_B, of_C, "D"
-    if times:
-        follow(forward.forward_times, *head, "z", "bias", "start", "y", "last")
-    else:
-        handed = ("none", "none")
-        if parts > 1:
-            handed, between = ("carried", "spans"), layout.b * (parts - 1) * layout.d
-            offsets += [floats, floats + between * layout.padded]
-            floats += between * (layout.padded + 1)
-            follow("ends", *head, "none", "bias", "start", "none", *handed, "none", "last", "none", "none")
-        follow("states", *head, "z", "bias", "start", "none", *handed, "y", "last", "none", "none")
-    shape = (layout.b, *A.shape)
-
-    def launch(u: Tensor, A: Tensor, places: list[int | None]) -> tuple[Tensor, Tensor]:
-        y, last_state = torch.empty_like(u), A.new_empty(shape)
-        places += (y.data_ptr(), last_state.data_ptr(), None)
-        if floats:
-            buffer = A.new_empty(floats)  # kept alive until everything is launched
-            start = buffer.data_ptr()
-            places += [start + 4 * offset for offset in offsets]
-        for run, slots, rest in steps:
-            run(*[places[slot] for slot in slots], *rest)
-        return y, last_state
-
-    return launch
 
 
 def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
     u, delta, A, B, C, D, z, bias, start, bounds = inputs
-    D, bias = as_float32(D), as_float32(bias)
+    D, bias = narrow(D), narrow(bias)
 
     def with_strides(described, **options):
         grid, sizes, found = described
@@ -152,8 +91,8 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
 
 
 def backward_pass(
-    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
-    gated: Tensor | None = None,
+    grad_y: Tensor, grad_last: Tensor | None, saved: Tensor, inputs: Inputs, delta_softplus: bool,
+    grads: Inputs, gated: Tensor | None = None, log_A: bool = False,
 ) -> None:  # fmt: skip
     """Write the gradients; with `gated` (the output's shape) also y again, which `saved` then does not hold.
 
@@ -164,25 +103,26 @@ def backward_pass(
         for grad in grads:
             if grad is not None:
                 grad.zero_()
-        if grads.initial_state is not None:
+        if grads.initial_state is not None and grad_last is not None:
             grads.initial_state.copy_(grad_last)
         return
     with torch.cuda.device_of(u):
         layout = cached(
-            lambda: Layout(inputs, delta_softplus, saved, gated is None),
+            lambda: Layout(inputs, delta_softplus, saved, gated is None, log_A),
             (*inputs, grad_y, grad_last, saved, gated),
             delta_softplus,
+            log_A,
             u.device,
         )
         _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated)
 
 
 def _launch_backward(
-    layout: Layout, inputs: Inputs, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
+    layout: Layout, inputs: Inputs, grad_y: Tensor, grad_last: Tensor | None, saved: Tensor, grads: Inputs,
     gated: Tensor | None,
 ) -> None:  # fmt: skip
     u, delta, A, B, C, D, z, bias, _, bounds = inputs
-    D, bias = as_float32(D), as_float32(bias)
+    D, bias = narrow(D), narrow(bias)
     parts, padded, slabs = layout.plan.parts, layout.padded, layout.slabs
     states, ungated = layout.kept(saved, u)
     arranged_B, arranged_C = layout.arranged(B, C)
@@ -214,12 +154,12 @@ def _launch_backward(
         )  # fmt: skip
         return grid, strides | sizes, options | {"EVERY": layout.every}
 
-    if bounds is not None:
-        bounds = bounds.contiguous()
+    bounds = None if bounds is None else bounds.contiguous()
+    grad_last = None if grad_last is None else grad_last.contiguous()
     tensors = {
         "u": u, "delta": delta, "A": A, "B": arranged_B, "C": arranged_C, "D": D, "z": z, "bias": bias,
-        "bounds": bounds, "grad_y": grad_y, "grad_last": grad_last.contiguous(), "saved": states,
-        "ungated": ungated, "carried": carried, "spans": spans, "du": grads.u, "ddelta": grads.delta,
+        "bounds": bounds, "grad_y": grad_y, "grad_last": grad_last, "saved": states, "ungated": ungated,
+        "carried": carried, "spans": spans, "du": grads.u, "ddelta": grads.delta,
         "dz": grads.z, "gated": gated, "sums": sums, "totals": totals, "grad_start": grads.initial_state,
     }  # fmt: skip
     start_kernel(layout.launches, backward.backward, tensors, describe)
@@ -238,23 +178,25 @@ def _launch_backward(
         }  # fmt: skip
         start_kernel(layout.launches, pack_and_step.reduce_tiles, tensors, describe_reduce_tiles)
     dB, dC = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t.dim() == 2 else None
+        None if t.dim() == 4
+        else t if t.is_contiguous()
+        else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in (grads.B, grads.C)
-    )
+    )  # fmt: skip
 
     def describe_reduce_chunks():
         options = {
-            "N": padded, "STEADY_B": steady_B, "STEADY_C": steady_C, "BLOCK": triton.next_power_of_2(width),
-            "num_warps": 1,
+            "N": padded, "LOG_A": layout.flags["LOG_A"], "STEADY_B": steady_B,
+            "STEADY_C": steady_C, "BLOCK": triton.next_power_of_2(width), "num_warps": 1,
         }  # fmt: skip
         return (layout.d,), {"d": layout.d, "n": layout.n, "over": over}, options
 
     tensors = {
-        "totals": totals, "dA": grads.A, "dD": grads.D, "dbias": grads.delta_bias, "dB": dB, "dC": dC
+        "totals": totals, "A": A, "dA": grads.A, "dD": grads.D, "dbias": grads.delta_bias, "dB": dB, "dC": dC
     }  # fmt: skip
     start_kernel(layout.launches, pack_and_step.reduce_chunks, tensors, describe_reduce_chunks)
     for grad, folded in ((grads.B, dB), (grads.C, dC)):
-        if folded is not None:
+        if folded is not None and folded is not grad:
             grad.copy_(folded)
 
 
@@ -264,12 +206,12 @@ def saved_states(inputs: Inputs, sequences: int, every: int) -> int:
     return rows_saved(u, inputs.cu_seqlens is not None, sequences, every) * padded_states(n) * u.shape[1]
 
 
-def _saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
+def saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
     output = 0 if inputs.z is None else words_of(inputs.u)
     return (saved_states(inputs, sequences, every) + output,)
 
 
-_scan = define("scan_triton", forward_pass, backward_pass, _saved_shape)
+_scan = define("scan_triton", forward_pass, backward_pass, saved_shape)
 
 
 def selective_scan(
@@ -300,7 +242,7 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
         return reference.selective_state_update(*given, dt_softplus)
     x, dt, A, B, C, D, z, dt_bias = (None if t is None else t.resolve_neg() for t in given[1:])
     own = state.resolve_neg().contiguous()
-    y = update_state(own, x, dt, A.contiguous(), B, C, as_float32(D), z, as_float32(dt_bias), dt_softplus)
+    y = update_state(own, x, dt, A.contiguous(), B, C, narrow(D), z, narrow(dt_bias), dt_softplus)
     if own is not state:
         state.copy_(own)
     return y

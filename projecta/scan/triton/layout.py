@@ -21,7 +21,10 @@ from projecta.scan.triton.steps import SLAB
 class Layout:
     """Sizes, plan and launches of all calls whose tensors differ in values only."""
 
-    def __init__(self, inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool = True):
+    def __init__(
+        self, inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool = True,
+        log_A: bool = False,
+    ):  # fmt: skip
         u, _, A, B, C = inputs[:5]
         self.b, self.d, self.l = u.shape
         self.n = A.shape[1]
@@ -42,7 +45,12 @@ class Layout:
         self.width = 32 * self.warps // self.lanes  # channels per program
         # slabs per block of the loops over time: 16 bytes of an array for each lane
         self.unroll = 1 if self.n > 32 else 8 // self.size
-        self.flags = {"SOFTPLUS": delta_softplus, "STEADY_B": B.dim() == 2, "STEADY_C": C.dim() == 2}
+        self.flags = {
+            "SOFTPLUS": delta_softplus,
+            "LOG_A": log_A,
+            "STEADY_B": B.dim() == 2,
+            "STEADY_C": C.dim() == 2,
+        }
         # `forward_times` reads 16-bit B and C without packing if it can read whole words
         self.native = all(t.dim() == 2 or (t.element_size() == 2 and self.words(t)) for t in (B, C))
         self.states = saved.numel()  # floats of the saved states; the output before the gate may follow
@@ -106,13 +114,6 @@ class Layout:
                     return False
         return True
 
-    def packed_sizes(self, varying: tuple[bool, bool], lanes: int) -> tuple[int, tuple[int, int]]:
-        """Size in floats of packed B and C, if they vary, and the offset of each."""
-        slabs, rows, steps = self.rows_of(lanes)
-        size = self.b * self.g * slabs * rows * steps
-        offset = size if lanes else rows * steps  # of C: after B, or after B in each slab
-        return size * sum(varying), (0, varying[0] * offset)
-
     def rows_of(self, lanes: int) -> tuple[int, int, int]:
         """Slabs, rows and steps of packed B and C, for `lanes` lanes along time or 0."""
         return (-(-self.l // (16 * lanes)), self.n, 16 * lanes) if lanes else (self.slabs, self.padded, SLAB)
@@ -121,8 +122,11 @@ class Layout:
         """B and C packed for the kernels; constant ones in float32."""
         slabs, rows, steps = self.rows_of(lanes)
         varying = B.dim() == 4, C.dim() == 4
-        size, offsets = self.packed_sizes(varying, lanes)
-        buffer = new_buffer(B, size)
+        each = self.b * self.g * slabs * rows * steps
+        buffer, offsets = (
+            new_buffer(B, each * sum(varying)),
+            (0, varying[0] * (each if lanes else rows * steps)),
+        )
         outs = [
             buffer[offset:] if varies else t.float().contiguous()
             for offset, t, varies in zip(offsets, (B, C), varying, strict=True)

@@ -71,8 +71,8 @@ def reduce_tiles(
 
 @kernel
 def reduce_chunks(
-    totals, dA, dD, dbias, dB, dC, d, n, over,
-    N: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, BLOCK: tl.constexpr,
+    totals, A, dA, dD, dbias, dB, dC, d, n, over,
+    N: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum `totals` over sequences and chunks, in their order, into the gradients; one channel per program."""
     WIDTH: tl.constexpr = 2 + N + (N if STEADY_B else 0) + (N if STEADY_C else 0)
@@ -84,7 +84,10 @@ def reduce_chunks(
         tl.store(dD + channel + at, sum.to(dD.dtype.element_ty), at == 0)
     if dbias is not None:
         tl.store(dbias + channel + at - 1, sum.to(dbias.dtype.element_ty), at == 1)
-    tl.store(dA + channel * n + at - 2, sum, (at >= 2) & (at < 2 + n))
+    to, here, change = channel * n + at - 2, (at >= 2) & (at < 2 + n), sum
+    if LOG_A:
+        change = -exp2(tl.load(A + to, here, 0.0).to(tl.float32) * LOG2_E) * sum
+    tl.store(dA + to, change.to(dA.dtype.element_ty), here)
     if STEADY_B:
         where = at - (2 + N)
         tl.store(dB + channel * n + where, sum.to(dB.dtype.element_ty), (where >= 0) & (where < n))

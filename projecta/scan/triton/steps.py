@@ -17,7 +17,7 @@ from projecta._triton.memory import (
     store_shared,
     unpack_word,
 )
-from projecta._triton.warp import INTERPRETED, constant, exp2, repeat, sigmoid, softplus
+from projecta._triton.warp import INTERPRETED, LOG2_E, constant, exp2, repeat, sigmoid, softplus
 
 SLAB = 8  # steps that a kernel over states takes at a time; states are saved between slabs
 
@@ -67,6 +67,24 @@ def own_rows(at, lane, n, factor, K: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def own_rates(A, channel, lane, n, LOG_A: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr):
+    """The rates A log2 e of a lane's K states; LOG_A: given as log(-A). Zeros beyond n."""
+    found = ()
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        found = found + (rate_of(tl.load(A + channel * n + row_n, row_n < n, 0.0), row_n < n, LOG_A),)
+    return found
+
+
+@triton.jit
+def rate_of(value, inside, LOG_A: tl.constexpr):
+    value = value.to(tl.float32)
+    if LOG_A:
+        value = tl.where(inside, -exp2(value * LOG2_E), 0.0)
+    return value * LOG2_E
+
+
+@triton.jit
 def state_after_chunk(states, rates, carried, spans, at, channel, lane, d, real, LANES: tl.constexpr):
     """The states after a chunk of time, from its end state from zero and its sum of delta."""
     passed, then = tl.load(spans + at * d + channel), ()
@@ -80,7 +98,7 @@ def state_after_chunk(states, rates, carried, spans, at, channel, lane, d, real,
 @triton.jit
 def channel_numbers(at, channel, zero):
     """The number of a (d,) tensor for each lane's channel; zero without a tensor."""
-    return zero if at is None else tl.load(at + channel)
+    return zero if at is None else tl.load(at + channel).to(tl.float32)
 
 
 @triton.jit
