@@ -238,42 +238,65 @@ def _backward(
     """The gradients of hidden, conv_start, state and the weights."""
     (hidden, conv_start, state), (xz, s, saved), w = given, kept, weights
     b, l, m = hidden.shape
-    made, flat = _Pass(xz, w, b, l, records), hidden.reshape(b * l, m)
-    d, r = made.d, made.rank
+    made, flat, dxz = _Pass(xz, w, b, l, records), hidden.reshape(b * l, m), torch.empty_like(xz)
     if grad_output is None:
         grad_output = torch.zeros_like(hidden)
+    found: dict[str, Tensor | None] = {}
     sent = grad_output.reshape(b * l, m)
+    du = _scan_backward(made, sent, grad_last, s, saved, conv_start, state, dxz, found)
+    dstart = _conv_backward(made, du, conv_start, dxz, found)
+    del du  # before the largest products
+    found["in_proj"] = torch.mm(dxz, flat)
+    found["in_bias"] = None if w.in_bias is None else dxz.sum(1)
+    dhidden = torch.mm(dxz.t(), w.in_proj).view(b, l, m)
+    return [dhidden, dstart, found["state"], *(found[name] for name in Weights._fields)]
+
+
+def _conv_backward(
+    made: _Pass, du: Tensor, conv_start: Tensor | None, dxz: Tensor, found: dict[str, Tensor | None]
+) -> Tensor | None:
+    """The gradient of the convolution's start; dx goes to `dxz`, gradients of the weights to `found`."""
+    w = made.weights
+    rows, dx, inputs = (
+        _rows(du, made.b, made.l),
+        _rows(dxz[: made.d], made.b, made.l),
+        made.conv_inputs(conv_start),
+    )
+    dweight, dbias = torch.empty_like(w.conv), None if w.conv_bias is None else torch.empty_like(w.conv_bias)
+    grads = ConvInputs(dx, dweight.squeeze(1), dbias, None)
+    repeated(
+        made.records, "conv back", (rows, *inputs[:4]), grads[:3],
+        lambda: conv.backward_pass(rows, inputs, True, grads),
+    )  # fmt: skip
+    found |= {"conv": dweight, "conv_bias": dbias}
+    return None if conv_start is None else start_gradient(rows, inputs, True)
+
+
+def _scan_backward(
+    made: _Pass, sent: Tensor, grad_last: Tensor | None, s: Tensor, saved: Tensor, conv_start: Tensor | None,
+    state: Tensor | None, dxz: Tensor, found: dict[str, Tensor | None],
+) -> Tensor:  # fmt: skip
+    """The gradient of u (d, b l); dz goes to `dxz`, gradients of the weights and of the state to `found`."""
+    w, d, r, b, l = made.weights, made.d, made.rank, made.b, made.l
     u = made.convolved(conv_start)
     inputs, delta = made.scan_inputs(u, s, state)
-    grad_y = torch.mm(w.out_proj.t(), sent.t())
-    dxz, ds = torch.empty_like(xz), torch.empty_like(s)
+    grad_y, ds = torch.mm(w.out_proj.t(), sent.t()), torch.empty_like(s)
     rows, dx, (_, dB, dC) = _rows(grad_y, b, l), _rows(dxz[:d], b, l), made.split(ds)
-    empty = [None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)]
-    grads = Inputs(rows, inputs.delta, empty[0], dB, dC, empty[1], _rows(dxz[d:], b, l), empty[2], empty[3])  # type: ignore[arg-type]
+    dA, dD, dbias, dstate = (
+        None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)
+    )  # fmt: skip
+    grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz[d:], b, l), dbias, dstate)  # type: ignore[arg-type]
     if grad_last is not None:
         grad_last = grad_last.contiguous()
     repeated(  # y takes the place of dx until dx is computed
-        records, ("scan back", grad_last is None), (*inputs[:9], rows, grad_last),
-        (saved, dx, *grads[2:]),
+        made.records, ("scan back", grad_last is None), (*inputs[:9], rows, grad_last),
+        (saved, dx, *grads[2:9]),
         lambda: scan.backward_pass(rows, grad_last, saved, inputs, True, grads, dx, log_A=True),
     )  # fmt: skip
-    found: dict[str, Tensor | None] = {
-        "out_proj": torch.mm(sent.t(), dxz[:d].t()), "dt_proj": torch.mm(delta, s[:r].t()), "A_log": grads.A,
-        "D": grads.D, "dt_bias": grads.delta_bias,
-        "out_bias": None if w.out_bias is None else sent.sum(0),
+    found |= {
+        "out_proj": torch.mm(sent.t(), dxz[:d].t()), "dt_proj": torch.mm(delta, s[:r].t()), "A_log": dA,
+        "D": dD, "dt_bias": dbias, "state": dstate, "out_bias": None if w.out_bias is None else sent.sum(0),
     }  # fmt: skip
     torch.mm(w.dt_proj.t(), delta, out=ds[:r])
     found["x_proj"] = torch.mm(ds, u.t())
-    grad_y.addmm_(w.x_proj.t(), ds)
-    conv_inputs, dconv = made.conv_inputs(conv_start), torch.empty_like(w.conv)
-    dbias = None if w.conv_bias is None else torch.empty_like(w.conv_bias)
-    conv_grads = ConvInputs(dx, dconv.squeeze(1), dbias, None)
-    repeated(
-        records, "conv back", (rows, *conv_inputs[:4]), conv_grads[:3],
-        lambda: conv.backward_pass(rows, conv_inputs, True, conv_grads),
-    )  # fmt: skip
-    dstart = None if conv_start is None else start_gradient(rows, conv_inputs, True)
-    found |= {"conv": dconv, "conv_bias": dbias, "in_proj": torch.mm(dxz, flat)}
-    found["in_bias"] = None if w.in_bias is None else dxz.sum(1)
-    dhidden = torch.mm(dxz.t(), w.in_proj).view(b, l, m)
-    return [dhidden, dstart, grads.initial_state, *(found[name] for name in Weights._fields)]
+    return grad_y.addmm_(w.x_proj.t(), ds)
