@@ -253,16 +253,16 @@ def _compile(kernel, element, architecture, constants):
             return "*" + element
         return "*fp32" if name in wide else "*i32" if name == "bounds" else "i32"
 
+    warps = constants.get("THREADS", 32) // 32 * constants.get("WARPS", 1)
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: kind(name) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     fixed = {(names.index(n),): value for n, value in constants.items()}
-    fixed_warps = constants.get("THREADS", 32) // 32 * constants.get("WARPS", 1)
     source = ASTSource(function, signature, constexprs=fixed, attrs=aligned)
     built = compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 4 if kernel == "pack_weights" else fixed_warps},
+        options={"num_warps": 4 if kernel == "pack_weights" else warps},
     )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(os.environ["PROJECTA_CUBINS"]) / f"{kernel}-{element}-{architecture}.cubin"
@@ -294,7 +294,7 @@ KERNELS = {
     "convolve_backward": _CONV,
     "convolve_step": {"WIDTH": 4, "SILU": True, "BLOCK": 128, "KEPT": 3, "WARPS": 4},
     "sum_totals": {"WIDTH": 4, "BLOCK": 128, "WARPS": 4},
-    "update_state": {"SOFTPLUS": True, "LOG_A": False, "CHANNELS": 16, "N": 16},
+    "update_state": {"SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WARPS": 4},
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from projecta._checks import fail
 from projecta._operators import refuse_tangents
-from projecta._triton.launch import cached, narrow, new_buffer, start_kernel, strides_of
+from projecta._triton.launch import cached, narrow, new_buffer, processors_of, start_kernel, strides_of
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
 from projecta.scan.triton import backward, forward, pack_and_step
@@ -261,7 +261,9 @@ def update_state(
     }  # fmt: skip
 
     def describe():
-        channels = 16
+        # one warp has 16 channels; a processor holds 32 programs, so many channels take programs of 4 warps
+        warps = 4 if b * d >= 16 * 32 * processors_of(x.device) else 1
+        channels = 16 * warps
         tiles = -(-d // channels)
         strides = {"zb": 0, "zd": 0}
         for name, t, axes in (
@@ -272,7 +274,7 @@ def update_state(
         sizes = {"d": d, "n": n, "per_B": d // B.shape[1], "per_C": d // C.shape[1], "tiles": tiles}
         options = {
             "SOFTPLUS": softplus, "LOG_A": log_A, "CHANNELS": channels, "N": triton.next_power_of_2(n),
-            "num_warps": 1,
+            "GROUPED": B.shape[1] > 1 or C.shape[1] > 1, "num_warps": warps,
         }  # fmt: skip
         return (b * tiles,), strides | sizes, options
 

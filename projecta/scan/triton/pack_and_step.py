@@ -100,34 +100,35 @@ def reduce_chunks(
 def update_state(
     state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
     tiles, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n)."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    channel = (tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
-    state_n = tl.arange(0, N)[None, :].to(tl.int64)
-    real = channel < d
-    here = real[:, None] & (state_n < n)
-    u = tl.load(x + row * xb + channel * xd, real, 0.0).to(tl.float32)
-    delta = tl.load(dt + row * sb + channel * sd, real, 0.0).to(tl.float32)
+    channel, state_n = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, N)[None, :]
+    real, held = channel < d, channel[:, None] * n + state_n
+    here, at_B, at_C = real[:, None] & (state_n < n), state_n * Bn, state_n * Cn
+    wide, states, inside = channel.to(tl.int64), state + row * d * n, state_n < n
+    if GROUPED:
+        at_B, at_C = at_B + (channel // per_B)[:, None] * Bg, at_C + (channel // per_C)[:, None] * Cg
+        inside = here
+    h = tl.load(states + held, here, 0.0)
+    rate = tl.load(A + held, here, 0.0).to(tl.float32)
+    weight = tl.load(B + row * Bb + at_B, inside, 0.0).to(tl.float32)
+    output = tl.load(C + row * Cb + at_C, inside, 0.0).to(tl.float32)
+    u = tl.load(x + row * xb + wide * xd, real, 0.0).to(tl.float32)
+    delta = tl.load(dt + row * sb + wide * sd, real, 0.0).to(tl.float32)
     if bias is not None:
         delta += tl.load(bias + channel, real, 0.0).to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta, False)
-    held = channel[:, None] * n + state_n
-    at_B = row * Bb + (channel // per_B)[:, None] * Bg + state_n * Bn
-    at_C = row * Cb + (channel // per_C)[:, None] * Cg + state_n * Cn
-    weight = tl.load(B + at_B, here, 0.0).to(tl.float32)
-    rate = tl.load(A + held, here, 0.0).to(tl.float32)
     if LOG_A:
         rate = -exp2(rate * LOG2_E)
-    decay = exp2(delta[:, None] * (rate * LOG2_E))
-    h = tl.load(state + row * d * n + held, here, 0.0)
-    h = decay * h + (delta * u)[:, None] * weight
-    tl.store(state + row * d * n + held, h, here)
-    out = tl.sum(h * tl.load(C + at_C, here, 0.0).to(tl.float32), 1)
+    h = exp2(delta[:, None] * (rate * LOG2_E)) * h + (delta * u)[:, None] * weight
+    tl.store(states + held, h, here)
+    out = tl.sum(h * output, 1)
     if D is not None:
         out += tl.load(D + channel, real, 0.0).to(tl.float32) * u
     if z is not None:
-        gate = tl.load(z + row * zb + channel * zd, real, 0.0).to(tl.float32)
+        gate = tl.load(z + row * zb + wide * zd, real, 0.0).to(tl.float32)
         out *= gate * sigmoid(gate)
     tl.store(y + row * d + channel, out.to(y.dtype.element_ty), real)
