@@ -10,7 +10,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Sizes and strides: the compiled code is the same for all values (see `start_kernel`).
 SIZES = [
     "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
@@ -22,7 +26,7 @@ SIZES = [
 
 def cannot_run() -> str:
     """Why Triton kernels cannot run here; "" when they can."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return ""
     if torch.version.hip:
         return "the kernels contain instructions of NVIDIA's"
@@ -77,13 +81,41 @@ def start_kernel(
         if built is not None:  # the interpreter builds nothing
             given = sizes | options
             rest = tuple(given[argument] for argument in kernel.arg_names[len(tensors) :])
-            known = launches[name or kernel] = built[(*grid, 1, 1)[:3]], rest
+            known = launches[name or kernel] = _launcher(built, (*grid, 1, 1)[:3]), rest
     else:
         run, rest = known
         # for a tensor, the launcher would also ask the driver whether it is on the GPU
-        run(*(None if t is None else t.data_ptr() for t in tensors.values()), *rest)
+        run(current_stream(), *(None if t is None else t.data_ptr() for t in tensors.values()), *rest)
     if recording is not None:
         recording.add(known, tensors.values())
+
+
+def _launcher(built: Any, grid: tuple[int, ...]) -> Callable:
+    """start(stream, *arguments) of a compiled kernel.
+
+    Triton's own `built[grid]` first builds what a profiler's hooks may read, and calls them. That is half of
+    the price of a launch, so it is left out where no hook is set.
+    """
+    if not isinstance(built, CompiledKernel):
+        run = built[grid]
+        return lambda stream, *arguments: run(*arguments)
+    with_hooks, hooks = built[grid], knobs.runtime
+    start, function, metadata = built.run, built.function, built.packed_metadata
+
+    def launch(stream: int, *arguments: Any) -> None:
+        if getattr(hooks.launch_enter_hook, "calls", None) or getattr(hooks.launch_exit_hook, "calls", None):
+            with_hooks(*arguments)
+        else:
+            start(*grid, stream, function, metadata, None, None, None, *arguments)
+
+    return launch
+
+
+def current_stream() -> int:
+    """The address of the CUDA stream that torch works on."""
+    if INTERPRETED:
+        return 0
+    return driver.active.get_current_stream(driver.active.get_current_device())
 
 
 _thread = threading.local()
@@ -141,8 +173,8 @@ class Recording:
         places = [(i + len(self._given), m, 0) for i, m in enumerate(self._made) if m is not None]
         places += [(-1, buffer, 4 * start) for buffer, start in self._buffers]
         for tensor, whole, start in places:
-            offset = at - whole.data_ptr()
-            if 0 <= offset < max(1, whole.untyped_storage().nbytes()):
+            offset, storage = at - whole.data_ptr(), whole.untyped_storage()
+            if offset >= 0 and at < storage.data_ptr() + storage.nbytes():
                 view = tensor, start + offset
                 if view[1] == 0 and tensor >= 0:
                     return tensor
@@ -154,13 +186,13 @@ class Recording:
         at: list[int | None] = [None if t is None else t.data_ptr() for t in tensors]
         at.append(None)
         if self._views:
-            scratch = (
-                like.new_empty(self._size, dtype=torch.float32) if self._size else None
-            )  # alive until launched
+            # alive until everything is launched
+            scratch = like.new_empty(self._size, dtype=torch.float32) if self._size else None
             begin = 0 if scratch is None else scratch.data_ptr()
             at += [(begin if tensor < 0 else at[tensor]) + offset for tensor, offset in self._views]  # type: ignore[operator]
+        stream = current_stream()
         for run, slots, rest in self._steps:
-            run(*[at[slot] for slot in slots], *rest)
+            run(stream, *[at[slot] for slot in slots], *rest)
 
 
 def repeated(

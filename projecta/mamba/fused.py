@@ -54,24 +54,23 @@ def weights_of(layer: Any, hidden: Tensor) -> Weights | None:
     It runs plain layers on the device of the Triton backend. It does not run what a module's hooks, adapters
     or quantisation would change, nor what a tracer or a transform must see as single operators.
     """
-    linears = layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj
-    modules = (*linears, layer.conv1d)
+    # through the modules' own tables: nn.Module's attribute access takes as long as the rest of the call
+    parts = [layer._modules[name] for name in _PARTS]
     if (
-        hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32)
+        hidden.dtype not in _DTYPES
         or not hidden.numel()
-        or hasattr(layer, "dt_layernorm")  # falcon_mamba, jamba
-        or any(type(module) is not nn.Linear for module in linears)
-        or type(layer.conv1d) is not nn.Conv1d
-        or layer.conv1d.kernel_size[0] > WIDEST
-        or any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules)
+        or "dt_layernorm" in layer._modules  # falcon_mamba, jamba
+        or any(type(part) is not (nn.Conv1d if part is parts[1] else nn.Linear) for part in parts)
+        or parts[1].kernel_size[0] > WIDEST
+        or any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in parts)
         or not untraced()
     ):
         return None
-    tensors = Weights(
-        layer.in_proj.weight, layer.in_proj.bias, layer.conv1d.weight, layer.conv1d.bias, layer.x_proj.weight,
-        layer.dt_proj.weight, layer.dt_proj.bias, layer.A_log, layer.D, layer.out_proj.weight,
-        layer.out_proj.bias,
-    )  # fmt: skip
+    (in_w, in_b), (conv_w, conv_b), (x_w, _), (dt_w, dt_b), (out_w, out_b) = (
+        (part._parameters["weight"], part._parameters["bias"]) for part in parts
+    )
+    own = layer._parameters
+    tensors = Weights(in_w, in_b, conv_w, conv_b, x_w, dt_w, dt_b, own["A_log"], own["D"], out_w, out_b)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -79,14 +78,16 @@ def weights_of(layer: Any, hidden: Tensor) -> Weights | None:
             name: t.to(dtype) for name, t in tensors._asdict().items() if t is not None and name in _PRODUCTS
         }
         tensors = tensors._replace(**cast)
-    plain = all(
-        t is None
-        or (type(t) in KINDS and t.device == hidden.device and (n not in _PRODUCTS or t.dtype == dtype))
-        for n, t in tensors._asdict().items()
-    )
+    device, plain = hidden.device, True
+    for name, t in zip(Weights._fields, tensors, strict=True):
+        if t is not None:
+            fits = t.dtype == dtype or name not in _PRODUCTS
+            plain = plain and fits and type(t) in KINDS and t.device == device
     return tensors if plain else None
 
 
+_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PRODUCTS = ("in_proj", "in_bias", "x_proj", "dt_proj", "out_proj", "out_bias")
 
 
@@ -121,9 +122,10 @@ def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) ->
     return F.linear(y, weights.out_proj, weights.out_bias)
 
 
-def _rows(t: Tensor, b: int, l: int) -> Tensor:
-    """(rows, b l) as (b, rows, l), in place."""
-    return t.view(t.shape[0], b, l).transpose(0, 1)
+def _rows(t: Tensor, b: int, l: int, first: int = 0, rows: int | None = None) -> Tensor:
+    """Rows of a contiguous (rows, b l) as (b, rows, l), in place."""
+    rows = t.shape[0] if rows is None else rows
+    return t.as_strided((b, rows, l), (l, b * l, 1), first * b * l)
 
 
 def _records_of(
@@ -153,7 +155,7 @@ class _Pass:
         self.b, self.l, self.weights, self.records = b, l, weights, records
         self.d, self.rank = weights.dt_proj.shape
         self.n = weights.A_log.shape[1]
-        self.x, self.z = _rows(xz[: self.d], b, l), _rows(xz[self.d :], b, l)
+        self.x, self.z = _rows(xz, b, l, 0, self.d), _rows(xz, b, l, self.d, self.d)
 
     def convolved(self, start: Tensor | None) -> Tensor:
         """u (d, b l)."""
@@ -169,9 +171,9 @@ class _Pass:
 
     def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (r, b l), B and C (b, 1, n, l) within s."""
-        r, n = self.rank, self.n
-        B, C = (_rows(s[i : i + n], self.b, self.l)[:, None] for i in (r, r + n))
-        return s[:r], B, C
+        r, n, b, l = self.rank, self.n, self.b, self.l
+        shape, strides = (b, 1, n, l), (l, l, b * l, 1)
+        return s[:r], *(s.as_strided(shape, strides, i * b * l) for i in (r, r + n))
 
     def scan_inputs(self, u: Tensor, s: Tensor, state: Tensor | None) -> tuple[Inputs, Tensor]:
         """The arguments of the scan, and delta (d, b l), before its bias."""
@@ -259,7 +261,7 @@ def _conv_backward(
     w = made.weights
     rows, dx, inputs = (
         _rows(du, made.b, made.l),
-        _rows(dxz[: made.d], made.b, made.l),
+        _rows(dxz, made.b, made.l, 0, made.d),
         made.conv_inputs(conv_start),
     )
     dweight, dbias = torch.empty_like(w.conv), None if w.conv_bias is None else torch.empty_like(w.conv_bias)
@@ -281,11 +283,11 @@ def _scan_backward(
     u = made.convolved(conv_start)
     inputs, delta = made.scan_inputs(u, s, state)
     grad_y, ds = torch.mm(w.out_proj.t(), sent.t()), torch.empty_like(s)
-    rows, dx, (_, dB, dC) = _rows(grad_y, b, l), _rows(dxz[:d], b, l), made.split(ds)
+    rows, dx, (_, dB, dC) = _rows(grad_y, b, l), _rows(dxz, b, l, 0, d), made.split(ds)
     dA, dD, dbias, dstate = (
         None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)
     )  # fmt: skip
-    grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz[d:], b, l), dbias, dstate)  # type: ignore[arg-type]
+    grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz, b, l, d, d), dbias, dstate)  # type: ignore[arg-type]
     if grad_last is not None:
         grad_last = grad_last.contiguous()
     repeated(  # y takes the place of dx until dx is computed
