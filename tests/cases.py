@@ -2,11 +2,18 @@
 
 import importlib
 import itertools
+import os
 import random
 
 import torch
 
 SUITES = ("scan", "s4d", "mrss", "lengths", "mamba", "vtp")
+
+
+def use_interpreter():
+    """Let Triton interpret in this process. No module of projecta may be imported yet: they read this, too."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
 
 
 def make_scan(

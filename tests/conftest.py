@@ -1,11 +1,15 @@
-"""Seeds, NaN in fresh memory, and the `backend` fixture."""
+"""Seeds, NaN in fresh memory, the `backend` fixture, and a process that interprets Triton kernels."""
 
+import importlib.util
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 from projecta.scan import BACKENDS, available_backends
+from tests.cases import use_interpreter
 
 
 def pytest_addoption(parser):
@@ -61,3 +65,13 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
     if "torch._dynamo" in sys.modules:  # compilations must not count towards the next test's limit
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process in which Triton is set to interpret before it is imported."""
+    if importlib.util.find_spec("triton") is None:  # not imported here: the interpreter is chosen before that
+        pytest.skip("triton is not installed")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), use_interpreter) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)

@@ -22,7 +22,7 @@ ARROWS = {  # part of the package: the parts that it may import
     "scan": {"_checks", "_operators", "_cpu", "_triton"},
     "conv": {"_checks", "_operators", "_cpu", "_triton"},
     "mrss": {"_checks", "_operators", "_cpu", "scan"},
-    "mamba": {"_checks", "_operators", "conv", "mrss", "scan"},
+    "mamba": {"_checks", "_operators", "_triton", "conv", "mrss", "scan"},
     "low_rank": {"_checks"},
     "s4d": {"_checks", "_operators", "scan"},
     "vtp": {"_checks"},

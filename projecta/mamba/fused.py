@@ -173,7 +173,8 @@ class _Pass:
         """dt (r, b l), B and C (b, 1, n, l) within s."""
         r, n, b, l = self.rank, self.n, self.b, self.l
         shape, strides = (b, 1, n, l), (l, l, b * l, 1)
-        return s[:r], *(s.as_strided(shape, strides, i * b * l) for i in (r, r + n))
+        B, C = (s.as_strided(shape, strides, i * b * l) for i in (r, r + n))
+        return s[:r], B, C
 
     def scan_inputs(self, u: Tensor, s: Tensor, state: Tensor | None) -> tuple[Inputs, Tensor]:
         """The arguments of the scan, and delta (d, b l), before its bias."""

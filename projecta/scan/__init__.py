@@ -104,27 +104,37 @@ def selective_scan(
         >>> selective_scan(u, delta, A, B, C)[0, 0]
         tensor([1.0000, 1.3679, 1.5032])
     """
-    given, key = (u, delta, A, B, C, D, z, delta_bias, initial_state), None
+    given = u, delta, A, B, C, D, z, delta_bias, initial_state
+    y, last_state = _scan(given, bool(delta_softplus), cu_seqlens, save_every, backend)
+    return (y, last_state) if return_last_state else y
+
+
+def _scan(
+    given: tuple, softplus: bool, cu_seqlens: Tensor | None, save_every: int, backend: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and the last state: a repeated call of backend "triton", or checks, a backend and its operator."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = given
+    key = None
     if not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
         eager = _loaded["triton"].eager
-        key = eager.cache_key(given, bool(delta_softplus), save_every)
+        key = eager.cache_key(given, softplus, save_every)
         found = None if key is None else eager.repeat(key, given)
         if found is not None:
-            return found if return_last_state else found[0]
+            return found
     check = Checker("selective_scan")
-    A, B, C, initial_state = canonical_arguments(check, *given, cu_seqlens)
+    A, B, C, initial_state = canonical_arguments(
+        check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
+    )  # fmt: skip
     check.one_of("save_every", save_every, SAVE_EVERY)
     module = _choose(check, backend, u, A.dtype)
-    found = None
+    canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if key is not None and module is _loaded["triton"]:
-        canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-        found = eager.first(key, given, canonical, bool(delta_softplus))
-    if found is None:
-        found = module.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
-        )
-    y, last_state = found
-    return (y, last_state) if return_last_state else y
+        found = eager.first(key, given, canonical, softplus)
+        if found is not None:
+            return found
+    return module.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, cu_seqlens, save_every
+    )
 
 
 def selective_state_update(

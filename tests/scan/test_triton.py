@@ -53,19 +53,6 @@ SAVED_RARELY = ("length 33", "whole slabs", "packed", "float16, odd")
 ARCHITECTURES = (75, 80, 90, 100)
 
 
-def _with_interpreter():
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """A process in which TRITON_INTERPRET is set before Triton is imported."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _with_interpreter) as pool:
-        yield pool
-        pool.shutdown(cancel_futures=True)
-
-
 def _plan(mode, b, d, l, n, groups, packed, saves, wide, processors):
     from projecta.scan.triton.plan import Plan
 
@@ -294,7 +281,7 @@ KERNELS = {
     "convolve_backward": _CONV,
     "convolve_step": {"WIDTH": 4, "SILU": True, "BLOCK": 128, "KEPT": 3, "WARPS": 4},
     "sum_totals": {"WIDTH": 4, "BLOCK": 128, "WARPS": 4},
-    "update_state": {"SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WARPS": 4},
+    "update_state": {"SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WHOLE": True, "WARPS": 4},
 }  # fmt: skip
 
 

@@ -234,9 +234,9 @@ def _own_values(
 
 
 @triton.jit
-def _gate_again(sums, skip, own_u, g, gate):
-    """Per-lane values of the gradient of z and of y after the gate, from the sums C h."""
-    own_gate, outputs = (), ()
+def _gate_again(sums_y, index, skip, own_u, g, gate, LANES: tl.constexpr):
+    """Per-lane values of the gradient of z and of y after the gate, from sums over a lane's states of C h."""
+    sums, own_gate, outputs = reduce_scatter(sums_y, index, 2, LANES, STEPS), (), ()
     for i in tl.static_range(len(sums)):
         value, open = sums[i] + skip * own_u[i], sigmoid(gate[i])
         own_gate = own_gate + (g[i] * value * open * (1.0 + gate[i] * (1.0 - open)),)
@@ -405,6 +405,17 @@ def _write_gradients(
 
 
 @triton.jit
+def _read_slab(
+    at_s, at_u, at_z, at_g, ungated, at_y, t1, sl, ul, zl, gl, l, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    V: tl.constexpr,
+):  # fmt: skip
+    """V steps of each lane of delta, u, z, the gradient of y, and y before the gate if it was kept."""
+    s, u, z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
+    y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+    return s, u, z, read(at_g, t1, gl, l, WIDE, WHOLE, V), y
+
+
+@triton.jit
 def _go_back(
     p, rates, constant_B, constant_C, u, delta, z, grad_y, ungated, saved, bounds, at_u, at_s, at_z, at_g,
     at_y, at_B, at_C, shared, outputs, strides, to_sums, sl, ul, zl, gl, own_bias, skip, lane, leader, index,
@@ -422,19 +433,16 @@ def _go_back(
     total_D, total_bias, lost_D, lost_bias = zero, zero, zero, zero
     empty = repeat(zero, K)
     total_A, total_B, total_C, lost_A = empty, empty, empty, empty
-    buffer, coming = (
-        shared_buffer(index, 2 * S * 4 + (2 * THREADS * K * R * 4 if WARPS > 1 and S > 0 else 0)),
-        (),
-    )
-    slab = tl.maximum(final - 1, 0)
+    SUMS: tl.constexpr = 2 * THREADS * K * R if WARPS > 1 and S > 0 else 0
+    buffer, coming, slab = shared_buffer(index, (2 * S + SUMS) * 4), (), tl.maximum(final - 1, 0)
     if S > 0:
         coming = load_rows(shared + slab.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
         store_shared(coming, buffer + slab % 2 * (S * 4), index, S, THREADS)
         barrier(index)
     t1 = slab * STEPS + lane * V
-    now_s, now_u, now_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
-    now_g = read(at_g, t1, gl, l, WIDE, WHOLE, V)
-    now_y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+    now_s, now_u, now_z, now_g, now_y = _read_slab(
+        at_s, at_u, at_z, at_g, ungated, at_y, t1, sl, ul, zl, gl, l, WIDE, WHOLE, V
+    )
     at = place + tl.maximum(final - 1 - origin, 0) // EVERY
     starts = _saved_rows(saved, at, lane, d, channel, K, LANES)
     for back in range(0, final - first):
@@ -449,17 +457,14 @@ def _go_back(
                     S,
                 )  # fmt: skip
         s, v, g = as_floats(now_s, delta, WIDE), as_floats(now_u, u, WIDE), as_floats(now_g, grad_y, WIDE)
-        gate, ys = (), ()
-        if z is not None:
-            gate = as_floats(now_z, z, WIDE)
-        if ungated is not None:
-            ys = as_floats(now_y, ungated, WIDE)
+        gate = () if z is None else as_floats(now_z, z, WIDE)
+        ys = () if ungated is None else as_floats(now_y, ungated, WIDE)
         if S > 0:
             coming = load_rows(shared + before.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
         t1 = before * STEPS + lane * V
-        now_s, now_u, now_z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
-        now_g = read(at_g, t1, gl, l, WIDE, WHOLE, V)
-        now_y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+        now_s, now_u, now_z, now_g, now_y = _read_slab(
+            at_s, at_u, at_z, at_g, ungated, at_y, t1, sl, ul, zl, gl, l, WIDE, WHOLE, V
+        )
         t1 = slab * STEPS + lane * V
         own_s, own_x, own_g, own_u, own_slope, own_gate = _own_values(
             s, v, g, gate, ys, own_bias, t1, t_start, t_end, real, SOFTPLUS, z is not None, WHOLE
@@ -474,9 +479,7 @@ def _go_back(
         )  # fmt: skip
         own_y = ()
         if outputs[3] is not None:
-            own_gate, own_y = _gate_again(
-                reduce_scatter(sums_y, index, 2, LANES, STEPS), skip, own_u, g, gate
-            )  # fmt: skip
+            own_gate, own_y = _gate_again(sums_y, index, skip, own_u, g, gate, LANES)
         if S > 0:
             store_shared(coming, buffer + (slab + 1) % 2 * (S * 4), index, S, THREADS)
             barrier(index)

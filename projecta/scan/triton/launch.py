@@ -164,6 +164,15 @@ def _launch_backward(
     }  # fmt: skip
     start_kernel(layout.launches, backward.backward, tensors, describe)
 
+    _reduce_sums(layout, A, sums, totals, grads)
+
+
+def _reduce_sums(layout: Layout, A: Tensor, sums: Tensor, totals: Tensor, grads: Inputs) -> None:
+    """Sum what the programs wrote, in fixed order, into the gradients of A, B, C, D and the bias."""
+    padded, slabs, tiles = layout.padded, layout.slabs, layout.tiles(layout.width)
+    steady_B, steady_C = layout.flags["STEADY_B"], layout.flags["STEADY_C"]
+    over, width = layout.sequences * layout.plan.parts, 2 + padded * (1 + steady_B + steady_C)
+
     def describe_reduce_tiles():
         block = 128
         sizes = {"l": layout.l, "n": layout.n, "groups": layout.g, "tiles": tiles, "slabs": slabs}
@@ -172,7 +181,7 @@ def _launch_backward(
         options = {"N": padded, "BLOCK": block, "num_warps": 1}
         return grid, weight_strides(B=grads.B, C=grads.C) | sizes, options
 
-    if each_row:
+    if sums.numel():
         tensors = {
             "sums": sums, "dB": None if steady_B else grads.B, "dC": None if steady_C else grads.C
         }  # fmt: skip
@@ -274,7 +283,8 @@ def update_state(
         sizes = {"d": d, "n": n, "per_B": d // B.shape[1], "per_C": d // C.shape[1], "tiles": tiles}
         options = {
             "SOFTPLUS": softplus, "LOG_A": log_A, "CHANNELS": channels, "N": triton.next_power_of_2(n),
-            "GROUPED": B.shape[1] > 1 or C.shape[1] > 1, "num_warps": warps,
+            "GROUPED": B.shape[1] > 1 or C.shape[1] > 1, "WHOLE": n == triton.next_power_of_2(n),
+            "num_warps": warps,
         }  # fmt: skip
         return (b * tiles,), strides | sizes, options
 

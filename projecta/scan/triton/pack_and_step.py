@@ -100,14 +100,21 @@ def reduce_chunks(
 def update_state(
     state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
     tiles, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GROUPED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n)."""
+    """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n).
+
+    WHOLE: n = N, so that the compiler knows how a channel's states are aligned.
+    """
     row = (tl.program_id(0) // tiles).to(tl.int64)
     channel, state_n = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, N)[None, :]
-    real, held = channel < d, channel[:, None] * n + state_n
-    here, at_B, at_C = real[:, None] & (state_n < n), state_n * Bn, state_n * Cn
-    wide, states, inside = channel.to(tl.int64), state + row * d * n, state_n < n
+    real, at_B, at_C, wide = channel < d, state_n * Bn, state_n * Cn, channel.to(tl.int64)
+    if WHOLE:
+        held, states, inside = channel[:, None] * N + state_n, state + row * d * N, state_n < N
+        here = real[:, None]
+    else:
+        held, states, inside = channel[:, None] * n + state_n, state + row * d * n, state_n < n
+        here = real[:, None] & inside
     if GROUPED:
         at_B, at_C = at_B + (channel // per_B)[:, None] * Bg, at_C + (channel // per_C)[:, None] * Cg
         inside = here
