@@ -3,6 +3,7 @@ accuracy, rates. The workflows also call preflight, pull, gate, push and publish
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ TESTED = SETTINGS["tool"]["projecta"]["tested"]  # package: lowest and highest v
 PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-image==0.26.0", "numpy>=2"]
 REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
 DOCS = ["mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8"]
-MAMBA_SSM = "mamba-ssm==2.3.2.post1"
+MAMBA_SSM, CAUSAL_CONV1D = "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"
 BROWSER = ["playwright>=1.50", "axe-playwright-python>=0.1.4"]
 # Triton's interpreter and compiler need no GPU.
 TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -217,20 +218,34 @@ def build(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, Path("dist").glob("*")))
 
 
+def fetch_sources(session: nox.Session, requirement: str) -> Path:
+    """The unpacked source distribution of a package, whose kernels are not built."""
+    name, version = requirement.split("==")
+    words = ("--no-deps", "--no-binary", name, "--no-build-isolation", "--dest", ".data")
+    skip = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "CAUSAL_CONV1D_SKIP_CUDA_BUILD": "TRUE"}
+    session.run("pip", "download", "--quiet", *words, requirement, env=skip)
+    folder = f"{name.replace('-', '_')}-{version}"
+    session.run("python", "-m", "tarfile", "-e", f".data/{folder}.tar.gz", ".data")
+    return Path(".data", folder)
+
+
 @nox.session(reuse_venv=True)
 def against(session: nox.Session) -> None:
-    """Time projecta against transformers and mambapy on the CPU; with --gpu against mamba-ssm's kernel."""
+    """Time projecta against transformers and mambapy on the CPU; with --gpu against mamba-ssm's kernels."""
     if "--gpu" in session.posargs:
-        session.install("torch", "triton", "numba>=0.63", "ninja", *EXTRAS["gate"])
+        session.install("torch", "triton", "numba>=0.63", "ninja", "einops", "transformers", *EXTRAS["gate"])
         install_project(session)
-        words = ("--no-deps", "--no-binary", "mamba-ssm", "--no-build-isolation", "--dest", ".data")
         session.install("setuptools", "wheel", "packaging")
-        skip = {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
-        session.run("pip", "download", "--quiet", *words, MAMBA_SSM, env=skip)
-        (archive,) = Path(".data").glob("mamba_ssm-*.tar.gz")
-        session.run("python", "-m", "tarfile", "-e", str(archive), ".data")
-        csrc = Path(".data", archive.name.removesuffix(".tar.gz"), "csrc/selective_scan")
-        session.run("python", "-m", "studies.against_mamba_ssm", str(csrc))
+        scan, conv = (fetch_sources(session, requirement) for requirement in (MAMBA_SSM, CAUSAL_CONV1D))
+        packages = Path(".data/packages")  # the Python parts; an empty __init__.py imports no Mamba-2
+        for source, package in ((scan, "mamba_ssm"), (conv, "causal_conv1d")):
+            shutil.copytree(source / package, packages / package, dirs_exist_ok=True)
+        (packages / "mamba_ssm/__init__.py").write_text("")
+        session.run("python", "-m", "studies.against_mamba_ssm", str(scan / "csrc/selective_scan"))
+        session.run(
+            "python", "-m", "studies.block", str(scan / "csrc/selective_scan"), str(conv / "csrc"),
+            env={"PYTHONPATH": str(packages.resolve())},
+        )  # fmt: skip
         return
     session.install(*PINNED, "mambapy==1.2.0", *EXTRAS["gate"])
     install_project(session)

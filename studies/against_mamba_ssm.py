@@ -29,8 +29,8 @@ TOLERANCE = {torch.float16: 3e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}  # 
 PASSES = ("forward", "both")  # both: forward + backward
 
 
-def build_kernel(csrc: Path) -> Any:
-    """mamba-ssm's extension, compiled for this machine's GPU."""
+def build_kernel(csrc: Path, name: str = "selective_scan_cuda") -> Any:
+    """An extension of mamba-ssm or causal-conv1d, compiled for this machine's GPU."""
     from torch.utils.cpp_extension import load
 
     major, minor = torch.cuda.get_device_capability()
@@ -42,9 +42,7 @@ def build_kernel(csrc: Path) -> Any:
     ]
     flags = ["-O3", "-std=c++17", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda"]
     sources = sorted(str(path) for end in ("cpp", "cu") for path in csrc.glob(f"*.{end}"))
-    return load(
-        "selective_scan_cuda", sources, extra_include_paths=[str(csrc)], extra_cuda_cflags=flags + undefine
-    )
+    return load(name, sources, extra_include_paths=[str(csrc)], extra_cuda_cflags=flags + undefine)
 
 
 def median_ms(call: Callable[[], object], repeats: int = 30) -> float:

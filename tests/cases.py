@@ -7,7 +7,7 @@ import random
 
 import torch
 
-SUITES = ("scan", "s4d", "mrss", "lengths", "mamba", "vtp")
+SUITES = ("scan", "s4d", "mrss", "lengths", "block", "mamba", "vtp")
 
 
 def use_interpreter():

@@ -461,8 +461,8 @@ def test_the_table_of_plans(compiler):
     compiler.submit(_check_plan).result(timeout=300)
 
 
-def test_launches_after_the_first(compiler):
-    compiler.submit(_check_launches).result(timeout=300)
+def test_launches_after_the_first(interpreter):
+    interpreter.submit(_check_launches).result(timeout=300)
 
 
 def test_a_repeated_call_is_one_launch(interpreter):
