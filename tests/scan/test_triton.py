@@ -30,12 +30,12 @@ TOLERANCE = {
 MODES = ("states", "times, chunks")  # plans that `_plan` returns
 CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
-    "whole slabs": {"l": 48, "d": 8, "n": 16, "b": 1},
-    "whole blocks": {"l": 64, "d": 8, "n": 16, "b": 1},
-    "whole blocks of time": {"l": 512, "d": 4, "n": 2, "b": 1, "dtype": HALF},
-    "three chunks of two rows": {"l": 136, "d": 3, "n": 2, "b": 2},
+    "whole slabs": {"l": 48, "n": 4, "b": 1},
+    "whole blocks": {"l": 64, "n": 4, "b": 1},
+    "whole blocks of time": {"l": 512, "d": 2, "n": 2, "b": 1, "dtype": HALF},
+    "three chunks of two rows": {"l": 136, "d": 2, "n": 2, "b": 2},
     **{f"states {n}": {"n": n, "d": 3, "l": 11} for n in (1, 16, 17, 64)},
-    "groups": {"g": 2, "d": 12, "l": 11},
+    "groups": {"g": 2, "l": 11},
     "constant B": {"constant": "B", "l": 11},
     "constant C": {"constant": "C", "l": 11},
     "constant B, grouped C": {"constant": "B", "g": 2, "l": 11},
@@ -44,9 +44,9 @@ CASES = {
     "packed, whole slabs": {"b": 1, "l": 40, "packed": [0, 16, 40], "dtype": HALF},
     "no options": {"without": ("D", "z", "delta_bias", "initial_state"), "l": 11},
     "no z": {"without": ("z",), "l": 11},
-    "float16": {"dtype": HALF, "l": 48, "n": 5},
+    "float16": {"dtype": HALF, "l": 48, "n": 5, "b": 1},
     "float16, odd": {"dtype": HALF, "l": 11},
-    "bfloat16": {"dtype": BRAIN, "l": 48, "n": 5},
+    "bfloat16": {"dtype": BRAIN, "l": 48, "n": 5, "b": 1},
 }
 # Cases that also run with fewer saved states, which must change no bit.
 SAVED_RARELY = ("length 33", "whole slabs", "packed", "float16, odd")
@@ -98,8 +98,10 @@ def _errors_of(selective_scan, case):
     }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(c, m) for c, options in CASES.items() for m in (MODES[:1] if "packed" in options else MODES)],
+)
 def test_the_kernels_agree_with_the_reference(interpreter, case, mode):
     found = interpreter.submit(_errors, case, mode).result(timeout=600)
     tolerance = TOLERANCE[CASES[case].get("dtype", torch.float32)]
@@ -137,7 +139,7 @@ def _strided_errors(seed):
 
 
 def test_calls_of_random_strides_agree_with_the_reference(interpreter):
-    jobs = [interpreter.submit(_strided_errors, seed) for seed in range(8)]
+    jobs = [interpreter.submit(_strided_errors, seed) for seed in range(5)]
     assert [job.result(timeout=600) for job in jobs if not job.result() <= 1] == []
 
 
