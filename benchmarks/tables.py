@@ -43,20 +43,7 @@ def sections():
             }),
             Custom("scan_roofline", "Roofline", roofline_rows, roofline_note, roofline_chart),
         )),
-        Section("block", "The Mamba block as a whole", (
-            Lines("block_time", "A block of width 256: time", "time_ms", 1e3, "way", {
-                "block.Block.time_forward": "forward",
-                "block.BlockGrad.time_forward_backward": "forward+backward",
-                "block.BlockStep.time_step": "one token",
-            }),
-            Lines("block_memory", "A block of width 256: peak memory over inputs", "memory_mib", 1.0, "way", {
-                "block.BlockPeak.track_peak_forward_backward": "forward+backward",
-            }),
-            Lines("small_call_time", "Small calls of its parts: time", "time_ms", 1e3, "part", {
-                "block.SmallCall.time_forward": "forward",
-                "block.SmallCallGrad.time_forward_backward": "forward+backward",
-            }),
-        )),
+        _block_section(Section, Lines),
         Section("models", "Models, beside what transformers does by itself", (
             Lines("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
                 "mamba.ModelPrefill.time_prefill": "prefill",
@@ -109,6 +96,48 @@ def sections():
             }),
         )),
     )  # fmt: skip
+
+
+def _block_section(Section: type, Lines: type) -> Any:
+    return Section(
+        "block",
+        "The Mamba block as a whole",
+        (
+            Lines(
+                "block_time",
+                "A block of width 256: time",
+                "time_ms",
+                1e3,
+                "way",
+                {
+                    "block.Block.time_forward": "forward",
+                    "block.BlockGrad.time_forward_backward": "forward+backward",
+                    "block.BlockStep.time_step": "one token",
+                },
+            ),
+            Lines(
+                "block_memory",
+                "A block of width 256: peak memory over inputs",
+                "memory_mib",
+                1.0,
+                "way",
+                {
+                    "block.BlockPeak.track_peak_forward_backward": "forward+backward",
+                },
+            ),
+            Lines(
+                "small_call_time",
+                "Small calls of its parts: time",
+                "time_ms",
+                1e3,
+                "part",
+                {
+                    "block.SmallCall.time_forward": "forward",
+                    "block.SmallCallGrad.time_forward_backward": "forward+backward",
+                },
+            ),
+        ),
+    )
 
 
 def vtp_rows(source) -> list[dict[str, Any]]:

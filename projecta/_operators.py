@@ -5,7 +5,7 @@ Forward mode and second derivatives raise an error: PyTorch would return zero fo
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -116,3 +116,40 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
         and all(t is None or (type(t) in KINDS and not (t.is_conj() or t.is_neg())) for t in tensors)
         and tensors[0].device.type != "meta"  # type: ignore[union-attr]
     )
+
+
+class _Call(NamedTuple):
+    function: str
+    backend: str
+    forward: Callable
+    backward: Callable
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Any:
+        outputs, kept = call.forward(*tensors)
+        ctx.call, ctx.kept = call, len(kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *tensors)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        function, backend = ctx.call.function, ctx.call.backend
+        refuse_tangents(function, (*grads, *tensors), backend)
+        with torch.no_grad():
+            found = ctx.call.backward(grads, kept, tensors)
+        return None, *only_once(function, backend, found, (*grads, *tensors))
+
+
+def differentiable(
+    function: str, backend: str, forward: Callable, backward: Callable, tensors: Iterable[Tensor | None]
+) -> Any:
+    """The outputs of `forward(*tensors)` as one autograd node, without an operator and its dispatch.
+
+    forward returns the outputs, and a tuple of tensors to keep; backward(grads, kept, tensors) returns a
+    gradient or None for each of `tensors`. Gradients that were not asked for are None.
+    """
+    return _Node.apply(_Call(function, backend, forward, backward), *tensors)

@@ -27,6 +27,15 @@ def pytest_ignore_collect(collection_path, config):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """One worker runs what compiles numba kernels: two would compile them twice."""
+    for item in items:
+        path = str(item.path)
+        rooms = ("tests/scan", "tests/conv", "tests/mamba", "tests/test_mrss", "tests/test_s4d")
+        if any(room in path for room in rooms) and "interpreter" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("numba"))
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         named = [name for name in metafunc.config.getoption("backends").split(",") if name]

@@ -24,8 +24,9 @@ def flat(t: Tensor) -> np.ndarray:
         raise AssertionError(
             f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
         )
-    array: np.ndarray = t.view(_STORED.get(t.dtype, t.dtype)).view(-1).numpy()
-    return array
+    stored = _STORED.get(t.dtype)
+    array: np.ndarray = (t if stored is None else t.view(stored)).numpy()
+    return array.reshape(-1)
 
 
 def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:

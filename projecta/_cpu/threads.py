@@ -53,9 +53,12 @@ def compiled(function: Callable) -> Callable:
         return njit(**_OPTIONS)(function)
 
 
-def run(kernel: Callable, items: int, work: int, *arguments) -> None:
-    """Run a kernel over `items`; `work` is their size in elements of (b, d, l, n)."""
-    key = (kernel, *map(_kind, arguments))
+def run(kernel: Callable, items: int, work: int, *arguments: Any, types: tuple = ()) -> None:
+    """Run a kernel over `items`; `work` is their size in elements of (b, d, l, n).
+
+    types: what the arguments' types follow from, if the caller knows it: else they are looked at one by one.
+    """
+    key = (kernel, types) if types else (kernel, *map(_kind, arguments))
     if key not in _called:  # on one thread: otherwise each would compile
         _compile(kernel, arguments)
         _called.add(key)

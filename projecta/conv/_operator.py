@@ -1,12 +1,19 @@
 """Makes one PyTorch operator out of a backend's forward and backward functions, as `scan._operator` does."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from projecta._operators import is_plain, refuse_derivative, refuse_tangents, register, without_autocast
+from projecta._operators import (
+    differentiable,
+    is_plain,
+    refuse_derivative,
+    refuse_tangents,
+    register,
+    without_autocast,
+)
 
 
 class Inputs(NamedTuple):
@@ -85,8 +92,19 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         tensors = Inputs(x, weight, bias, start, bounds)
         refuse_tangents("causal_conv", tensors, backend)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if not torch.compiler.is_compiling() and not save and is_plain(tensors):
+        if torch.compiler.is_compiling() or not is_plain(tensors):
+            return conv_op(*tensors, silu)
+        if not save:
             return conv(*tensors, silu)
-        return conv_op(*tensors, silu)
+
+        def run_backward(grads: tuple, kept: tuple, tensors: Any) -> list[Tensor | None]:
+            (grad_y,) = grads
+            x, weight, bias, start, bounds = tensors
+            found = conv_backward(grad_y, x, weight, bias, start, bounds, silu)
+            return [None if t is None else g for g, t in zip(found, tensors, strict=False)] + [None]
+
+        return differentiable(
+            "causal_conv", backend, lambda *tensors: (conv(*tensors, silu), ()), run_backward, tensors
+        )
 
     return causal_conv

@@ -12,13 +12,14 @@ cheaper than to keep; it keeps xz, s and the scan's states. Gradients reuse memo
 delta, du over the gradient of y, dx and dz into the two halves that the gradient of W_in reads.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projecta._operators import KINDS, only_once, refuse_tangents, untraced
+from projecta._operators import KINDS, differentiable, refuse_tangents, untraced
 from projecta._triton.launch import Recording, repeated
 from projecta.conv import WIDEST
 from projecta.conv import triton as conv
@@ -104,8 +105,10 @@ def run(
     refuse_tangents("MambaBlock", given, "triton")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         every = SAVE_EVERY[hidden.element_size()]
-        return _Block.apply(hidden, conv_start, state, every, *weights)
-    return _forward(hidden, conv_start, state, 0, weights)[:2]
+        records = _records_of(hidden, conv_start, state, every, weights)
+        forward, backward = partial(_forward, records, every), partial(_backward, records)
+        return differentiable("MambaBlock", "triton", forward, backward, given)
+    return _forward(_records_of(hidden, conv_start, state, 0, weights), 0, *given)[0]
 
 
 def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) -> Tensor:
@@ -185,11 +188,11 @@ class _Pass:
 
 
 def _forward(
-    hidden: Tensor, conv_start: Tensor | None, state: Tensor | None, every: int, weights: Weights
-) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """The output, the last state, and what the backward pass needs: xz, s, the saved states, the records."""
-    b, l, m = hidden.shape
-    records, w = _records_of(hidden, conv_start, state, every, weights), weights
+    records: dict[Any, Recording], every: int, hidden: Tensor, conv_start: Tensor | None,
+    state: Tensor | None, *weights: Any,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+    """The output and the last state; and what the backward pass needs: xz, s and the saved states."""
+    (b, l, m), w = hidden.shape, Weights(*weights)
     columns = hidden.reshape(b * l, m).t()
     if w.in_bias is None:
         xz = torch.mm(w.in_proj, columns)
@@ -210,36 +213,16 @@ def _forward(
         out = torch.mm(y.t(), w.out_proj.t())
     else:
         out = torch.addmm(w.out_bias, y.t(), w.out_proj.t())
-    return out.view(b, l, -1), last, (xz, s, saved, records)
-
-
-class _Block(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, conv_start, state, every, *weights):
-        output, last, (*kept, ctx.records) = _forward(hidden, conv_start, state, every, Weights(*weights))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, conv_start, state, *kept, *weights)
-        return output, last
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_last):
-        saved = ctx.saved_tensors
-        refuse_tangents("MambaBlock", (grad_output, grad_last, *saved), "triton")
-        with torch.no_grad():
-            grads = _backward(
-                grad_output, grad_last, saved[:3], saved[3:6], Weights(*saved[6:]), ctx.records
-            )  # fmt: skip
-        sources = (grad_output, grad_last, *saved[:3], *saved[6:])
-        marked = only_once("MambaBlock", "triton", grads, sources)
-        return *marked[:3], None, *marked[3:]
+    return (out.view(b, l, -1), last), (xz, s, saved)
 
 
 def _backward(
-    grad_output: Tensor | None, grad_last: Tensor | None, given: tuple[Any, ...], kept: tuple[Tensor, ...],
-    weights: Weights, records: dict[Any, Recording],
+    records: dict[Any, Recording], grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...],
+    given: tuple[Any, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of hidden, conv_start, state and the weights."""
-    (hidden, conv_start, state), (xz, s, saved), w = given, kept, weights
+    (grad_output, grad_last), (xz, s, saved) = grads, kept
+    (hidden, conv_start, state), w = given[:3], Weights(*given[3:])
     b, l, m = hidden.shape
     made, flat, dxz = _Pass(xz, w, b, l, records), hidden.reshape(b * l, m), torch.empty_like(xz)
     if grad_output is None:

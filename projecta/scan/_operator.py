@@ -20,7 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from projecta._operators import is_plain, refuse_derivative, refuse_tangents, register, without_autocast
+from projecta._operators import (
+    differentiable,
+    is_plain,
+    refuse_derivative,
+    refuse_tangents,
+    register,
+    without_autocast,
+)
 
 
 class Inputs(NamedTuple):
@@ -112,11 +119,31 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=8
     ):  # fmt: skip
         tensors = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-        refuse_tangents("selective_scan", tensors, backend)  # torch.func hides tangents from kernels
+        refuse_tangents("selective_scan", tensors, backend)  # here: torch.func hides tangents from kernels
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if not torch.compiler.is_compiling() and not save and is_plain(tensors):
-            return scan(*tensors, delta_softplus, 0)[:2]  # the dispatcher takes a third of a small call
-        y, last_state, _ = scan_op(*tensors, delta_softplus, save_every if save else 0)
-        return y, last_state
+        if torch.compiler.is_compiling() or not is_plain(tensors):
+            return scan_op(*tensors, delta_softplus, save_every if save else 0)[:2]
+        if not save:
+            return scan(*tensors, delta_softplus, 0)[:2]
+        return _call_directly(backend, scan, scan_backward, tensors, delta_softplus, save_every)
 
     return selective_scan
+
+
+def _call_directly(
+    backend: str, scan: Callable, scan_backward: Callable, tensors: Inputs, softplus: bool, every: int
+) -> tuple[Tensor, Tensor]:
+    """Run an operator's functions without the operator: its dispatch takes a third of a small call."""
+
+    def forward(*tensors: Any) -> tuple:
+        y, last_state, saved = scan(*tensors, softplus, every)
+        return (y, last_state), (saved, last_state)
+
+    def backward(grads: tuple, kept: tuple, tensors: tuple) -> list[Tensor | None]:
+        grad_y, grad_last = grads
+        grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y
+        grad_last = torch.zeros_like(kept[1]) if grad_last is None else grad_last
+        found = scan_backward(grad_y, grad_last, kept[0], *tensors, softplus)
+        return [None if t is None else g for g, t in zip(found, tensors, strict=False)] + [None]
+
+    return differentiable("selective_scan", backend, forward, backward, tensors)

@@ -16,7 +16,7 @@ CASES = {
     "vectors of channels and a rest": {"d": 150, "l": 20, "order": "bld"},
     "blocks of time and a rest": {"l": 300},
     "chunks of time": {"l": 2500, "d": 2, "k": 3},
-    "chunks of steps": {"l": 150, "d": 20, "order": "bld", "start": True},
+    "chunks of steps": {"l": 150, "d": 5, "order": "bld", "start": True},
     "batch of whole blocks": {"l": 512, "d": 5, "b": 3, "dtype": BRAIN},
     "time last, batch inside": {"l": 64, "d": 5, "b": 3, "order": "dbl"},
     "time first": {"order": "lbd", "start": True},

@@ -7,9 +7,9 @@ import torch
 
 CASES = {
     "float32": {},
-    "states": {"l": 33, "state": True},
-    "float16": {"dtype": torch.float16, "l": 16},
-    "bfloat16": {"dtype": torch.bfloat16, "l": 16},
+    "states": {"l": 9, "state": True},
+    "float16": {"dtype": torch.float16, "l": 8},
+    "bfloat16": {"dtype": torch.bfloat16, "l": 8},
     "no biases": {"options": {"conv_bias": False, "bias": False}},
     "wide": {"options": {"d_state": 17, "d_conv": 2, "dt_rank": 3}},
 }
@@ -129,7 +129,7 @@ def _check_accelerated():
 
     torch.manual_seed(0)
     model = MambaForCausalLM(
-        MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, state_size=4)
+        MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)
     ).eval()
     ids = torch.randint(0, 20, (2, 9))
     with torch.no_grad():

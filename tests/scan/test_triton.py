@@ -32,7 +32,7 @@ CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
     "whole slabs": {"l": 48, "n": 4, "b": 1},
     "whole blocks": {"l": 64, "n": 4, "b": 1},
-    "whole blocks of time": {"l": 512, "d": 2, "n": 2, "b": 1, "dtype": HALF},
+    "whole blocks of time": {"l": 512, "d": 4, "n": 2, "b": 1, "dtype": HALF},
     "three chunks of two rows": {"l": 136, "d": 2, "n": 2, "b": 2},
     **{f"states {n}": {"n": n, "d": 3, "l": 11} for n in (1, 16, 17, 64)},
     "groups": {"g": 2, "l": 11},
@@ -74,23 +74,31 @@ def _errors(case, mode):
         mock.patch.object(layout, "plan", functools.partial(_plan, mode)),
         mock.patch.dict(launch._known, clear=True),  # entries of another plan
     ):
-        return _errors_of(selective_scan, case)
+        length = CASES[case].get("l", 33)
+        return _errors_of(selective_scan, case, graded=mode == "states" or length >= 128)
 
 
-def _errors_of(selective_scan, case):
+def _errors_of(selective_scan, case, graded):
+    """graded: with gradients, too. Short cases have one chunk of time in both modes."""
     torch.manual_seed(0)
     arguments = make_scan(**CASES[case])
     wide = {name: widen(t) for name, t in arguments.items()}
-    truth = run_with_gradients(selective_scan, wide, backend="reference")
-    got = run_with_gradients(selective_scan, arguments, backend="triton")
-    for every in (16, 32) if case in SAVED_RARELY else ():
+    truth, got = {}, {}
+    if graded:
+        truth = run_with_gradients(selective_scan, wide, backend="reference")
+        got = run_with_gradients(selective_scan, arguments, backend="triton")
+    for every in (16, 32) if graded and case in SAVED_RARELY else ():
         rare = run_with_gradients(selective_scan, arguments, backend="triton", save_every=every)
         for name, value in got.items():
             assert torch.equal(value, rare[name]), f"{name}, saved every {every}"
     with torch.no_grad():  # uses other kernels
         y, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="triton")
     got |= {"y, no gradients": y, "last, no gradients": last}
+    if not graded:
+        names = dict(delta_softplus=True, return_last_state=True, backend="reference")
+        truth = dict(zip(("y", "last"), selective_scan(**wide, **names), strict=True))
     truth |= {"y, no gradients": truth["y"], "last, no gradients": truth["last"]}
+    truth = {name: t for name, t in truth.items() if name in got}
     return {
         name: float((widen(got[name]) - t).abs().max() / t.abs().max().clamp_min(1e-30))
         for name, t in truth.items()
@@ -477,7 +485,7 @@ def test_every_kernel_compiles_from_the_t4_on(compiler, kernel):
     jobs = {
         (element, architecture): compiler.submit(_compile, kernel, element, architecture, KERNELS[kernel])
         for element in ("fp16", "bf16")
-        for architecture in ARCHITECTURES
+        for architecture in (ARCHITECTURES if "," not in kernel else (75, 90))
         if element == "bf16" or architecture == 75
     }
     given = {name: value for name, value in KERNELS[kernel].items() if value is not None}

@@ -41,7 +41,8 @@ def _forward_run(
     )
     items = layout.sequences * layout.blocks
     run(
-        forward.forward, items, layout.work, work, steps, weights, states, *layout.kinds, periods, exact
+        forward.forward, items, layout.work, work, steps, weights, states, *layout.kinds, periods, exact,
+        types=(*layout.types, y.dtype, periods is None, exact),
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def _backward_run(
     totals = backward.Sums(*map(flat, (dA, dD, dbias, *constant, *sums)))
     run(
         backward.backward, s * layout.supers, layout.work, work, steps, weights, states, outputs, totals,
-        *layout.kinds, periods, exact,
+        *layout.kinds, periods, exact, types=(*layout.types, grad_y.dtype, periods is None, exact),
     )  # fmt: skip
     grads.A.copy_(layout.gradient(dA.sum(0)))
     for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):

@@ -58,6 +58,15 @@ class Weights(NamedTuple):
     bias: np.ndarray
 
 
+@functools.lru_cache(256)
+def _piece_tables(b: int, l: int, pieces: int, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, first and last step, and first saved chunk of each piece of each row."""
+    starts = range(0, pieces * max(piece, 1), max(piece, 1))
+    bounds = [min(t, l) for start in starts for t in (start, start + piece)]
+    order = np.arange(b).repeat(pieces)
+    return order, np.array(bounds * b), order * (l // CHUNK + 1) + np.array([*starts] * b) // CHUNK
+
+
 class Layout:
     """The vector layout of a call's channels, states and sequences, and the arguments of both kernels."""
 
@@ -83,11 +92,7 @@ class Layout:
             pieces = min(CORES // max(self.b * self.blocks, 1), self.l // PIECE)
             if pieces >= 4 and not whole:  # pieces need two passes
                 self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
-            starts = range(0, self.pieces * max(self.piece, 1), max(self.piece, 1))
-            bounds = [min(t, self.l) for start in starts for t in (start, start + self.piece)]
-            self.order = np.arange(self.b).repeat(self.pieces)
-            self.bounds = np.array(bounds * self.b)
-            self.chunks = self.order * (self.l // CHUNK + 1) + np.array([*starts] * self.b) // CHUNK
+            self.order, self.bounds, self.chunks = _piece_tables(self.b, self.l, self.pieces, self.piece)
         self.sequences = len(self.order)
         size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
         self.supers = self.g * -(-per_group // size)
@@ -120,6 +125,12 @@ class Layout:
         """1 or None for complex states, constant B, constant C; numba compiles separate code for each."""
         constant_B, constant_C = (1 if t.dim() == 2 else None for t in (self.inputs.B, self.inputs.C))
         return self.rotate, constant_B, constant_C
+
+    @property
+    def types(self) -> tuple:
+        """What the types of the kernels' arguments follow from."""
+        u, delta, _, _, _, _, z = self.inputs[:7]
+        return u.dtype, delta.dtype, None if z is None else z.dtype, self.real, *self.kinds
 
     def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
         """Buffers of each thread: `vectors` aligned vectors, and prefetch addresses."""

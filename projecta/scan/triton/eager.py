@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from projecta._operators import KINDS, only_once, refuse_tangents, untraced
+from projecta._operators import KINDS, differentiable, untraced
 from projecta._triton.launch import Recording, repeated
 from projecta.scan._operator import Inputs
 from projecta.scan.triton.launch import backward_pass, forward_pass, saved_shape
@@ -81,8 +81,8 @@ class _Call:
 
     def run(self, given: Given) -> tuple[Tensor, Tensor]:
         if self.every:
-            return _Scan.apply(self, *given)
-        return self.forward(given)[:2]
+            return differentiable("selective_scan", "triton", self.forward, self.backward, given)
+        return self.forward(*given)[0]
 
     def inputs(self, given: Sequence[Tensor | None]) -> Inputs:
         u, delta, A, B, C, *rest = given
@@ -92,8 +92,8 @@ class _Call:
         )
         return Inputs(u, delta, A, B, C, *rest)  # type: ignore[arg-type]
 
-    def forward(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
-        """y, the last state, and what `backward` needs besides the inputs."""
+    def forward(self, *given: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor]]:
+        """y and the last state, and what `backward` needs besides the inputs."""
         u, A = _u_and_A(given)
         y, last, saved = torch.empty_like(u), A.new_empty(self.state_shape), A.new_empty(self.saved_shape)
         recording = self.records.get("forward")
@@ -105,43 +105,23 @@ class _Call:
                 self.records, "forward", inputs[:9], (y, last, saved),
                 lambda: forward_pass(inputs, self.softplus, y, last, saved),
             )  # fmt: skip
-        return y, last, saved
+        return (y, last), (saved,)
 
-    def backward(
-        self, grad_y: Tensor | None, grad_last: Tensor | None, saved: Tensor, given: Given
-    ) -> list[Tensor | None]:
+    def backward(self, grads: Given, kept: tuple[Tensor], given: Given) -> list[Tensor | None]:
+        (grad_y, grad_last), (saved,) = grads, kept
         u, A = _u_and_A(given)
         grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-        grads = [None if t is None else torch.empty_like(t) for t in given]
+        found = [None if t is None else torch.empty_like(t) for t in given]
         key = grad_y.dtype, grad_y.stride(), grad_y.data_ptr() % 16, grad_last is None
         recording = self.records.get(key)
         if grad_last is not None:
             grad_last = grad_last.contiguous()
         if recording is not None:
-            recording.repeat((*given, grad_y, grad_last, saved, *grads), A)
+            recording.repeat((*given, grad_y, grad_last, saved, *found), A)
         else:
-            inputs, to = self.inputs(given), self.inputs(grads)
+            inputs, to = self.inputs(given), self.inputs(found)
             repeated(
                 self.records, key, (*inputs[:9], grad_y, grad_last), (saved, *to[:9]),
                 lambda: backward_pass(grad_y, grad_last, saved, inputs, self.softplus, to),
             )  # fmt: skip
-        return grads
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, last, saved = call.forward(given)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, *given)
-        return y, last
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, *given = ctx.saved_tensors
-        refuse_tangents("selective_scan", (*grads, *given), "triton")
-        with torch.no_grad():
-            found = ctx.call.backward(*grads, saved, tuple(given))
-        needed = [g if n else None for g, n in zip(found, ctx.needs_input_grad[1:], strict=True)]
-        return None, *only_once("selective_scan", "triton", needed, (*grads, *given))
+        return found
