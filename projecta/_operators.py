@@ -136,7 +136,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
+        kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
         function, backend = ctx.call.function, ctx.call.backend
         refuse_tangents(function, (*grads, *tensors), backend)
         with torch.no_grad():

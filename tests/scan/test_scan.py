@@ -363,7 +363,11 @@ def test_pieces_of_time_give_the_same(options, monkeypatch):
     monkeypatch.setattr(layout, "PIECE", 40)
     arguments = make_scan(l=333, n=3, **({"b": 1} | options))
     runs = []
-    monkeypatch.setattr(launch, "run", lambda *args, run=launch.run: (runs.append(args[1]), run(*args)))
+    def count(*args, run=launch.run, **options):
+        runs.append(args[1])
+        run(*args, **options)
+
+    monkeypatch.setattr(launch, "run", count)
     truth = run_with_gradients(
         selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
     )
