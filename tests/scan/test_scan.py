@@ -363,6 +363,7 @@ def test_pieces_of_time_give_the_same(options, monkeypatch):
     monkeypatch.setattr(layout, "PIECE", 40)
     arguments = make_scan(l=333, n=3, **({"b": 1} | options))
     runs = []
+
     def count(*args, run=launch.run, **options):
         runs.append(args[1])
         run(*args, **options)
