@@ -79,11 +79,12 @@ def weights_of(layer: Any, hidden: Tensor) -> Weights | None:
             name: t.to(dtype) for name, t in tensors._asdict().items() if t is not None and name in _PRODUCTS
         }
         tensors = tensors._replace(**cast)
-    device, plain = hidden.device, True
+    device = hidden.device
+    plain = device.type == "cpu" or device.index == torch.cuda.current_device()  # where launches are repeated
     for name, t in zip(Weights._fields, tensors, strict=True):
         if t is not None:
-            fits = t.dtype == dtype or name not in _PRODUCTS
-            plain = plain and fits and type(t) in KINDS and t.device == device
+            fits = t.dtype == dtype or (name not in _PRODUCTS and t.dtype in _DTYPES)
+            plain = plain and fits and type(t) in KINDS and t.device == device and t.is_contiguous()
     return tensors if plain else None
 
 
@@ -100,7 +101,8 @@ def run(
     conv_start: the d_conv - 1 inputs of the convolution before the first (b, d, d_conv - 1).
     """
     hidden = hidden.to(weights.in_proj.dtype)
-    conv_start, state = (None if t is None else t.contiguous() for t in (conv_start, state))
+    conv_start = None if conv_start is None else conv_start.contiguous()
+    state = None if state is None else state.float().contiguous()
     given = hidden, conv_start, state, *weights
     refuse_tangents("MambaBlock", given, "triton")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
@@ -118,10 +120,13 @@ def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) ->
     u = conv.update(x, conv_state, weights.conv.squeeze(1), weights.conv_bias, True)
     s = F.linear(u, weights.x_proj)
     B, C = s[:, None, r : r + n], s[:, None, r + n :]
+    own = state.contiguous()
     y = scan.update_state(
-        state, u, F.linear(s[:, :r], weights.dt_proj), weights.A_log, B, C, weights.D, z, weights.dt_bias,
+        own, u, F.linear(s[:, :r], weights.dt_proj), weights.A_log, B, C, weights.D, z, weights.dt_bias,
         True, log_A=True,
     )  # fmt: skip
+    if own is not state:
+        state.copy_(own)
     return F.linear(y, weights.out_proj, weights.out_bias)
 
 

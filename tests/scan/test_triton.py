@@ -415,6 +415,11 @@ def _check_repeats():
         for change in ({"u": first["u"].mT.contiguous().mT}, {"D": first["D"].half()}, {"z": None}):
             assert call(**{**first, **change})[1]
         assert len(eager._calls) == whole + 3
+        first = inputs(l=32)
+        call(**{**first, "delta": first["u"]})  # one tensor in two places, then two with the same key
+        for _ in range(2):
+            row = dict(zip(stubs["forward_times"].arg_names, call(**first)[1][-1][1], strict=False))
+            assert (row["u"], row["delta"]) == (first["u"].data_ptr(), first["delta"].data_ptr())
         wide = inputs(b=8, l=40)
         for prefix in ("compiled ", ""):  # with gradients: the second call compiles nothing
             leaves = [t.detach().requires_grad_() for t in wide.values()]
