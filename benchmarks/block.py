@@ -14,6 +14,10 @@ WAYS = ("eager", "captured")
 VERSION = common.version(__file__)
 
 
+def _backend() -> str:
+    return "triton" if common.device().type == "cuda" else "cpu"
+
+
 @functools.cache
 @torch.inference_mode(False)  # training needs normal tensors, even if the first call is in inference mode
 def _block(double: bool = False):
@@ -21,7 +25,7 @@ def _block(double: bool = False):
     block_type = common.require("projecta", "MambaBlock")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        block = block_type(WIDTH)
+        block = block_type(WIDTH, backend=_backend())
     if double:
         block.backend = "reference"
         return block.double()
@@ -98,12 +102,12 @@ def _small(name: str, l: int, backward: bool):
 
     leaves = {key: t.requires_grad_(backward) for key, t in inputs.items()}
     truth = call({key: t.detach().cpu().double() for key, t in inputs.items()}, backend="reference")
-    common.check_close(name, call(leaves).detach(), truth, 1e-4)
+    common.check_close(name, call(leaves, backend=_backend()).detach(), truth, 1e-4)
     grad = common.randn(1, 64, l, seed=5)
 
     def run():
         with torch.set_grad_enabled(backward):
-            y = call(leaves)
+            y = call(leaves, backend=_backend())
         return torch.autograd.grad(y, list(leaves.values()), grad) if backward else y
 
     return run

@@ -43,7 +43,7 @@ def sections():
             }),
             Custom("scan_roofline", "Roofline", roofline_rows, roofline_note, roofline_chart),
         )),
-        _block_section(Section, Lines),
+        block_section(),
         Section("models", "Models, beside what transformers does by itself", (
             Lines("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
                 "mamba.ModelPrefill.time_prefill": "prefill",
@@ -98,7 +98,10 @@ def sections():
     )  # fmt: skip
 
 
-def _block_section(Section: type, Lines: type) -> Any:
+def block_section():
+    """A block of width 256 and small calls of its parts."""
+    from projecta.regress.site.tables import Lines, Section
+
     return Section(
         "block",
         "The Mamba block as a whole",

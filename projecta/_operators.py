@@ -5,18 +5,13 @@ Forward mode and second derivatives raise an error: PyTorch would return zero fo
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from projecta._checks import fail
-
-
-class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot run here; the message says why."""
-
 
 KINDS = (Tensor, torch.nn.Parameter)
 
@@ -118,18 +113,13 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-class _Call(NamedTuple):
-    function: str
-    backend: str
-    forward: Callable
-    backward: Callable
-
-
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Any:
-        outputs, kept = call.forward(*tensors)
-        ctx.call, ctx.kept = call, len(kept)
+    def forward(
+        ctx: Any, names: tuple[str, str], forward: Callable, backward: Callable, *tensors: Any
+    ) -> Any:
+        outputs, kept = forward(*tensors)
+        ctx.names, ctx.run_backward, ctx.kept = names, backward, len(kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, *tensors)
         return outputs
@@ -138,11 +128,11 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        function, backend = ctx.call.function, ctx.call.backend
+        function, backend = ctx.names
         refuse_tangents(function, (*grads, *tensors), backend)
         with torch.no_grad():
-            found = ctx.call.backward(grads, kept, tensors)
-        return None, *only_once(function, backend, found, (*grads, *tensors))
+            found = ctx.run_backward(grads, kept, tensors)
+        return None, None, None, *only_once(function, backend, found, (*grads, *tensors))
 
 
 def differentiable(
@@ -151,6 +141,6 @@ def differentiable(
     """The outputs of `forward(*tensors)` as one autograd node, without an operator and its dispatch.
 
     forward returns the outputs, and a tuple of tensors to keep; backward(grads, kept, tensors) returns a
-    gradient or None for each of `tensors`. Gradients that were not asked for are None.
+    gradient or None for each of `tensors`. A gradient in `grads` is None if the output has none.
     """
-    return _Node.apply(_Call(function, backend, forward, backward), *tensors)
+    return _Node.apply((function, backend), forward, backward, *tensors)

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from projecta._backends import require_backend
 from projecta._checks import Checker
 from projecta._operators import only_once, refuse_tangents
-from projecta.scan import available_backends, reference, require_backend, selective_scan, vectorised
+from projecta.scan import available_backends, reference, selective_scan, vectorised
 from projecta.scan._arguments import canonical_arguments
 from projecta.scan._operator import Inputs
 
@@ -298,7 +299,7 @@ def _choose(check, backend, u, A, B, C, table) -> tuple[str, np.ndarray | None]:
     if backend in ("auto", "cpu") and able:
         found = None if A.is_complex() else _in_vectors(table, g, 64 // A.element_size())
     if backend == "cpu":
-        require_backend(check, backend, u.device.type)
+        require_backend(check, "projecta.scan", backend, u.device.type)
         check.that(not A.is_complex(), "A", "be real for backend 'cpu'", A.dtype, error=TypeError)
         check.that(
             found is not None, "periods",

@@ -16,13 +16,14 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 ARROWS = {  # part of the package: the parts that it may import
     "_checks": set(),
+    "_backends": {"_checks"},
     "_operators": {"_checks"},
     "_cpu": set(),
     "_triton": set(),
-    "scan": {"_checks", "_operators", "_cpu", "_triton"},
-    "conv": {"_checks", "_operators", "_cpu", "_triton"},
-    "mrss": {"_checks", "_operators", "_cpu", "scan"},
-    "mamba": {"_checks", "_operators", "_triton", "conv", "mrss", "scan"},
+    "scan": {"_backends", "_checks", "_operators", "_cpu", "_triton"},
+    "conv": {"_backends", "_checks", "_operators", "_cpu", "_triton"},
+    "mrss": {"_backends", "_checks", "_operators", "_cpu", "scan"},
+    "mamba": {"_backends", "_checks", "_operators", "_triton", "conv", "mrss", "scan"},
     "low_rank": {"_checks"},
     "s4d": {"_checks", "_operators", "scan"},
     "vtp": {"_checks"},

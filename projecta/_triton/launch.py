@@ -48,17 +48,24 @@ _STRIDED = {
 _known: dict[tuple, Any] = {}
 
 
+def traits(t: Tensor | None) -> tuple | None:
+    """Everything of a tensor that a launch depends on, but its values and its device."""
+    return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+
+
+def remembered(cache: dict, key: Any, make: Callable) -> Any:
+    """cache[key], made if it is missing; a full cache starts anew: many lengths must not fill the memory."""
+    found = cache.get(key)
+    if found is None:
+        if len(cache) >= 4096:
+            cache.clear()
+        found = cache[key] = make()
+    return found
+
+
 def cached(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
     """The cached result of `make()` for tensors that differ from these in values only."""
-    key = (
-        *others, *(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
-    )  # fmt: skip
-    found = _known.get(key)
-    if found is None:
-        if len(_known) >= 4096:  # many lengths must not fill the memory
-            _known.clear()
-        found = _known[key] = make()
-    return found
+    return remembered(_known, (*others, *map(traits, tensors)), make)
 
 
 def start_kernel(
@@ -93,8 +100,8 @@ def start_kernel(
 def _launcher(built: Any, grid: tuple[int, ...]) -> Callable:
     """start(stream, *arguments) of a compiled kernel.
 
-    Triton's own `built[grid]` first builds what a profiler's hooks may read, and calls them. That is half of
-    the price of a launch, so it is left out where no hook is set.
+    Triton's own `built[grid]` first builds what a profiler's hooks may read, and calls them. This is left out
+    where no hook is set.
     """
     if not isinstance(built, CompiledKernel):
         run = built[grid]

@@ -7,22 +7,18 @@ Selective State Spaces" (2023), figure 3. A backend is a module here with `unava
 `causal_conv_update`, which take the arguments checked.
 """
 
-import os
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from projecta._backends import require_backend, why_not
 from projecta._checks import Checker
-from projecta._operators import BackendUnavailable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("reference", "cpu", "triton")
 WIDEST = 8  # weights of a channel that the kernels take
 AUTO = {"cpu": "cpu", "cuda": "triton"}
-_ONLY = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"}
-_loaded: dict[str, ModuleType] = {}
 
 
 def causal_conv(
@@ -159,34 +155,16 @@ def _check_filter(check: Checker, weight, bias, activation, d, device) -> None:
     check.one_of("activation", activation, ("silu", "swish", None))
 
 
-def _why_not(name: str) -> str:
-    if name not in _loaded:
-        try:
-            _loaded[name] = import_module(f"projecta.conv.{name}")
-        except ImportError as error:
-            return f"{error.name or 'a package'} cannot be imported ({error})"
-    return _loaded[name].unavailable()
-
-
-_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _choose(check: Checker, backend: str, x: Tensor, weight: Tensor) -> ModuleType:
     check.one_of("backend", backend, ("auto", *BACKENDS))
     name, width = backend, weight.shape[1]
     if backend == "auto":
         name = AUTO.get(x.device.type, "reference")
-        if width > WIDEST or (name == "triton" and (x.dtype == torch.float64 or _why_not(name))):
+        if width > WIDEST or (name == "triton" and (x.dtype == torch.float64 or why_not(__name__, name))):
             name = "reference"
-    reason = _why_not(name)
-    if not reason and _ONLY.get(name, x.device.type) != x.device.type:
-        reason = f"it takes {_ONLY[name]} tensors, not {x.device.type}"
-    if reason:
-        raise BackendUnavailable(
-            f"{check.function}: backend must be able to run here; got {name!r}: {reason}."
-        )
+    module = require_backend(check, __name__, name, x.device.type)
     if name != "reference":
         check.that(width <= WIDEST, "weight", f"have k <= {WIDEST} for backend {name!r}", width)
     if name == "triton":
         check.dtype("x", x, FLOATS[:3])
-    return _loaded[name]
+    return module

@@ -14,6 +14,7 @@ from projecta._operators import (
     register,
     without_autocast,
 )
+from projecta.conv.reference import start_gradient
 
 
 class Inputs(NamedTuple):
@@ -29,11 +30,31 @@ class Inputs(NamedTuple):
 DIFFERENTIABLE = 4  # all but the bounds
 
 
+class Grads(NamedTuple):
+    """The gradients that a backend writes; that of the start needs no kernel."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _new_gradients(grad_y: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+    """Uninitialised gradients of x, weight, bias and start; empty ones for None."""
+    dense = torch.contiguous_format
+    return [
+        torch.empty_like(x),
+        *(
+            x.new_empty(0) if t is None else torch.empty_like(t, memory_format=dense)
+            for t in others[: DIFFERENTIABLE - 1]
+        ),
+    ]
+
+
 def define(name: str, forward: Callable, backward: Callable) -> Callable:
     """Register `projecta::{name}` and its backward operator; return the function to call.
 
-    forward(inputs, silu, y) writes y; backward(grad_y, inputs, silu, grads) writes the gradients, which are
-    None where an input is.
+    forward(inputs, silu, y) writes y. backward(grad_y, inputs, silu, grads) writes the gradients of x, weight
+    and bias (None if there is no bias). Neither is called for an empty x.
     """
     backend = name.removeprefix("conv_")
 
@@ -46,8 +67,9 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         silu: bool,
     ) -> Tensor:
         y = torch.empty_like(x)
-        with without_autocast(x):
-            forward(Inputs(x, weight, bias, start, bounds), silu, y)
+        if y.numel():
+            with without_autocast(x):
+                forward(Inputs(x, weight, bias, start, bounds), silu, y)
         return y
 
     def conv_backward(
@@ -55,22 +77,18 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         bounds: Tensor | None, silu: bool,
     ) -> list[Tensor]:  # fmt: skip
         inputs = Inputs(x, weight, bias, start, bounds)
-        grads = backward_shapes(grad_y, *inputs, silu)
-        present = [None if t is None else g for g, t in zip(grads, inputs, strict=False)]
+        grads = _new_gradients(grad_y, *inputs)
+        if not x.numel():
+            return [grad.zero_() for grad in grads]
+        dx, dweight, dbias, dstart = grads
         with without_autocast(x):
-            backward(grad_y, inputs, silu, Inputs(*present))  # type: ignore[arg-type]
+            backward(grad_y, inputs, silu, Grads(dx, dweight, None if bias is None else dbias))
+            if start is not None:
+                dstart.copy_(start_gradient(grad_y, x, weight, bias, start, bounds, silu))
         return grads
 
-    def backward_shapes(grad_y, *inputs):
-        return [
-            inputs[0].new_empty(0) if t is None
-            else torch.empty_like(t) if i == 0
-            else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for i, t in enumerate(inputs[:DIFFERENTIABLE])
-        ]  # fmt: skip
-
     conv_op = register(name, conv, lambda x, *rest: torch.empty_like(x))
-    backward_op = register(f"{name}_backward", conv_backward, backward_shapes)
+    backward_op = register(f"{name}_backward", conv_backward, _new_gradients)
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.silu = inputs

@@ -19,7 +19,7 @@ from projecta._cpu.memory import flat, memory
 from projecta._cpu.simd import claim, fma, get, lanes, load, put, sigmoid, splat, store, sum_lanes, zero
 from projecta._cpu.threads import compiled, inner, run
 from projecta.conv import reference
-from projecta.conv._operator import Inputs, define
+from projecta.conv._operator import Grads, Inputs, define
 
 ROWS, COLUMNS = 64, 128  # steps and channels of an item along channels
 STRETCH = 2048  # steps of an item along time
@@ -210,7 +210,7 @@ def _sum_along_channels(G, source, base, step, sequence, t_start, t0, t1, taps, 
 @compiled
 def backward(
     counter, items, chunks, blocks, columns, source, grad, grad_strides, taps, plain, dx, dx_strides, totals,
-    room, size, silu, along,
+    workspace, size, silu, along,
 ):  # fmt: skip
     """Items as in `forward`: dx, and the chunk's sums for dweight and dbias, totals (chunk, k + 1, d).
 
@@ -218,7 +218,7 @@ def backward(
     """
     kept, d = taps.width - 1, taps.d
     thread = claim(counter[1:])
-    G = room[thread * size : (thread + 1) * size]
+    G = workspace[thread * size : (thread + 1) * size]
     item = claim(counter)
     while item < items:
         row, sequence, t_start, t0, t1, t_end = chunks[item // blocks]
@@ -308,8 +308,6 @@ def _cut(b: int, ends: tuple[int, ...], size: int) -> np.ndarray:
 
 def forward_pass(inputs: Inputs, silu: bool, y: Tensor) -> None:
     """Write the convolution of `inputs` to y."""
-    if not y.numel():
-        return
     layout = _Layout(inputs, silu)
     out = layout.like_x(y)
     run(
@@ -320,23 +318,17 @@ def forward_pass(inputs: Inputs, silu: bool, y: Tensor) -> None:
         y.copy_(out)
 
 
-def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Inputs) -> None:
+def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> None:
     """Write the gradients of `inputs` to `grads`."""
-    x, _, _, start, _ = inputs
-    if not x.numel():
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return
     layout = _Layout(inputs, silu)
     grad, dx = layout.like_x(grad_y), layout.like_x(grads.x)
     totals = torch.empty(len(layout.chunks), layout.width + 1, layout.d, dtype=layout.real)
     size = (STRETCH + layout.width - 1) if layout.along else (ROWS + layout.width - 1) * COLUMNS
-    room = torch.empty(torch.get_num_threads() * size, dtype=layout.real)
+    workspace = torch.empty(torch.get_num_threads() * size, dtype=layout.real)
     run(
         backward, layout.items, layout.work, layout.chunks, layout.blocks, layout.columns, layout.source,
-        *memory(grad), layout.taps, layout.plain, *memory(dx), flat(totals), flat(room), size, layout.silu,
-        layout.along,
+        *memory(grad), layout.taps, layout.plain, *memory(dx), flat(totals), flat(workspace), size,
+        layout.silu, layout.along,
     )  # fmt: skip
     if dx is not grads.x:
         grads.x.copy_(dx)
@@ -344,8 +336,6 @@ def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Inputs) -> 
     grads.weight.copy_(sums[:-1].t())
     if grads.bias is not None:
         grads.bias.copy_(sums[-1])
-    if start is not None and grads.start is not None:
-        grads.start.copy_(reference.start_gradient(grad_y, inputs, silu))
 
 
 causal_conv = define("conv_cpu", forward_pass, backward_pass)

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projecta.conv._operator import Inputs
-
 
 def unavailable() -> str:
     """Why this backend cannot run; "" when it can."""
@@ -43,10 +41,11 @@ def causal_conv(
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-def start_gradient(grad_y: Tensor, inputs: Inputs, silu: bool) -> Tensor:
-    """The gradient of `inputs.start`: only the first width - 1 outputs of a sequence depend on it."""
-    x, weight, bias, start, bounds = inputs
-    assert start is not None
+def start_gradient(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, bounds: Tensor | None,
+    silu: bool,
+) -> Tensor:  # fmt: skip
+    """The gradient of `start`: only the first width - 1 outputs of a sequence depend on it."""
     kept = weight.shape[1] - 1
     if bounds is None:
         first_x, first_grad = x[..., :kept], grad_y[..., :kept]

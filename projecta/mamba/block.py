@@ -145,7 +145,7 @@ class MambaBlock(nn.Module):
         if self.mrss is not None and ssm is None and return_state:
             ssm = self.initial_state(len(x)).ssm
         periods: Any = None if self.mrss is None else self.periods
-        y, last = scan_layer(self, convolve(self, x, conv), z, ssm, self.backend, periods)
+        y, last = scan_layer(self, convolve(self, x, conv, self.backend), z, ssm, self.backend, periods)
         output = self.out_proj(y)
         if not return_state:
             return output

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta._operators import KINDS, differentiable, refuse_tangents, untraced
-from projecta._triton.launch import Recording, repeated
+from projecta._triton.launch import Recording, remembered, repeated, traits
 from projecta.conv import WIDEST
 from projecta.conv import triton as conv
+from projecta.conv._operator import Grads as ConvGrads
 from projecta.conv._operator import Inputs as ConvInputs
 from projecta.conv.reference import start_gradient
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import launch as scan
 
-# Steps between the saved states by bytes of a number: what keeps the peak below mamba-ssm's. 16 instead of 8
-# cost 4 % of a training step's time, and halve what the states take.
+# Steps between the saved states, by bytes of a number. 16 halve the states' memory for a little time.
 SAVE_EVERY = {2: 16, 4: 8}
 
 
@@ -138,21 +138,12 @@ def _rows(t: Tensor, b: int, l: int, first: int = 0, rows: int | None = None) ->
 
 def _records_of(
     hidden: Tensor, conv_start: Tensor | None, state: Tensor | None, every: int, weights: Weights
-):
+) -> dict[Any, Recording]:
     """The recorded launches of all calls that differ from this one in values only."""
-    key = (
-        every, hidden.dtype, hidden.device, hidden.shape,
-        *(
-            None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
-            for t in (conv_start, state, *weights)
-        ),
-    )  # fmt: skip
-    if len(_records) >= MOST:
-        _records.clear()
-    return _records.setdefault(key, {})
+    others = map(traits, (conv_start, state, *weights))
+    return remembered(_records, (every, hidden.dtype, hidden.device, hidden.shape, *others), dict)
 
 
-MOST = 4096  # many lengths must not fill the memory
 _records: dict[tuple, dict[Any, Recording]] = {}
 
 
@@ -254,13 +245,15 @@ def _conv_backward(
         made.conv_inputs(conv_start),
     )
     dweight, dbias = torch.empty_like(w.conv), None if w.conv_bias is None else torch.empty_like(w.conv_bias)
-    grads = ConvInputs(dx, dweight.squeeze(1), dbias, None)
+    grads = ConvGrads(dx, dweight.squeeze(1), dbias)
     repeated(
-        made.records, "conv back", (rows, *inputs[:4]), grads[:3],
+        made.records, "conv back", (rows, *inputs[:4]), grads,
         lambda: conv.backward_pass(rows, inputs, True, grads),
     )  # fmt: skip
     found |= {"conv": dweight, "conv_bias": dbias}
-    return None if conv_start is None else start_gradient(rows, inputs, True)
+    if conv_start is None:
+        return None
+    return start_gradient(rows, made.x, inputs.weight, w.conv_bias, conv_start, None, True)
 
 
 def _scan_backward(

@@ -289,7 +289,7 @@ class _Forward:
             return mixer.out_proj(step_layer(mixer, x[:, 0], conv, z[:, 0], ssm, self.backend)[:, None])
         if ssm is not None and x.requires_grad:
             ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
-        convolved = convolve(mixer, x, conv)
+        convolved = convolve(mixer, x, conv, self.backend)
         y, last = scan_layer(mixer, _masked(convolved, mask), z, ssm, self.backend, self.periods)
         if cache is not None:
             width = mixer.conv_kernel_size

@@ -19,39 +19,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta import mrss as multi
+from projecta._backends import device_of, require_backend, why_not
 from projecta._checks import Checker
 from projecta.conv import causal_conv, causal_conv_update
 from projecta.mrss import MrssState, mrss_scan, mrss_update
-from projecta.scan import (
-    BACKENDS,
-    available_backends,
-    device_of,
-    require_backend,
-    selective_scan,
-    selective_state_update,
-)
+from projecta.scan import BACKENDS, selective_scan, selective_state_update
 
 
 def check_backend(check: Checker, backend: str, by_mrss: bool = False) -> None:
     check.one_of("backend", backend, ("auto", *(multi.BACKENDS if by_mrss else BACKENDS)))
     if backend != "auto":
-        require_backend(check, backend)
+        require_backend(check, "projecta.scan", backend)
 
 
 def activate(layer: Any, x: Tensor) -> Tensor:
     return layer.act(x) if hasattr(layer, "act") else F.silu(x)
 
 
-def convolve(layer: Any, x: Tensor, before: Tensor | None) -> Tensor:
+def convolve(layer: Any, x: Tensor, before: Tensor | None, backend: str) -> Tensor:
     """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x."""
     kept, silu = layer.conv1d.kernel_size[0] - 1, _is_silu(layer)
     start = None if before is None else before[..., before.shape[-1] - kept :]
     y: Any = causal_conv(
         x.transpose(1, 2), layer.conv1d.weight.squeeze(1), layer.conv1d.bias,
-        activation="silu" if silu else None, initial_state=start,
+        activation="silu" if silu else None, initial_state=start, backend=_conv_backend(backend),
     )  # fmt: skip
     y = y.transpose(1, 2)
     return y if silu else activate(layer, y)
+
+
+def _conv_backend(backend: str) -> str:
+    """The convolution's backend beside a scan's: plain PyTorch, with every derivative, beside the same."""
+    return "reference" if backend in ("reference", "vectorised") else "auto"
 
 
 def _is_silu(layer: Any) -> bool:
@@ -62,7 +61,7 @@ def fused(layer: Any, hidden: Tensor, backend: str) -> tuple[Any, Any]:
     """The module that runs a layer as one node on the GPU, and its weights; (None, None) if it cannot."""
     if torch.compiler.is_compiling() or hidden.device.type != device_of("triton") or not _is_silu(layer):
         return None, None
-    if backend not in ("auto", "triton") or available_backends()["triton"]:
+    if backend not in ("auto", "triton") or why_not("projecta.scan", "triton"):
         return None, None
     module = import_module("projecta.mamba.fused")
     weights = module.weights_of(layer, hidden)
@@ -108,7 +107,8 @@ def step_layer(layer: Any, x: Tensor, conv: Tensor, z: Tensor, state: Any, backe
     """y (b, d) of one token's x and z (b, d); `conv`, the inputs before it, and `state` are overwritten."""
     silu = _is_silu(layer)
     x = causal_conv_update(
-        x, conv, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, activation="silu" if silu else None
+        x, conv, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, activation="silu" if silu else None,
+        backend=_conv_backend(backend),
     )  # fmt: skip
     x = x if silu else activate(layer, x)
     delta, bias, B, C = select(layer, x)

@@ -13,15 +13,14 @@ The last two take checked arguments in canonical form: A in the dtype of the sta
 or the complex type of either), B and C as (d, n) or (b, g, n, l), complex if A is.
 """
 
-import os
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from projecta._backends import BackendUnavailable as BackendUnavailable
+from projecta._backends import device_of, loaded, require_backend, why_not
 from projecta._checks import Checker
-from projecta._operators import BackendUnavailable as BackendUnavailable
 from projecta.scan._arguments import canonical_arguments, check_step, state_dtype
 from projecta.scan._operator import Inputs
 
@@ -29,8 +28,6 @@ SAVE_EVERY = (8, 16, 32)
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
 # Choice of "auto" by device type. If it cannot run, and on a GPU for float64 and complex A: "vectorised".
 AUTO = {"cpu": "cpu", "cuda": "triton"}
-# Backends for one device type only. Triton's interpreter runs on the CPU.
-_ONLY = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"}
 
 
 def available_backends() -> dict[str, str]:
@@ -40,7 +37,7 @@ def available_backends() -> dict[str, str]:
         >>> available_backends()["vectorised"]
         ''
     """
-    return {name: _why_not(name) for name in BACKENDS}
+    return {name: why_not(__name__, name) for name in BACKENDS}
 
 
 def selective_scan(
@@ -114,11 +111,10 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the last state: a repeated call of backend "triton", or checks, a backend and its operator."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = given
-    key = None
-    if not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
-        eager = _loaded["triton"].eager
-        key = eager.cache_key(given, softplus, save_every)
-        found = None if key is None else eager.repeat(key, given)
+    key, triton = None, loaded(__name__, "triton")
+    if triton is not None and not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
+        key = triton.eager.cache_key(given, softplus, save_every)
+        found = None if key is None else triton.eager.repeat(key, given)
         if found is not None:
             return found
     check = Checker("selective_scan")
@@ -128,8 +124,8 @@ def _scan(
     check.one_of("save_every", save_every, SAVE_EVERY)
     module = _choose(check, backend, u, A.dtype)
     canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if key is not None and module is _loaded["triton"]:
-        found = eager.first(key, given, canonical, softplus)
+    if key is not None and module is triton:
+        found = module.eager.first(key, given, canonical, softplus)
         if found is not None:
             return found
     return module.selective_scan(
@@ -205,54 +201,20 @@ def selective_state_update(
     return y.view(x.shape)
 
 
-def device_of(backend: str) -> str:
-    """The one device type that a backend runs on, or "" if it runs on any."""
-    return _ONLY.get(backend, "")
-
-
 def _flattens(state: Tensor) -> bool:
     """Whether a state's heads and channels flatten into one axis without a copy."""
     return state.dim() == 3 or state.stride(1) == state.shape[2] * state.stride(2)
 
 
 def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether backend "triton" is loaded and may repeat the launches of an earlier call."""
+    """Whether backend "triton" may repeat the launches of an earlier call."""
     return (
-        "triton" in _loaded
-        and cu_seqlens is None
+        cu_seqlens is None
         and isinstance(u, Tensor)
-        and u.device.type == _ONLY["triton"]
+        and u.device.type == device_of("triton")
         and u.dtype != torch.float64
         and backend in ("triton", "auto" if u.is_cuda else "triton")
     )
-
-
-_loaded: dict[str, ModuleType] = {}
-
-
-def _why_not(name: str) -> str:
-    """Load a backend; return why it cannot run here, or ""."""
-    if name not in _loaded:
-        try:
-            _loaded[name] = import_module(f"projecta.scan.{name}")
-        except ImportError as error:
-            return f"{error.name or 'a package'} cannot be imported ({error})"
-    return _loaded[name].unavailable()
-
-
-# The mark of torch.compiler.assume_constant_result, which would import a compiler first (0.7 s).
-_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def require_backend(check: Checker, name: str, device: str = "") -> None:
-    """Raise if the backend cannot run here, or not on the given type of device."""
-    reason = _why_not(name)
-    if not reason and device and _ONLY.get(name, device) != device:
-        reason = f"it takes {_ONLY[name]} tensors, not {device}"
-    if reason:
-        raise BackendUnavailable(
-            f"{check.function}: backend must be able to run here; got {name!r}: {reason}."
-        )
 
 
 def _choose(check: Checker, backend: str, u: Tensor, state: torch.dtype) -> ModuleType:
@@ -261,7 +223,6 @@ def _choose(check: Checker, backend: str, u: Tensor, state: torch.dtype) -> Modu
     name = backend
     if backend == "auto":
         name = AUTO.get(device, "vectorised")
-        if name == "triton" and (state != torch.float32 or _why_not(name)):
+        if name == "triton" and (state != torch.float32 or why_not(__name__, name)):
             name = "vectorised"
-    require_backend(check, name, device)
-    return _loaded[name]
+    return require_backend(check, __name__, name, device)

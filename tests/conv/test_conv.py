@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from projecta import causal_conv, causal_conv_update
-from projecta.conv import BackendUnavailable
+from projecta import BackendUnavailable, causal_conv, causal_conv_update
 from tests.cases import widen
 
 HALF, BRAIN = torch.float16, torch.bfloat16

@@ -4,13 +4,14 @@ import copy
 import functools
 import io
 import re
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from projecta import BackendUnavailable, mrss_scan
+from projecta import BackendUnavailable, _backends, mrss_scan
 from projecta.mamba import Calibration, MambaBlock, accelerate, calibrate
 
 transformers = pytest.importorskip("transformers")
@@ -567,3 +568,23 @@ def test_steps_of_a_block_with_mrss_equal_its_scan():
     close(torch.cat([y, torch.stack(steps, 1), rest], 1), truth)
     truth.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", ["reference", "vectorised"])
+def test_a_block_in_plain_pytorch_needs_no_kernel(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "projecta.conv.cpu", None)  # as without numba
+    monkeypatch.delitem(_backends._loaded, "projecta.conv.cpu", raising=False)
+    block, x = MambaBlock(8, backend=name), torch.randn(1, 5, 8)
+    y, state = block(x, return_state=True)
+    with torch.no_grad():
+        assert block.step(x[:, 0], state).isfinite().all()
+    assert y.isfinite().all()
+
+
+def test_a_reference_block_has_second_derivatives():
+    block, x = MambaBlock(8, backend="reference").double(), torch.randn(1, 5, 8).double()
+
+    def gradient(x):
+        return torch.autograd.grad(block(x).square().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(gradient, x.requires_grad_())

@@ -21,7 +21,7 @@ from projecta._triton.launch import (
     strides_of,
 )
 from projecta.conv import reference
-from projecta.conv._operator import Inputs, define
+from projecta.conv._operator import Grads, Inputs, define
 from projecta.conv.triton.kernels import STEPS, convolve, convolve_backward, convolve_step, sum_totals
 
 unavailable = cannot_run
@@ -68,8 +68,6 @@ class _Layout:
 def forward_pass(inputs: Inputs, silu: bool, y: Tensor) -> None:
     """Write the convolution of `inputs` to y."""
     x, weight, bias, start, bounds = inputs
-    if not y.numel():
-        return
     layout = cached(lambda: _Layout(inputs, silu, y), (*inputs, y), silu, x.device, "conv")
     tensors = {
         "x": x, "weight": weight.contiguous(), "bias": bias, "start": start, "bounds": bounds, "y": y
@@ -81,14 +79,9 @@ def forward_pass(inputs: Inputs, silu: bool, y: Tensor) -> None:
         )  # fmt: skip
 
 
-def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Inputs) -> None:
+def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> None:
     """Write the gradients of `inputs` to `grads`."""
     x, weight, bias, start, bounds = inputs
-    if not x.numel():
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return
     layout = cached(
         lambda: _Layout(inputs, silu, grad_y, grads.x),
         (*inputs, grad_y, grads.x),
@@ -115,8 +108,6 @@ def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Inputs) -> 
             lambda: (layout.grid, strides_of(g=grad_y, x=x, dx=grads.x) | layout.sizes, layout.options),
         )  # fmt: skip
         start_kernel(layout.launches, sum_totals, sums, describe_sums)
-    if start is not None and grads.start is not None:
-        grads.start.copy_(reference.start_gradient(grad_y, inputs, silu))
 
 
 causal_conv = define("conv_triton", forward_pass, backward_pass)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from projecta._operators import KINDS, differentiable, untraced
-from projecta._triton.launch import Recording, repeated
+from projecta._triton.launch import Recording, remembered, repeated, traits
 from projecta.scan._operator import Inputs
 from projecta.scan.triton.launch import backward_pass, forward_pass, saved_shape
 
 Given = tuple[Tensor | None, ...]
-MOST = 4096  # many lengths must not fill the memory
 _calls: dict[tuple, "_Call"] = {}
 
 
@@ -33,7 +32,7 @@ def cache_key(given: Given, softplus: bool, every: int) -> tuple | None:
             if type(t) not in KINDS or t.is_neg():
                 return None
             graded = graded or t.requires_grad
-            key += (t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16)
+            key += (t.device, traits(t))
     index = given[0].device.index  # type: ignore[union-attr]
     if index is not None and index != torch.cuda.current_device():
         return None
@@ -57,16 +56,7 @@ def first(key: tuple, given: Given, canonical: Inputs, softplus: bool) -> tuple[
     for t, other in zip(given, canonical, strict=False):
         if t is not other and (t is None or other is None or t.data_ptr() != other.data_ptr()):
             return None
-    call = _Call(canonical, softplus, key[-1])
-    found = call.run(given)
-    if len(_calls) >= MOST:
-        _calls.clear()
-    _calls[key] = call
-    return found
-
-
-def _u_and_A(given: Given) -> tuple[Tensor, Tensor]:
-    return given[0], given[2]  # type: ignore[return-value]
+    return remembered(_calls, key, lambda: _Call(canonical, softplus, key[-1])).run(given)
 
 
 class _Call:
@@ -85,43 +75,34 @@ class _Call:
         return self.forward(*given)[0]
 
     def inputs(self, given: Sequence[Tensor | None]) -> Inputs:
-        u, delta, A, B, C, *rest = given
-        B, C = (
-            t[:, None] if grouped and t.dim() == 3 else t  # type: ignore[index, union-attr]
-            for t, grouped in zip((B, C), self.grouped, strict=True)
-        )
-        return Inputs(u, delta, A, B, C, *rest)  # type: ignore[arg-type]
+        """The canonical form, in which B and C that vary in time have groups."""
+        u, delta, A, B, C, D, z, bias, start = given
+        if self.grouped[0] and B.dim() == 3:  # type: ignore[union-attr]
+            B = B[:, None]  # type: ignore[index]
+        if self.grouped[1] and C.dim() == 3:  # type: ignore[union-attr]
+            C = C[:, None]  # type: ignore[index]
+        return Inputs(u, delta, A, B, C, D, z, bias, start)  # type: ignore[arg-type]
 
     def forward(self, *given: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor]]:
         """y and the last state, and what `backward` needs besides the inputs."""
-        u, A = _u_and_A(given)
-        y, last, saved = torch.empty_like(u), A.new_empty(self.state_shape), A.new_empty(self.saved_shape)
-        recording = self.records.get("forward")
-        if recording is not None:
-            recording.repeat((*given, y, last, saved), A)
-        else:
-            inputs = self.inputs(given)
-            repeated(
-                self.records, "forward", inputs[:9], (y, last, saved),
-                lambda: forward_pass(inputs, self.softplus, y, last, saved),
-            )  # fmt: skip
+        inputs = self.inputs(given)
+        y, new = torch.empty_like(inputs.u), inputs.A.new_empty
+        last, saved = new(self.state_shape), new(self.saved_shape)
+        repeated(
+            self.records, "forward", inputs[:9], (y, last, saved),
+            lambda: forward_pass(inputs, self.softplus, y, last, saved),
+        )  # fmt: skip
         return (y, last), (saved,)
 
     def backward(self, grads: Given, kept: tuple[Tensor], given: Given) -> list[Tensor | None]:
         (grad_y, grad_last), (saved,) = grads, kept
-        u, A = _u_and_A(given)
-        grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+        grad_y = torch.zeros_like(given[0]) if grad_y is None else grad_y  # type: ignore[arg-type]
+        grad_last = None if grad_last is None else grad_last.contiguous()
         found = [None if t is None else torch.empty_like(t) for t in given]
-        key = grad_y.dtype, grad_y.stride(), grad_y.data_ptr() % 16, grad_last is None
-        recording = self.records.get(key)
-        if grad_last is not None:
-            grad_last = grad_last.contiguous()
-        if recording is not None:
-            recording.repeat((*given, grad_y, grad_last, saved, *found), A)
-        else:
-            inputs, to = self.inputs(given), self.inputs(found)
-            repeated(
-                self.records, key, (*inputs[:9], grad_y, grad_last), (saved, *to[:9]),
-                lambda: backward_pass(grad_y, grad_last, saved, inputs, self.softplus, to),
-            )  # fmt: skip
+        inputs, to = self.inputs(given), self.inputs(found)
+        key = traits(grad_y), grad_last is None
+        repeated(
+            self.records, key, (*inputs[:9], grad_y, grad_last), (saved, *to[:9]),
+            lambda: backward_pass(grad_y, grad_last, saved, inputs, self.softplus, to),
+        )  # fmt: skip
         return found
