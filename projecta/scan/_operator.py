@@ -133,7 +133,7 @@ def define(name: str, forward: Callable, backward: Callable, saved_shape: Callab
 def _call_directly(
     backend: str, scan: Callable, scan_backward: Callable, tensors: Inputs, softplus: bool, every: int
 ) -> tuple[Tensor, Tensor]:
-    """Run an operator's functions without the operator: its dispatch takes a third of a small call."""
+    """Run an operator's functions without the operator, whose dispatch is a large part of a small call."""
 
     def forward(*tensors: Any) -> tuple:
         y, last_state, saved = scan(*tensors, softplus, every)

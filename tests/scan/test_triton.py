@@ -352,6 +352,40 @@ class _Recorded:
         self.log.append((self.name, arguments))
 
 
+def _check_addresses():
+    """A repeated call gets the addresses of its own tensors, of views of them, and of its own scratch memory."""
+    from projecta._triton.launch import Recording
+
+    def start(stream, *addresses):
+        log.append(addresses)
+
+    def record(given, made, scratch):
+        recording = Recording(given, made)
+        with recording:
+            recording.add_buffer(scratch)
+            recording.add((start, (7,)), [given[0], made[0], made[0][2:], None, scratch, scratch[5:]])
+        return recording
+
+    memory, log = bytearray(4 * 64), []
+    neighbours = [torch.frombuffer(memory, dtype=torch.float32, count=16, offset=64 * i) for i in range(2)]
+    # the output is the second half of its storage, and scratch memory begins right behind that
+    recording = record([torch.ones(3)], [neighbours[0][8:]], neighbours[1])
+    assert recording.complete
+    given, made = torch.ones(3), torch.ones(16)[8:]
+    recording.repeat((given, made), given)
+    x, y, view, none, scratch, part, number = log[-1]
+    assert (x, y, view, none, number) == (
+        given.data_ptr(), made.data_ptr(), made.data_ptr() + 8, None, 7
+    )  # fmt: skip
+    assert part - scratch == 20
+    assert not 0 <= scratch - made.data_ptr() < 64
+    twice = torch.ones(3)
+    assert not Recording([twice, twice], []).complete  # says nothing of calls with two tensors
+    with Recording([], []) as other:
+        other.add((start, ()), [torch.ones(3)])
+    assert not other.complete  # a copy that only the recorded call had
+
+
 def _check_repeats():
     """A call that differs only in values repeats the launches of the first call, with its own tensors."""
     from projecta import available_backends, selective_scan
@@ -478,6 +512,10 @@ def test_the_table_of_plans(compiler):
 
 def test_launches_after_the_first(interpreter):
     interpreter.submit(_check_launches).result(timeout=300)
+
+
+def test_a_repeated_call_gets_its_own_addresses(interpreter):
+    interpreter.submit(_check_addresses).result(timeout=300)
 
 
 def test_a_repeated_call_is_one_launch(interpreter):
