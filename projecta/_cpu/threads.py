@@ -106,7 +106,7 @@ def _side_by_side(share: Callable, threads: int) -> None:
 
 
 def _compile(kernel: Callable, arguments: tuple) -> None:
-    text = "projecta: compiling the CPU scan, once for these types"
+    text = "projecta: compiling a CPU kernel, once for these types"
     note = threading.Timer(1.0, print, [text], {"file": sys.stderr})
     note.start()
     try:

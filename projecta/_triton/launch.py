@@ -147,7 +147,8 @@ class Recording:
         self._size = 0  # of the scratch memory, in floats
         self._views: dict[tuple[int, int], int] = {}  # (tensor, or -1 for scratch; bytes into it): slot
         self._steps: list[tuple[Callable, list[int], tuple]] = []
-        # whether a repeated call launches the same; one object in two places says nothing of the next call
+        # Whether `repeat` does what this call did. The two places of a tensor that is given twice cannot be
+        # told apart, and a later call may give two tensors.
         self.complete = len(self._slot_of) == sum(t is not None for t in self._given)
 
     def __enter__(self) -> "Recording":

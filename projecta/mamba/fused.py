@@ -7,8 +7,8 @@
     y      = scan(u, delta, -exp(A_log), B, C, D, z)
     output = (W_out y)^T               (b, l, d_model)
 
-Nothing is transposed or copied between the products. The backward pass computes u, delta and y again, all
-cheaper than to keep; it keeps xz, s and the scan's states. Gradients reuse memory: ddelta is written over
+Nothing is transposed or copied between the products. The forward pass keeps xz, s and the scan's states; the
+backward pass computes u, delta and y again, which is cheap. Gradients reuse memory: ddelta is written over
 delta, du over the gradient of y, dx and dz into the two halves that the gradient of W_in reads.
 """
 

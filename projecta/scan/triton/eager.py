@@ -20,7 +20,7 @@ _calls: dict[tuple, "_Call"] = {}
 
 
 def cache_key(given: Given, softplus: bool, every: int) -> tuple | None:
-    """A key to all but the values of a call; None if it needs the operator."""
+    """Everything of a call but its values and addresses; None if the call needs the operator."""
     if not untraced():
         return None
     key: list[object] = [softplus, every]
