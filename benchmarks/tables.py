@@ -111,7 +111,7 @@ def block_section():
                 "A block of width 256: time",
                 "time_ms",
                 1e3,
-                "way",
+                "mode",
                 {
                     "block.Block.time_forward": "forward",
                     "block.BlockGrad.time_forward_backward": "forward+backward",
@@ -123,7 +123,7 @@ def block_section():
                 "A block of width 256: peak memory over inputs",
                 "memory_mib",
                 1.0,
-                "way",
+                "mode",
                 {
                     "block.BlockPeak.track_peak_forward_backward": "forward+backward",
                 },

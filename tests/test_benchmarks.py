@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import common, scan
+from projecta._cpu import threads
 from tests.cases import benchmarks, parameters
 
 pytestmark = pytest.mark.serial
@@ -30,15 +31,19 @@ def _misses(suite):
     [*benchmarks("time_"), *benchmarks("track_")],
     ids=lambda v: getattr(v, "__name__", str(v)),
 )
-def test_every_benchmark_runs(suite, kind, method):
-    instance = kind()
+def test_every_benchmark_runs(suite, kind, method, monkeypatch):
+    compiled = set()  # numba kernels
+    monkeypatch.setattr(threads, "_called", compiled)
+    instance, before = kind(), _misses(suite)
     chosen = parameters(kind)[0]
     if hasattr(instance, "setup"):
         instance.setup(*chosen)
-    prepared = _misses(suite)
+    prepared, ready = _misses(suite), set(compiled)
     value = getattr(instance, method)(*chosen)
     if method.startswith("time_"):
         assert _misses(suite) == prepared, "setup prepares another call than the one that is timed"
+        if prepared != before:  # else an earlier test has prepared the call
+            assert compiled == ready, "the timed call compiles"
     if method.startswith("track_"):
         assert np.isfinite(value)
         assert value >= 0
