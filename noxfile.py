@@ -242,10 +242,9 @@ def against(session: nox.Session) -> None:
             shutil.copytree(source / package, packages / package, dirs_exist_ok=True)
         (packages / "mamba_ssm/__init__.py").write_text("")
         session.run("python", "-m", "studies.against_mamba_ssm", str(scan / "csrc/selective_scan"))
-        session.run(
-            "python", "-m", "studies.block", str(scan / "csrc/selective_scan"), str(conv / "csrc"),
-            env={"PYTHONPATH": str(packages.resolve())},
-        )  # fmt: skip
+        sources = str(scan / "csrc/selective_scan"), str(conv / "csrc")
+        for study in ("studies.block", "studies.models"):
+            session.run("python", "-m", study, *sources, env={"PYTHONPATH": str(packages.resolve())})
         return
     session.install(*PINNED, "mambapy==1.2.0", *EXTRAS["gate"])
     install_project(session)

@@ -24,10 +24,10 @@ def without_autocast(u: Tensor) -> contextlib.AbstractContextManager:
     )
 
 
-def register(name: str, function: Callable, shapes: Callable) -> Callable:
+def register(name: str, function: Callable, shapes: Callable, mutates: Sequence[str] = ()) -> Callable:
     """Register as `torch.library.custom_op` does, but import no compiler at the first call (0.7 s)."""
     name = f"projecta::{name}"
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
     torch.library.register_fake(name, shapes)

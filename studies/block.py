@@ -133,19 +133,26 @@ def print_means(rows: Sequence[Row]) -> None:
             print(f"{dtype} {key}: mamba-ssm / projecta {mean:.2f} (geometric mean), least {min(ratios):.2f}")
 
 
+def build_kernels(scan_csrc: Path, conv_csrc: Path) -> None:
+    """Compile mamba-ssm's extensions beside each other, and refuse to measure it without its fast path."""
+    sources = {"selective_scan_cuda": scan_csrc, "causal_conv1d_cuda": conv_csrc}
+    with ThreadPoolExecutor(2) as pool:
+        sys.modules.update(zip(sources, pool.map(build_kernel, sources.values(), sources), strict=True))
+    from mamba_ssm.modules import mamba_simple
+
+    if mamba_simple.causal_conv1d_fn is None or mamba_simple.selective_state_update is None:
+        raise RuntimeError("mamba-ssm would run without its fast path: causal_conv1d or triton is missing")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("scan_csrc", type=Path)
     parser.add_argument("conv_csrc", type=Path)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"))
     arguments = parser.parse_args()
-    sources = {"selective_scan_cuda": arguments.scan_csrc, "causal_conv1d_cuda": arguments.conv_csrc}
-    with ThreadPoolExecutor(2) as pool:  # the compilers run beside each other
-        sys.modules.update(zip(sources, pool.map(build_kernel, sources.values(), sources), strict=True))
-    from mamba_ssm.modules import mamba_simple
+    build_kernels(arguments.scan_csrc, arguments.conv_csrc)
+    from mamba_ssm.modules.mamba_simple import Mamba
 
-    if mamba_simple.causal_conv1d_fn is None or mamba_simple.selective_state_update is None:
-        raise RuntimeError("mamba-ssm would run without its fast path: causal_conv1d or triton is missing")
     arguments.folder.mkdir(exist_ok=True)
     rows: list[Row] = []
     cases: list[tuple[Callable, tuple]] = [
@@ -153,7 +160,7 @@ def main() -> None:
         *((measure_step, (dtype, *shape)) for dtype in TOLERANCE for shape in STEPS),
     ]
     for measure, case in cases:
-        rows.append(measure(mamba_simple.Mamba, *case))
+        rows.append(measure(Mamba, *case))
         print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     profiles = [
         row for shape in SHAPES[:3] for kind in ("forward", "both") for row in profile_block(*shape, kind)

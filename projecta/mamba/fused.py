@@ -31,6 +31,8 @@ from projecta.scan.triton import launch as scan
 
 # Steps between the saved states, by bytes of a number. 16 halve the states' memory for a little time.
 SAVE_EVERY = {2: 16, 4: 8}
+# Rows of a step whose state update also projects delta: each row reads the weight again.
+FEW = 8
 
 
 class Weights(NamedTuple):
@@ -120,10 +122,13 @@ def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) ->
     u = conv.update(x, conv_state, weights.conv.squeeze(1), weights.conv_bias, True)
     s = F.linear(u, weights.x_proj)
     B, C = s[:, None, r : r + n], s[:, None, r + n :]
-    own = state.contiguous()
+    own, dt, dt_weight = state.contiguous(), s[:, :r], None
+    if len(hidden) <= FEW:
+        dt_weight = weights.dt_proj
+    else:
+        dt = F.linear(dt, weights.dt_proj)
     y = scan.update_state(
-        own, u, F.linear(s[:, :r], weights.dt_proj), weights.A_log, B, C, weights.D, z, weights.dt_bias,
-        True, log_A=True,
+        own, u, dt, weights.A_log, B, C, weights.D, z, weights.dt_bias, True, True, dt_weight
     )  # fmt: skip
     if own is not state:
         state.copy_(own)

@@ -13,10 +13,11 @@ from projecta._checks import Checker, host
 from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, split_projection, step_layer
 from projecta.mrss import choose_periods
 
-_MIXERS = {  # the layers of transformers that `accelerate` knows, by the module that defines them
-    "transformers.models.mamba.modeling_mamba": "MambaMixer",
-    "transformers.models.falcon_mamba.modeling_falcon_mamba": "FalconMambaMixer",
-    "transformers.models.jamba.modeling_jamba": "JambaMambaMixer",
+# The Mamba layers and the norms of transformers that `accelerate` knows, by the module that defines them.
+_KNOWN = {
+    "transformers.models.mamba.modeling_mamba": ("MambaMixer", "MambaRMSNorm"),
+    "transformers.models.falcon_mamba.modeling_falcon_mamba": ("FalconMambaMixer", "FalconMambaRMSNorm"),
+    "transformers.models.jamba.modeling_jamba": ("JambaMambaMixer", "JambaRMSNorm"),
 }
 
 
@@ -69,8 +70,9 @@ def accelerate(
 ) -> "Acceleration":
     """Run the Mamba layers of a Hugging Face model on projecta's scan, until the handle's `remove()`.
 
-    Weights, names, caches and `generate` stay the same. One result differs: a call with a cache and several
-    new tokens continues from the cached state; transformers wrongly starts such a call from zero.
+    Its RMS norms run as one operator of torch, whose result is rounded once instead of twice. Weights,
+    names, caches and `generate` stay the same. One result differs: a call with a cache and several new tokens
+    continues from the cached state; transformers wrongly starts such a call from zero.
 
     Args:
         model: any model with Mamba-1 layers of transformers (mamba, falcon_mamba, jamba). Only this instance
@@ -125,7 +127,7 @@ def accelerate(
         check.that(theta > 0, "mrss", "be above 0", theta)
         for i, (name, mixer) in enumerate(named):
             order[i] = _sort_order(check, mixer, steps.get(name), isinstance(mrss, Calibration), name)
-    handle = Acceleration(mixers, backend)
+    handle = Acceleration(mixers, [m for m in model.modules() if isinstance(m, _known(1))], backend)
     for (name, mixer), rank in zip(named, order, strict=True):
         if rank is not None:
             step = steps.get(name)
@@ -137,10 +139,15 @@ def accelerate(
     return handle
 
 
+def _known(kind: int) -> tuple[type, ...]:
+    """The classes of Mamba layers (0) or of norms (1) of the model families that are imported."""
+    return tuple(getattr(sys.modules[at], names[kind]) for at, names in _KNOWN.items() if at in sys.modules)
+
+
 def _mixers(check: Checker, model: nn.Module) -> list[tuple[str, Any]]:
-    known = tuple(getattr(sys.modules[at], name) for at, name in _MIXERS.items() if at in sys.modules)
+    known = _known(0)
     mixers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, known)]
-    families = ", ".join(name.split(".")[2] for name in _MIXERS)
+    families = ", ".join(name.split(".")[2] for name in _KNOWN)
     check.that(
         bool(mixers), "model", f"have Mamba-1 layers of transformers ({families})", type(model).__name__,
         error=TypeError,
@@ -180,13 +187,13 @@ def _permute(layer: Any, order: Tensor) -> None:
 class Acceleration:
     """Handle returned by `accelerate`. layers: how many layers run on projecta now."""
 
-    def __init__(self, mixers: list[Any], backend: str):
-        self._mixers = mixers
+    def __init__(self, mixers: list[Any], norms: list[Any], backend: str):
+        self._mixers, self._norms = mixers, norms
         self._first = not self.layers
-        for mixer in mixers:
-            if not isinstance(vars(mixer).get("forward"), _Forward):
-                mixer.forward = _Forward(mixer, backend)
-                mixer.register_forward_pre_hook(_name_layer, with_kwargs=True)
+        for layer, forward in (*((m, _Forward(m, backend)) for m in mixers), *((n, _Norm(n)) for n in norms)):
+            if "forward" not in vars(layer):
+                layer.forward = forward
+                layer.register_forward_pre_hook(_name_layer, with_kwargs=True)
 
     @property
     def layers(self) -> int:
@@ -194,9 +201,9 @@ class Acceleration:
 
     def remove(self) -> None:
         """Restore the original forward of the layers. A second call does nothing."""
-        for mixer in self._mixers:
-            if isinstance(vars(mixer).get("forward"), _Forward):
-                _restore(mixer)
+        for layer in (*self._mixers, *self._norms):
+            if isinstance(vars(layer).get("forward"), _Forward | _Norm):
+                _restore(layer)
 
     def __enter__(self) -> "Acceleration":
         return self
@@ -207,17 +214,30 @@ class Acceleration:
 
 
 def _name_layer(layer: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    """Hook before a layer: passes the called layer to `_Forward`, which replicas (nn.DataParallel) share."""
+    """Hook before a layer: passes the called layer to its forward, which replicas (nn.DataParallel) share."""
     return args, options | {"layer": layer}
 
 
-def _restore(mixer: Any) -> None:
+def _restore(layer: Any) -> None:
     """Restore a layer's original forward, and the order of its channels."""
-    if mixer.forward.order is not None:
-        _permute(mixer, mixer.forward.order.argsort())
-    for key in [key for key, hook in mixer._forward_pre_hooks.items() if hook is _name_layer]:
-        del mixer._forward_pre_hooks[key], mixer._forward_pre_hooks_with_kwargs[key]
-    del mixer.forward
+    if getattr(layer.forward, "order", None) is not None:
+        _permute(layer, layer.forward.order.argsort())
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _name_layer]:
+        del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
+    del layer.forward
+
+
+class _Norm:
+    """Replaces the `forward` of an RMS norm: one operator, where transformers calls eight."""
+
+    def __init__(self, norm: Any):
+        self.norm = norm
+
+    def __call__(self, hidden_states: Tensor, *, layer: Any = None) -> Tensor:
+        norm = self.norm if layer is None else layer
+        if hidden_states.dtype != norm.weight.dtype:
+            return type(norm).forward(norm, hidden_states)
+        return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 class _Forward:

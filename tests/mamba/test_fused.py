@@ -58,14 +58,16 @@ def test_the_node_agrees_with_the_reference(interpreter, case):
 def _check_steps():
     from projecta.mamba import MambaBlock
 
-    block, x = MambaBlock(8, d_state=5, backend="triton"), torch.randn(2, 7, 8)
-    with torch.no_grad():
-        state = block.initial_state(2)
-        steps = torch.stack([block.step(x[:, t], state) for t in range(7)], 1)
-        whole, last = block(x, return_state=True)
-    assert torch.allclose(steps, whole, atol=1e-6)
-    assert torch.allclose(state.ssm, last.ssm, atol=1e-6)
-    assert torch.allclose(state.conv, last.conv, atol=1e-6)
+    block = MambaBlock(8, d_state=5, dt_rank=3, backend="triton")
+    for b in (2, 9):  # few rows, and many: one kernel less, or a product for delta
+        x = torch.randn(b, 7, 8)
+        with torch.no_grad():
+            state = block.initial_state(b)
+            steps = torch.stack([block.step(x[:, t], state) for t in range(7)], 1)
+            whole, last = block(x, return_state=True)
+        assert torch.allclose(steps, whole, atol=1e-6)
+        assert torch.allclose(state.ssm, last.ssm, atol=1e-6)
+        assert torch.allclose(state.conv, last.conv, atol=1e-6)
 
 
 def test_steps_equal_the_sequence(interpreter):
@@ -119,6 +121,37 @@ def _second_derivative():
 def test_second_derivatives_raise(interpreter):
     message = interpreter.submit(_second_derivative).result(timeout=300)
     assert message.startswith("MambaBlock: backend must be 'reference' for second derivatives")
+
+
+def _check_compiled_decoding():
+    """A decoding step traces into one graph, which overwrites the cache as the plain call does."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from projecta import accelerate
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, state_size=4)
+    ).eval()
+    ids = torch.randint(0, 20, (2, 5))
+    found = []
+    with accelerate(model, backend="triton"), torch.no_grad():
+        for compiled in (False, True):
+            cache = model(ids, use_cache=True).cache_params
+
+            def decode(token, cache=cache):
+                return model(token, cache_params=cache, use_cache=True).logits
+
+            call = torch.compile(decode, fullgraph=True, backend="aot_eager") if compiled else decode
+            logits = [call(ids[:, t : t + 1]) for t in range(3)]
+            states = [t for layer in cache.layers for t in (layer.conv_states[0], layer.recurrent_states[0])]
+            found.append([*logits, *states])
+    for plain, traced in zip(*found, strict=True):
+        assert torch.allclose(plain, traced, atol=1e-6)
+
+
+def test_decoding_compiles_without_a_break(interpreter):
+    interpreter.submit(_check_compiled_decoding).result(timeout=300)
 
 
 def _check_accelerated():

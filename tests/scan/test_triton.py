@@ -237,7 +237,22 @@ def _compile(kernel, element, architecture, constants):
     kernel = kernel.partition(",")[0]
     function = getattr(import_module(_module_of(kernel)), kernel)
     names = [p.name for p in function.params]
-    own = {"u", "delta", "z", "y", "ungated", "grad_y", "du", "ddelta", "dz", "x", "dt", "gated", "dx"}
+    own = {
+        "u",
+        "delta",
+        "z",
+        "y",
+        "ungated",
+        "grad_y",
+        "du",
+        "ddelta",
+        "dz",
+        "x",
+        "dt",
+        "gated",
+        "dx",
+        "dt_weight",
+    }
     wide = {
         "A", "D", "bias", "last", "saved", "start", "grad_last", "sums", "totals", "carried", "spans", "state",
         "B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start", "weight", "dweight",
@@ -291,7 +306,10 @@ KERNELS = {
     "convolve_backward": _CONV,
     "convolve_step": {"WIDTH": 4, "SILU": True, "BLOCK": 128, "KEPT": 3, "WARPS": 4},
     "sum_totals": {"WIDTH": 4, "BLOCK": 128, "WARPS": 4},
-    "update_state": {"SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WHOLE": True, "WARPS": 4},
+    "update_state": {
+        "SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WHOLE": True, "RANK": 48,
+        "WARPS": 4,
+    },
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ The gradients of weight and bias are summed over lanes, then over programs in fi
 import torch
 from torch import Tensor
 
-from projecta._operators import refuse_tangents
+from projecta._operators import refuse_tangents, register
 from projecta._triton.launch import (
     cached,
     cannot_run,
@@ -119,7 +119,8 @@ def causal_conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | 
     refuse_tangents("causal_conv_update", given, "triton")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return reference.causal_conv_update(x, state, weight, bias, silu)
-    return update(x, state, weight.contiguous(), bias, silu)
+    call = _update_op if torch.compiler.is_compiling() else update
+    return call(x, state, weight.contiguous(), bias, silu)
 
 
 def update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -145,3 +146,11 @@ def update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: 
             cached(dict, tensors.values(), silu, x.device, "conv step"), convolve_step, tensors, describe
         )
     return y
+
+
+_update_op = register(
+    "conv_update_triton",
+    update,
+    lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    ["state"],
+)

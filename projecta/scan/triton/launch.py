@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from projecta._checks import fail
-from projecta._operators import refuse_tangents
+from projecta._operators import refuse_tangents, register
 from projecta._triton.launch import cached, narrow, new_buffer, processors_of, start_kernel, strides_of
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
@@ -251,7 +251,8 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
         return reference.selective_state_update(*given, dt_softplus)
     x, dt, A, B, C, D, z, dt_bias = (None if t is None else t.resolve_neg() for t in given[1:])
     own = state.resolve_neg().contiguous()
-    y = update_state(own, x, dt, A.contiguous(), B, C, narrow(D), z, narrow(dt_bias), dt_softplus)
+    call = _update_op if torch.compiler.is_compiling() else update_state
+    y = call(own, x, dt, A.contiguous(), B, C, narrow(D), z, narrow(dt_bias), dt_softplus)
     if own is not state:
         state.copy_(own)
     return y
@@ -260,14 +261,20 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
 def update_state(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, bias: Tensor | None, softplus: bool, log_A: bool = False,
+    dt_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (b, d) of one step; state, A, D and bias are contiguous. With `log_A`, A is log(-A)."""
+    """y (b, d) of one step; state, A, D and bias are contiguous. With `log_A`, A is log(-A).
+
+    With `dt_weight` (d, r), contiguous, dt is (b, r), and delta = dt_weight dt.
+    """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b, d = x.shape
     n = A.shape[1]
     tensors = {
-        "state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": bias, "y": y
+        "state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": bias,
+        "dt_weight": dt_weight, "y": y,
     }  # fmt: skip
+    rank = 0 if dt_weight is None else dt_weight.shape[1]
 
     def describe():
         # one warp has 16 channels; a processor holds 32 programs, so many channels take programs of 4 warps
@@ -284,7 +291,7 @@ def update_state(
         options = {
             "SOFTPLUS": softplus, "LOG_A": log_A, "CHANNELS": channels, "N": triton.next_power_of_2(n),
             "GROUPED": B.shape[1] > 1 or C.shape[1] > 1, "WHOLE": n == triton.next_power_of_2(n),
-            "num_warps": warps,
+            "RANK": rank, "num_warps": warps,
         }  # fmt: skip
         return (b * tiles,), strides | sizes, options
 
@@ -293,3 +300,9 @@ def update_state(
             launches = cached(dict, tensors.values(), softplus, log_A, x.device)
             start_kernel(launches, pack_and_step.update_state, tensors, describe)
     return y
+
+
+_update_op = register(
+    "scan_update_triton", update_state,
+    lambda state, x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device), ["state"],
+)  # fmt: skip

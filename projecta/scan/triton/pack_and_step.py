@@ -98,13 +98,14 @@ def reduce_chunks(
 
 @kernel
 def update_state(
-    state, x, dt, A, B, C, D, z, bias, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n, per_B, per_C,
-    tiles, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
-    GROUPED: tl.constexpr, WHOLE: tl.constexpr,
+    state, x, dt, A, B, C, D, z, bias, dt_weight, y, xb, xd, sb, sd, zb, zd, Bb, Bg, Bn, Cb, Cg, Cn, d, n,
+    per_B, per_C, tiles, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
+    GROUPED: tl.constexpr, WHOLE: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of channels, row): advance the state (b, d, n) in place by one step; B, C (b, g, n).
 
-    WHOLE: n = N, so that the compiler knows how a channel's states are aligned.
+    WHOLE: n = N, so that the compiler knows how a channel's states are aligned. With dt_weight (d, RANK), dt
+    is (b, RANK).
     """
     row = (tl.program_id(0) // tiles).to(tl.int64)
     channel, state_n = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, N)[None, :]
@@ -123,7 +124,16 @@ def update_state(
     weight = tl.load(B + row * Bb + at_B, inside, 0.0).to(tl.float32)
     output = tl.load(C + row * Cb + at_C, inside, 0.0).to(tl.float32)
     u = tl.load(x + row * xb + wide * xd, real, 0.0).to(tl.float32)
-    delta = tl.load(dt + row * sb + wide * sd, real, 0.0).to(tl.float32)
+    if dt_weight is None:
+        delta = tl.load(dt + row * sb + wide * sd, real, 0.0).to(tl.float32)
+    else:
+        delta = tl.zeros((CHANNELS,), tl.float32)
+        for first in tl.static_range(0, RANK, 32):
+            k = first + tl.arange(0, 32)
+            here_k = real[:, None] & (k < RANK)[None, :]
+            rows = tl.load(dt_weight + wide[:, None] * RANK + k[None, :], here_k, 0.0)
+            column = tl.load(dt + row * sb + k * sd, k < RANK, 0.0)
+            delta += tl.sum(rows.to(tl.float32) * column.to(tl.float32)[None, :], 1)
     if bias is not None:
         delta += tl.load(bias + channel, real, 0.0).to(tl.float32)
     if SOFTPLUS:
