@@ -66,6 +66,15 @@ def headline() -> str:
     )
     label = f"Selective scan, GPU, {len(gpu)} shapes, forward and with gradients"
     rows.append([label, "mamba-ssm's CUDA kernel", f"{both} times as fast (geometric means)"])
+    blocks = [r for r in read("block.csv") if r["dtype"] == "bfloat16" and r["projecta_both_ms"]]
+    both = " and ".join(f"{mean(_gains(blocks, f'{kind}_ms')):.2f}" for kind in ("forward", "both"))
+    label = f"Mamba block, GPU, bfloat16, {len(blocks)} shapes, the same"
+    rows.append([label, "mamba-ssm's `Mamba`", f"{both} times as fast (geometric means)"])
+    (step,) = (r for r in read("models.csv") if (r["model"], r["pass"]) == ("130m", "training"))
+    (gain,) = _gains([step], "eager_ms")
+    label = f"mamba-130m, GPU, bfloat16, a training step of {step['b']} x {step['l']} tokens"
+    theirs = f"mamba-ssm's `MambaLMHeadModel`: {ms(step['mamba_ssm_eager_ms'])}"
+    rows.append([label, theirs, f"{ms(step['projecta_eager_ms'])}: {gain:.2f} times as fast"])
     tower = {row["variant"]: row for row in read("clip_vtp_results.csv")}
     full, half = tower["baseline_b8"], tower["merge_0.5_b8"]
     change = f"{100 * float(half['latency_change']):+.0f} % time"
@@ -171,6 +180,65 @@ def gpu_scan() -> str:
     ]
     head = ["dtype", "b, d, l", "forward: mamba-ssm (ms)", "projecta (ms)", "times as fast"]
     return table([*head, "both: mamba-ssm (ms)", "projecta (ms)", "times as fast"], rows)
+
+
+def _gains(rows: Rows, column: str) -> list[float]:
+    """mamba-ssm / projecta of a column, where both have it."""
+    pairs = [(r.get(f"mamba_ssm_{column}"), r.get(f"projecta_{column}")) for r in rows]
+    return [float(theirs) / float(ours) for theirs, ours in pairs if theirs and ours]
+
+
+def gpu_block() -> str:
+    """The block beside mamba-ssm's: geometric mean and least of the ratios."""
+    rows = []
+    for title, column in (
+        ("forward, captured", "forward_ms"),
+        ("forward, eager", "forward_eager_ms"),
+        ("forward + backward, captured", "both_ms"),
+        ("forward + backward, eager", "both_eager_ms"),
+        ("forward + backward, peak memory", "both_mib"),
+        ("one token, captured", "step_ms"),
+        ("one token, eager", "step_eager_ms"),
+    ):
+        cells = []
+        for dtype in ("bfloat16", "float32"):
+            found = _gains([r for r in read("block.csv") if r["dtype"] == dtype], column)
+            cells += [f"{mean(found):.2f}", f"{min(found):.2f}"]
+        rows.append([title, *cells])
+    return table(["mamba-ssm / projecta", "bfloat16", "least", "float32", "least"], rows)
+
+
+def gpu_profile() -> str:
+    """The kernels of one block: where the time of a pass goes."""
+    rows: dict[tuple[str, str], list[float]] = {}
+    found = [r for r in read("block_profile.csv") if (r["d_model"], r["b"], r["l"]) == ("768", "8", "2048")]
+    for r in found:
+        product = r["kernel"].startswith(("nvjet", "void cublas"))
+        name = "matrix products" if product else r["kernel"].removeprefix("void ").partition("<")[0]
+        rows.setdefault((r["pass"], name), []).append(float(r["us"]))
+    whole = {kind: sum(float(r["us"]) for r in found if r["pass"] == kind) for kind in ("forward", "both")}
+    lines = [
+        [kind, f"`{name}`" if "_" in name or "conv" in name else name, len(us), f"{sum(us):.0f}",
+         f"{100 * sum(us) / whole[kind]:.0f} %"]
+        for (kind, name), us in sorted(rows.items(), key=lambda at: (at[0][0] == "both", -sum(at[1])))
+        if sum(us) > 5
+    ]  # fmt: skip
+    return table(["pass", "kernel", "calls", "us", "share"], lines)
+
+
+def gpu_models() -> str:
+    """Whole models beside mamba-ssm's."""
+    labels = {"generate": "`generate`, time for each new token"}
+    rows = []
+    for r in read("models.csv"):
+        kind = "eager" if r["pass"] == "training" else "captured"
+        column = f"{kind}_ms".replace("captured_", "")
+        (gain,) = _gains([r], column)
+        name = labels.get(r["pass"], f"{r['pass']}, {r['b']} x {r['l']} tokens, {kind}")
+        rows.append(
+            [r["model"], name, ms(r[f"mamba_ssm_{column}"]), ms(r[f"projecta_{column}"]), f"{gain:.2f}"]
+        )
+    return table(["model", "pass", "mamba-ssm", "projecta", "mamba-ssm / projecta"], rows)
 
 
 def _fidelity(preset: str, keep: str, images: str) -> str:
@@ -340,6 +408,9 @@ FIGURES: dict[str, Callable[[], str]] = {
         lengths,
         gpu_means,
         gpu_scan,
+        gpu_block,
+        gpu_profile,
+        gpu_models,
         vtp,
         fidelity,
         zero_shot,

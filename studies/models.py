@@ -1,6 +1,6 @@
 """`MambaLMHeadModel` of mamba-ssm beside transformers' `MambaForCausalLM` under `accelerate`, on a GPU.
 
-`python -m studies.models SCAN_CSRC CONV_CSRC [FOLDER]` gives both models the same weights (bfloat16), compares
+`python -m studies.models SCAN_CSRC CONV_CSRC [FOLDER]` gives both the same weights (bfloat16), compares
 their logits, and times a training step, prefill and decoding. It writes models.csv, a row for each.
 mamba-ssm runs its fused path, and its own CUDA graph for decoding, as in its `generate(cg=True)`; projecta's
 decoding is captured as docs/gpu.md shows. `nox -s against -- --gpu` installs what is needed.
