@@ -249,6 +249,7 @@ def against(session: nox.Session) -> None:
     session.install(*PINNED, "mambapy==1.2.0", *EXTRAS["gate"])
     install_project(session)
     session.run("python", "-m", "studies.against_transformers", *session.posargs)
+    session.run("python", "-m", "studies.limits")
 
 
 @nox.session(reuse_venv=True)

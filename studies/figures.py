@@ -110,6 +110,18 @@ def cpu_against() -> str:
     return table(["case", "today", "its time", "projecta", "times as fast (least to most)"], rows)
 
 
+def cpu_limits() -> str:
+    """A model on a CPU, and the limit by matrix products or by memory."""
+    rows = [
+        [
+            f"{r['pass']}, {r['tokens']} token{'s' * (r['tokens'] != '1')}", r["bound"], ms(r["limit_ms"]),
+            ms(r["median_ms"]), f"{100 * float(r['share']):.0f} %",
+        ]
+        for r in read("model_limits.csv")
+    ]  # fmt: skip
+    return table(["mamba-130m, float32", "limit", "at the limit", "projecta", "share of the limit"], rows)
+
+
 def cpu_scan() -> str:
     """The scan by backend and length."""
     times, peaks = read("scan_time.csv"), read("scan_memory.csv")
@@ -405,6 +417,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         headline,
         cpu_against,
         cpu_scan,
+        cpu_limits,
         lengths,
         gpu_means,
         gpu_scan,
