@@ -108,7 +108,8 @@ def tests(session: nox.Session) -> None:
 # Tests that depend on the versions of other libraries. `oldest` has torch 2.9; some indexes have only its
 # CUDA build (3 GB). The newest torch is the newest with a CPU build.
 LIBRARY = [
-    f"tests/{room}" for room in ["scan", "mamba", "vtp", "test_mrss.py", "test_s4d.py", "test_low_rank.py"]
+    f"tests/{room}"
+    for room in ["scan", "mamba", "compat", "vtp", "test_mrss.py", "test_s4d.py", "test_low_rank.py"]
 ]
 NEWEST_TORCH = PINNED[0].removeprefix("torch")
 VERSIONS = {

@@ -68,8 +68,10 @@ for name in sys.argv[1:]:
 """
 
 
-def test_examples_print_their_comments():
-    pages = ["README.md", "docs/mamba.md", "docs/pruning.md"]
+@pytest.mark.parametrize(
+    "pages", [["README.md", "docs/mamba.md", "docs/pruning.md"], ["docs/compat.md"]], ids=["pages", "compat"]
+)
+def test_examples_print_their_comments(pages):
     done = subprocess.run([sys.executable, "-c", RUN, *pages], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -24,6 +24,7 @@ ARROWS = {  # part of the package: the parts that it may import
     "conv": {"_backends", "_checks", "_operators", "_cpu", "_triton"},
     "mrss": {"_backends", "_checks", "_operators", "_cpu", "scan"},
     "mamba": {"_backends", "_checks", "_operators", "_triton", "conv", "mrss", "scan"},
+    "compat": {"_checks", "conv", "mamba", "scan"},
     "low_rank": {"_checks"},
     "s4d": {"_checks", "_operators", "scan"},
     "vtp": {"_checks"},

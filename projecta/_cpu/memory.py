@@ -29,8 +29,14 @@ def flat(t: Tensor) -> np.ndarray:
     return array.reshape(-1)
 
 
-def memory(t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The memory of a (b, d, l) tensor as a flat array, and the strides with which kernels address it."""
+def memory(t: Tensor, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The memory of a (b, d, l) tensor as a flat array, and the strides with which kernels address it.
+
+    `reverse`: the array begins at the last step, and the stride of time is negative.
+    """
+    if reverse and t.numel():
+        array, forward = memory(t)
+        return array[(t.shape[2] - 1) * forward[2] :], forward * [1, 1, -1]
     strides = t.stride()
     if not t.is_contiguous():
         last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))

@@ -10,11 +10,13 @@ used.
 """
 
 import ctypes
+import inspect
 import os
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,9 +50,21 @@ inner = njit(**(_OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True
 def compiled(function: Callable) -> Callable:
     """Compile for each type at the first call, and cache on disk if a folder is writable."""
     try:
-        return njit(**_OPTIONS, cache=True)(function)
-    except RuntimeError:  # numba found no folder for its cache
+        kernel = njit(**_OPTIONS, cache=True)(function)
+        _forget_stale(Path(kernel.stats.cache_path), function)
+    except (RuntimeError, OSError):  # numba found no folder for its cache, or stale code stays in it
         return njit(**_OPTIONS)(function)
+    return kernel
+
+
+def _forget_stale(cache: Path, function: Callable) -> None:
+    """Delete cached code that is older than a source: numba compares it with the kernel's own file only."""
+    own = Path(inspect.getfile(function))
+    sources = [*Path(__file__).parent.glob("*.py"), *own.parent.glob("*.py")]
+    newest = max(path.stat().st_mtime_ns for path in sources)
+    for index in cache.glob(f"{own.stem}.{function.__qualname__}-*.nbi"):
+        if index.stat().st_mtime_ns < newest:
+            index.unlink()
 
 
 def run(kernel: Callable, items: int, work: int, *arguments: Any, types: tuple = ()) -> None:

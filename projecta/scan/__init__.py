@@ -55,6 +55,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     save_every: int = 8,
+    reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with input-dependent steps; positional arguments as in mamba-ssm's `selective_scan_fn`.
@@ -83,6 +84,8 @@ def selective_scan(
         save_every: steps between the states that backend "triton" saves if gradients are needed: 8, 16 or 32.
             More steps take less memory and more time. The other backends ignore it. Under
             `torch.utils.checkpoint` only one layer's states exist at a time: take 8.
+        reverse: scan from the last step to the first, with the bits of `selective_scan` of flipped tensors.
+            `initial_state` then stands behind the last step, and the last state is that of the first step.
         backend: one of `available_backends()`, or "auto": the table `AUTO` of this module.
 
     Returns:
@@ -102,7 +105,8 @@ def selective_scan(
         tensor([1.0000, 1.3679, 1.5032])
     """
     given = u, delta, A, B, C, D, z, delta_bias, initial_state
-    y, last_state = _scan(given, bool(delta_softplus), cu_seqlens, save_every, backend)
+    call = _scan_reversed if reverse else _scan
+    y, last_state = call(given, bool(delta_softplus), cu_seqlens, save_every, backend)
     return (y, last_state) if return_last_state else y
 
 
@@ -131,6 +135,32 @@ def _scan(
     return module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, cu_seqlens, save_every
     )
+
+
+def _scan_reversed(
+    given: tuple, softplus: bool, cu_seqlens: Tensor | None, save_every: int, backend: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_scan` from the last step to the first: in place where the backend can, else of flipped tensors."""
+    u, delta, A, B, C, D, z, delta_bias, start = given
+    check = Checker("selective_scan")
+    A, B, C, start = canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, start, cu_seqlens)
+    check.one_of("save_every", save_every, SAVE_EVERY)
+    module = _choose(check, backend, u, A.dtype)
+    packed = cu_seqlens is not None
+    if packed:  # mirrored, the last sequence is the first
+        cu_seqlens = (u.shape[2] - cu_seqlens).flip(0)  # type: ignore[operator]
+        start = None if start is None else start.flip(0)
+    run = getattr(module, "scan_reversed", None)
+    if run is not None:
+        inputs = u, delta, A, B, C, D, z, delta_bias
+        y, last = run(*inputs, softplus, start, cu_seqlens, save_every)
+    else:
+        u, delta, z = (None if t is None else t.flip(-1) for t in (u, delta, z))
+        B, C = (t if t.dim() == 2 else t.flip(-1) for t in (B, C))
+        inputs = u, delta, A, B, C, D, z, delta_bias
+        y, last = module.selective_scan(*inputs, softplus, start, cu_seqlens, save_every)
+        y = y.flip(-1)
+    return y, last.flip(0) if packed else last
 
 
 def selective_state_update(

@@ -1,10 +1,12 @@
 """Launches the CPU kernels: forward and backward passes of a call, in pieces of time if that is faster."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from projecta._cpu.memory import flat, in_large_pages, memory
+from projecta._cpu.memory import flat, in_large_pages
 from projecta._cpu.threads import run
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
@@ -12,8 +14,10 @@ from projecta.scan.cpu import backward, forward
 from projecta.scan.cpu.layout import Layout, saved_shape
 
 
-def _forward_pass(inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
-    layout, start, none = Layout(inputs, delta_softplus), inputs.initial_state, saved[:0]
+def _forward_pass(
+    inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor, reverse: bool = False
+) -> None:
+    layout, start, none = Layout(inputs, delta_softplus, reverse=reverse), inputs.initial_state, saved[:0]
     in_large_pages(y, saved)
     if layout.pieces == 1:
         _forward_run(layout, y, start, last_state, saved, none)
@@ -47,9 +51,10 @@ def _forward_run(
 
 
 def _backward_pass(
-    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs
-) -> None:
-    layout, none = Layout(inputs, delta_softplus), saved[:0]
+    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
+    reverse: bool = False,
+) -> None:  # fmt: skip
+    layout, none = Layout(inputs, delta_softplus, reverse=reverse), saved[:0]
     in_large_pages(*grads)
     if layout.pieces == 1:
         _backward_run(layout, grad_y, grad_last, saved, grads, grads.initial_state, none)
@@ -91,9 +96,8 @@ def _backward_run(
         flat(saved),
         flat(none if grad_start is None else grad_start),
     )
-    outputs = backward.Grads(
-        *memory(grads.u), *memory(grads.delta), *memory(grads.u if grads.z is None else grads.z)
-    )
+    along = grads.u, grads.delta, grads.u if grads.z is None else grads.z
+    outputs = backward.Grads(*(part for t in along for part in layout.steps(t)))
     totals = backward.Sums(*map(flat, (dA, dD, dbias, *constant, *sums)))
     run(
         backward.backward, s * layout.supers, layout.work, work, steps, weights, states, outputs, totals,
@@ -110,7 +114,8 @@ def _backward_run(
             grad.copy_(layout.gradient(each.sum(0), conjugate))
         else:
             over = part.sum(2)[..., : layout.rows]
-            grad.copy_(layout.gradient(over, conjugate).transpose(2, 3))
+            found = layout.gradient(over, conjugate).transpose(2, 3)
+            grad.copy_(found.flip(3) if layout.reverse else found)
 
 
 def lazy_forward(
@@ -142,6 +147,12 @@ def lazy_backward(
 
 
 selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)
+scan_reversed = define(
+    "scan_cpu_reversed",
+    partial(_forward_pass, reverse=True),
+    partial(_backward_pass, reverse=True),
+    saved_shape,
+)
 
 
 selective_state_update = reference.selective_state_update  # few operations on all states: no slower

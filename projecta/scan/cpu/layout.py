@@ -70,8 +70,8 @@ def _piece_tables(b: int, l: int, pieces: int, piece: int) -> tuple[np.ndarray, 
 class Layout:
     """The vector layout of a call's channels, states and sequences, and the arguments of both kernels."""
 
-    def __init__(self, inputs: Inputs, delta_softplus: bool, whole: bool = False):
-        self.inputs, self.delta_softplus = inputs, delta_softplus
+    def __init__(self, inputs: Inputs, delta_softplus: bool, whole: bool = False, reverse: bool = False):
+        self.inputs, self.delta_softplus, self.reverse = inputs, delta_softplus, reverse
         u, _, A, B, C = inputs[:5]
         self.b, d, self.l = u.shape
         self.rotate = 1 if A.is_complex() else None
@@ -115,10 +115,14 @@ class Layout:
             workspace,
             looks,
         )
-        steps = Steps(*memory(u), *memory(delta), *memory(u if z is None else z), *memory(y))
+        steps = Steps(*(part for t in (u, delta, u if z is None else z, y) for part in self.steps(t)))
         return work, steps, Weights(
             flat(A.contiguous()), *self.packed, self.channels(D), self.channels(bias)
         )  # fmt: skip
+
+    def steps(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The memory of a (b, d, l) tensor and its strides, in the direction of the scan."""
+        return memory(t, self.reverse)
 
     @property
     def kinds(self) -> tuple[int | None, int | None, int | None]:
@@ -158,6 +162,7 @@ class Layout:
         packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
         if self.padded > self.rows:
             packed[..., self.rows :] = 0
+        B = B.flip(3) if self.reverse else B
         packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
         return flat(packed)
 

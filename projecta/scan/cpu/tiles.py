@@ -39,6 +39,11 @@ def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
         done = steps // width * width
         for t in range(0, done, width):
             transpose(source, base + t, channel_stride, tile, at + t * width, width)
+    elif channels == width and step_stride == -1:
+        done = steps // width * width
+        for t in range(0, done, width):
+            last = at + (t + width - 1) * width
+            transpose(source, base - t - width + 1, channel_stride, tile, last, -width)
     for t in range(done, steps):
         first = at + t * width
         store(tile, first, zero(tile))
@@ -55,16 +60,20 @@ def _write(target, base, channel_stride, step_stride, channels, steps, tile, at)
         done = steps
         for t in range(steps):
             store(target, base + t * step_stride, load(tile, at + t * width))
-    elif channels == width and step_stride == 1:
+    elif channels == width and (step_stride == 1 or step_stride == -1):
         done = steps // width * width
-        size = target.itemsize
-        lines = address(target, base) % BYTES == 0 and size * channel_stride % BYTES == 0
+        size, back = target.itemsize, step_stride == -1
+        start, row = base - width + 1 if back else base, -width if back else width
+        first = at + (width - 1) * width if back else at
+        lines = address(target, start) % BYTES == 0 and size * channel_stride % BYTES == 0
         if lines and size * width == BYTES:
             for t in range(0, done, width):
-                transpose_past_cache(tile, at + t * width, width, target, base + t, channel_stride)
+                here = start + t * step_stride
+                transpose_past_cache(tile, first + t * width, row, target, here, channel_stride)
         else:
             for t in range(0, done, width):
-                transpose(tile, at + t * width, width, target, base + t, channel_stride)
+                here = start + t * step_stride
+                transpose(tile, first + t * width, row, target, here, channel_stride)
     for t in range(done, steps):
         for c in range(channels):
             put(target, base + c * channel_stride + t * step_stride, get(tile, at + t * width + c))
@@ -95,6 +104,8 @@ def look_ahead(ahead, i, source, strides, row, channel, first):
     """Write base, stride, shift and mask of the 64 cache lines of a tile of a (b, d, l) tensor to `ahead`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
     channel_stride, step_stride, size = strides[1], strides[2], source.itemsize
+    if step_stride == -1:
+        base, step_stride = base - TILE + 1, 1
     contiguous = step_stride == 1
     per_row = TILE * size // BYTES if contiguous else 1
     ahead[i] = address(source, base)

@@ -1,0 +1,87 @@
+"""reverse=True has the bits of the scan of flipped tensors: outputs, last states and every gradient."""
+
+import pytest
+import torch
+
+from projecta import selective_scan
+from tests.cases import make_scan
+
+BOUNDS = [0, 5, 5, 70, 150]
+CASES = {
+    "time contiguous": {},
+    "channels contiguous": {"order": "bld"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "constant B": {"constant": "B"},
+    "groups": {"g": 2},
+    "complex": {"complex_A": True},
+    "packed": {"b": 1, "packed": True},
+    "few steps": {"l": 3},
+    "no steps": {"l": 0},
+}
+
+
+def _flip(name, t):
+    steady = name in ("A", "D", "delta_bias", "initial_state") or t is None or t.dim() == 2
+    return t if steady else t.flip(-1)
+
+
+def _run(inputs, backend, reverse, bounds):
+    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in inputs.items()}
+    y, last = selective_scan(
+        **leaves, delta_softplus=True, return_last_state=True, cu_seqlens=bounds, reverse=reverse,
+        backend=backend,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    grad_y, grad_last = torch.randn_like(y), torch.randn_like(last)
+    if reverse:
+        grad_y = grad_y.flip(-1)
+        grad_last = grad_last if bounds is None else grad_last.flip(0)
+    present = {k: t for k, t in leaves.items() if t is not None}
+    grads = torch.autograd.grad([y, last], [*present.values()], [grad_y, grad_last], allow_unused=True)
+    return y, last, dict(zip(present, grads, strict=True))
+
+
+@pytest.mark.parametrize("on", ["reference", "vectorised", "cpu"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_has_the_bits_of_flipped_tensors(case, on):
+    options = {"b": 2, "d": 24, "l": 150, "n": 5} | CASES[case]
+    packed, order = options.pop("packed", False), options.pop("order", "bdl")
+    if on == "reference":
+        options["l"] = min(options["l"], 10)
+    l, bounds = options["l"], None
+    if packed:
+        bounds = [min(t, l) for t in BOUNDS]
+    inputs = make_scan(**options, packed=bounds)
+    bounds = inputs.pop("cu_seqlens", None)
+    if inputs["A"].is_complex():
+        for k in "BC":
+            inputs[k] = torch.view_as_complex(inputs[k].unflatten(-1, (l, 2)).contiguous())
+    if order == "bld":
+        for k in ("u", "delta", "z"):
+            inputs[k] = inputs[k].transpose(1, 2).contiguous().transpose(1, 2)
+    flipped = {k: _flip(k, t) for k, t in inputs.items()}
+    mirrored = None if bounds is None else (l - bounds).flip(0)
+    if packed:
+        flipped["initial_state"] = inputs["initial_state"].flip(0)
+    y, last, grads = _run(inputs, on, True, bounds)
+    wanted, wanted_last, wanted_grads = _run(flipped, on, False, mirrored)
+    assert torch.equal(y, wanted.flip(-1))
+    assert torch.equal(last, wanted_last.flip(0) if packed else wanted_last)
+    for name, grad in grads.items():
+        other = wanted_grads[name]
+        if other is None:
+            assert grad is None
+            continue
+        other = other.flip(0) if packed and name == "initial_state" else _flip(name, other)
+        assert torch.equal(grad, other), name
+
+
+def test_it_ends_at_the_first_step():
+    inputs = make_scan(b=1, d=3, l=6, n=2, without=["initial_state"])
+    y, last = selective_scan(**inputs, reverse=True, return_last_state=True)
+    part = {k: v if v is None or v.dim() < 3 else v[..., 3:] for k, v in inputs.items()}
+    _, middle = selective_scan(**part, reverse=True, return_last_state=True)
+    rest = {k: v if v is None or v.dim() < 3 else v[..., :3] for k, v in inputs.items()}
+    y_rest, first = selective_scan(**rest, initial_state=middle, reverse=True, return_last_state=True)
+    assert torch.allclose(y[..., :3], y_rest, atol=1e-6)
+    assert torch.allclose(last, first, atol=1e-6)
