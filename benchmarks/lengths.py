@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import common, mrss, s4d, scan
 
-LAYERS = ("attention", "S4D", "selective scan", "MRSS, theta 0.5")
+LAYERS = ("attention", "S4D", "selective scan", "MRSS, half per 8")
 WIDTH, HEADS = 256, 4
 VERSION = common.version(__file__)
 
@@ -31,7 +31,7 @@ def _layer(layer: str, l: int):
         return _attention(l)
     if layer == "S4D":
         return s4d._scan("convolution", l, WIDTH)
-    case = "full scan" if layer == "selective scan" else "theta 0.5"
+    case = "full scan" if layer == "selective scan" else "half per 8"
     return mrss._scan(case, l, WIDTH, backward=False)
 
 

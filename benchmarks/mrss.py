@@ -1,4 +1,4 @@
-"""The multi-resolution scan against the full scan: forward, and forward and backward, by theta and length."""
+"""The multi-resolution scan against the full scan: forward, and forward and backward, by bands and length."""
 
 import functools
 
@@ -6,15 +6,20 @@ import torch
 
 from benchmarks import common
 
-THETAS = {"compound, every token": 1e-9, "theta 0.1": 0.1, "theta 0.5": 0.5}
-CASES = ("full scan", "theta 0.5")
+BANDS = {
+    "half per 8": ((0.5, 1), (0.5, 8)),
+    "half per 4": ((0.5, 1), (0.5, 4)),
+    "five eighths per 8": ((0.375, 1), (0.625, 8)),
+    "three quarters per 8": ((0.25, 1), (0.75, 8)),
+}
+CASES = ("full scan", "half per 8")
 VERSION = common.version(__file__)
 
 
 def _inputs(l: int, d: int) -> dict[str, torch.Tensor]:
-    """`common.scan_inputs` with the initial step sizes of a Mamba layer: 0.001 to 0.1, sorted."""
+    """`common.scan_inputs` with the initial step sizes of a Mamba layer: 0.1 to 0.001, sorted."""
     inputs = common.scan_inputs(1, d, l)
-    steps = torch.logspace(-3, -1, d, device=common.device())
+    steps = torch.logspace(-1, -3, d, device=common.device())
     inputs["delta_bias"] = steps + torch.log(-torch.expm1(-steps))
     return inputs
 
@@ -26,15 +31,8 @@ def _scan(case: str, l: int, d: int, *, backward: bool):
     if case == "full scan":
         scan, options = common.require("projecta", "selective_scan"), {}
     else:
-        scan, choose = (common.require("projecta.mrss", name) for name in ("mrss_scan", "choose_periods"))
-        steps = torch.nn.functional.softplus(inputs["delta"] + inputs["delta_bias"][:, None])
-        try:
-            table = choose(
-                inputs["A"], theta=THETAS[case], step=steps.square().mean((0, 2)).sqrt(), vector=(16, 4)
-            )
-        except TypeError as error:
-            common.skip(f"this commit's choose_periods takes no step sizes ({error})")
-        options = {"periods": table}
+        common.require("projecta.mrss", "BANDS")  # older commits have another rule
+        scan, options = common.require("projecta", "mrss_scan"), {"bands": BANDS[case]}
 
     def run(inputs, grad, **options):
         leaves = {name: t.requires_grad_(backward) for name, t in inputs.items()}
@@ -42,9 +40,8 @@ def _scan(case: str, l: int, d: int, *, backward: bool):
             y = scan(**leaves, delta_softplus=True, **options)
         return (y, *torch.autograd.grad(y, list(leaves.values()), grad)) if backward else (y,)
 
-    rows = common.channel_rows(d)
-    few = {name: t.cpu()[rows] for name, t in options.items()}
-    truth = run(common.pick_channels(inputs), grad.cpu()[:, rows].double(), **few, backend="reference")
+    rows = common.channel_rows(d)  # the bands divide these four as they divide all channels
+    truth = run(common.pick_channels(inputs), grad.cpu()[:, rows].double(), **options, backend="reference")
     got = run(inputs, grad, **options)
     common.check_close(
         case, got[0].detach().index_select(1, rows.to(common.device())), truth[0].detach(), 1e-4
@@ -56,7 +53,7 @@ def _scan(case: str, l: int, d: int, *, backward: bool):
 
 
 class _Case(common.Suite):
-    """b = 1, d = 256, n = 16, float32, compound decay, backend "auto"."""
+    """b = 1, d = 256, n = 16, float32, backend "auto"."""
 
     params = (CASES, common.PEAK_LENGTHS)
     param_names = ("case", "length")
@@ -86,6 +83,14 @@ class MrssPeak(_Case, _Peak):
         return common.peak_mib(_scan(case, length, self.d, backward=False))
 
 
+class MrssGradPeak(_Case, _Peak):
+    params = (CASES, (8192,))
+    backward = True
+
+    def track_peak_forward_backward(self, case, length):
+        return common.peak_mib(_scan(case, length, self.d, backward=True))
+
+
 class MrssGrad(_Case):
     params = (CASES, (2048,))
     backward = True
@@ -97,7 +102,7 @@ class MrssGrad(_Case):
 class _Long(_Case):
     """The width of mamba-130m, up to 65,536 steps."""
 
-    params = (("full scan", *THETAS), common.LONG_LENGTHS)
+    params = (("full scan", *BANDS), common.LONG_LENGTHS)
     timeout = 1200
     d = 1536
 
@@ -109,6 +114,14 @@ class _Long(_Case):
 class FullMrss(_Long):
     def time_forward(self, case, length):
         _scan(case, length, self.d, backward=False)()
+
+
+class FullMrssGrad(_Long):
+    params = (("full scan", *BANDS), (2048, 8192))
+    backward = True
+
+    def time_forward_backward(self, case, length):
+        _scan(case, length, self.d, backward=True)()
 
 
 class FullMrssPeak(_Long, _Peak):

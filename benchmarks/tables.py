@@ -17,7 +17,7 @@ VTP_FLOPS = ("vtp.VtpFlops.track_flops_ratio", "vtp.FullVtpControlFlops.track_fl
 T4 = {1.0: (81.0, 420.0), 0.7: (63.0, 400.0), 0.5: (46.0, 380.0)}  # keep: targets in ms and MiB, batch 8
 SCAN, SCAN_D, SCAN_N = ("scan.Scan.time_forward", "scan.ScanReference.time_forward"), 256, 16
 SCAN_OPERATIONS = 13  # per token, channel and state: the exponential counts 10
-MRSS = ("post hoc, theta 0.1", "post hoc, theta 0.5", "trained, theta 0.5")
+MRSS = ("half per 8",)
 
 
 def sections():
@@ -75,9 +75,11 @@ def sections():
             Lines("mrss_time", "Multi-resolution scan: time", "time_ms", 1e3, "case", {
                 "mrss.Mrss.time_forward": "forward", "mrss.FullMrss.time_forward": "forward, d 1536",
                 "mrss.MrssGrad.time_forward_backward": "forward+backward",
+                "mrss.FullMrssGrad.time_forward_backward": "forward+backward, d 1536",
             }, against="full scan"),
             Lines("mrss_memory", "Multi-resolution scan: peak memory", "memory_mib", 1.0, "case", {
                 "mrss.MrssPeak.track_peak_forward": "forward",
+                "mrss.MrssGradPeak.track_peak_forward_backward": "forward+backward",
                 "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
             }),
             Custom(

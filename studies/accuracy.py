@@ -1,8 +1,7 @@
-"""Accuracy of a small Mamba on tasks that need memory: full scan, training with MRSS, and MRSS post hoc.
+"""Accuracy of a small Mamba on tasks that need memory, trained with the full scan and with MRSS.
 
 The model is transformers' Mamba on projecta's scan: two layers of width 64, 16 states, trained from scratch.
-"full" uses the full scan. "trained" uses MRSS at theta 0.5 with the initial step sizes. "post hoc" is the
-full model, calibrated after training (theta 0.1 and others). Seeds are fixed; nothing is tuned.
+"full" uses the full scan, the others MRSS with the bands of `SCANS`. Seeds are fixed; nothing is tuned.
 
 `python -m studies.accuracy [FOLDER] [TASK...]` measures what mrss_accuracy_seeds.csv of the folder (results)
 lacks, and writes mrss_accuracy.csv and .png from the results of all seeds.
@@ -20,10 +19,11 @@ from typing import NamedTuple
 
 import torch
 
+from projecta.mrss import BANDS, Bands
 from projecta.regress.store.provenance import record_provenance
 
 SEEDS, JUDGED, BATCH, WIDTH, LAYERS = (0, 1, 2, 3, 4), 5120, 32, 64, 2
-TRAINED, POST_HOC = (0.5,), (0.05, 0.1, 0.25, 0.5)
+SCANS: dict[str, Bands | None] = {"full": None, "half per 8": BANDS}
 TESTED = 256  # sequence length in the test of induction heads
 IGNORE = -100  # ignore_index of cross_entropy: positions without an answer
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -148,7 +148,7 @@ def loss_of(model, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE)
 
 
-def train(name: str, seed: int, mrss: float | None = None, steps: int | None = None):
+def train(name: str, seed: int, mrss: Bands | None = None, steps: int | None = None):
     """The trained model, and the handle of the scan that it was trained with."""
     from projecta.mamba import accelerate
 
@@ -187,20 +187,10 @@ def judge(name: str, model, count: int = JUDGED) -> float:
 
 def compare(name: str, seed: int, steps: int | None = None, count: int = JUDGED) -> dict[str, float]:
     """The result with each scan, by name."""
-    from projecta.mamba import accelerate, calibrate
-
-    task, found = TASKS[name], {}
-    model, handle = train(name, seed, steps=steps)
-    found["full"] = judge(name, model, count)
-    handle.remove()
-    draw = torch.Generator().manual_seed(seed + 1000)
-    batches = [task.draw(BATCH, draw, False)[0] for _ in range(8)]
-    for theta in POST_HOC:
-        with accelerate(model, mrss=calibrate(model, batches, theta)):
-            found[f"post hoc, theta {theta}"] = judge(name, model, count)
-    for theta in TRAINED:
-        model, _ = train(name, seed, mrss=theta, steps=steps)
-        found[f"trained, theta {theta}"] = judge(name, model, count)
+    found = {}
+    for way, bands in SCANS.items():
+        model, _ = train(name, seed, mrss=bands, steps=steps)
+        found[way] = judge(name, model, count)
     return found
 
 

@@ -340,7 +340,7 @@ def zero_shot() -> str:
 def mrss_accuracy() -> str:
     """Small models with the full scan, and the change with MRSS."""
     found = read("mrss_accuracy.csv")
-    ways = ["post hoc, theta 0.1", "post hoc, theta 0.5", "trained, theta 0.5"]
+    ways = ["half per 8"]
     cells = {(r["task"], r["scan"]): r for r in found}
     rows = []
     for task in dict.fromkeys(r["task"] for r in found):

@@ -69,7 +69,9 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    "pages", [["README.md", "docs/mamba.md", "docs/pruning.md"], ["docs/compat.md"]], ids=["pages", "compat"]
+    "pages",
+    [["README.md", "docs/mamba.md", "docs/mrss.md", "docs/pruning.md"], ["docs/compat.md"]],
+    ids=["pages", "compat"],
 )
 def test_examples_print_their_comments(pages):
     done = subprocess.run([sys.executable, "-c", RUN, *pages], cwd=ROOT, capture_output=True, text=True)

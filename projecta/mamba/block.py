@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from projecta._checks import Checker
 from projecta.conv import last_inputs
 from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, step_layer
-from projecta.mrss import MrssState, choose_periods
+from projecta.mrss import Bands, MrssState, check_bands
 
 
 class State(NamedTuple):
@@ -37,8 +37,8 @@ class MambaBlock(nn.Module):
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have a bias.
         backend: backend of the scan, as in `projecta.selective_scan`.
-        mrss: theta, for example 0.5: scan by `projecta.mrss_scan` (compound decay), with the periods that
-            theta gives at the initial step sizes, which are sorted. The periods are a buffer of the module.
+        mrss: bands of `projecta.mrss_scan`, for example `projecta.mrss.BANDS`. The channels are sorted at
+            initialisation: the first band takes the largest steps.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -68,7 +68,7 @@ class MambaBlock(nn.Module):
         bias: bool = False,
         *,
         backend: str = "auto",
-        mrss: float | None = None,
+        mrss: Bands | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -78,8 +78,9 @@ class MambaBlock(nn.Module):
             check.that(size >= 1, name, "be at least 1", size)
         check.that(0 < dt_min <= dt_max, "dt_min", f"lie in (0, dt_max] = (0, {dt_max}]", dt_min)
         check.one_of("dt_init", dt_init, ("random", "constant"))
-        check_backend(check, backend, mrss is not None)
-        check.that(mrss is None or mrss > 0, "mrss", "be above 0", mrss)
+        check_backend(check, backend)
+        if mrss is not None:
+            check_bands(check, mrss, int(expand * d_model), name="mrss")
         self.backend, self.mrss = backend, mrss
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = int(expand * d_model)
@@ -107,9 +108,8 @@ class MambaBlock(nn.Module):
             spread = math.log(dt_max) - math.log(dt_min)
             steps = torch.exp(torch.rand(self.d_inner, device=device) * spread + math.log(dt_min))
             steps = steps.clamp(min=dt_init_floor)
-            if mrss is not None:  # so that adjacent channels can share periods
-                steps = steps.sort().values
-                self.register_buffer("periods", choose_periods(rates, theta=mrss, step=steps))
+            if mrss is not None:
+                steps = steps.sort(descending=True).values
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus's inverse
             self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 
@@ -118,7 +118,7 @@ class MambaBlock(nn.Module):
         weight = self.conv1d.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=wide)
-        ssm = zeros if self.mrss is None else MrssState.start(zeros)
+        ssm = zeros if self.mrss is None else MrssState.start(zeros, len(self.mrss))
         return State(weight.new_zeros(batch, self.d_inner, self.d_conv - 1), ssm)
 
     def forward(
@@ -144,8 +144,7 @@ class MambaBlock(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, -1)
         if self.mrss is not None and ssm is None and return_state:
             ssm = self.initial_state(len(x)).ssm
-        periods: Any = None if self.mrss is None else self.periods
-        y, last = scan_layer(self, convolve(self, x, conv, self.backend), z, ssm, self.backend, periods)
+        y, last = scan_layer(self, convolve(self, x, conv, self.backend), z, ssm, self.backend, self.mrss)
         output = self.out_proj(y)
         if not return_state:
             return output

@@ -1,17 +1,16 @@
-"""`accelerate`: run the Mamba-1 layers of a Hugging Face model on projecta's scan. `calibrate`: for MRSS."""
+"""`accelerate`: run the Mamba-1 layers of a Hugging Face model on projecta's scan."""
 
 import sys
-from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta._checks import Checker, host
-from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, split_projection, step_layer
-from projecta.mrss import choose_periods
+from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, step_layer
+from projecta.mrss import Bands, check_bands
 
 # The Mamba layers and the norms of transformers that `accelerate` knows, by the module that defines them.
 _KNOWN = {
@@ -21,53 +20,7 @@ _KNOWN = {
 }
 
 
-class Calibration(NamedTuple):
-    """Result of `calibrate`: theta, and the root mean square of each channel's steps (d_inner,) by layer."""
-
-    theta: float
-    steps: dict[str, Tensor]
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any], theta: float = 0.1) -> Calibration:
-    """Run a Hugging Face Mamba model over `batches`, and record the step sizes of its layers.
-
-    Args:
-        model: as for `accelerate`. batches: token ids (b, l), or dictionaries of the model's arguments.
-        theta: how far a state may decay within a block of `mrss_scan`.
-
-    Returns:
-        The argument `mrss` of `accelerate`.
-    """
-    check = Checker("calibrate")
-    check.that(theta > 0, "theta", "be above 0", theta)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    hooks = []
-    for name, layer in _mixers(check, model):
-
-        def note(module: nn.Module, args: tuple, output: Tensor, name: str = name, layer: Any = layer):
-            delta, bias, _, _ = split_projection(layer, output)
-            steps = F.softplus(delta.float() if bias is None else delta.float() + bias.float())
-            squares = steps.square().flatten(0, -2).sum(0)
-            sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
-            counts[name] = counts.get(name, 0) + steps.numel() // steps.shape[-1]
-
-        hooks.append(layer.x_proj.register_forward_hook(note))
-    try:
-        with accelerate(model):
-            for batch in batches:
-                model(**batch) if isinstance(batch, dict) else model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    check.that(bool(sums), "batches", "hold at least one batch", "none")
-    return Calibration(theta, {name: (sums[name] / counts[name]).sqrt() for name in sums})
-
-
-def accelerate(
-    model: nn.Module, *, mrss: "float | Calibration | None" = None, backend: str = "auto"
-) -> "Acceleration":
+def accelerate(model: nn.Module, *, mrss: Bands | None = None, backend: str = "auto") -> "Acceleration":
     """Run the Mamba layers of a Hugging Face model on projecta's scan, until the handle's `remove()`.
 
     Its RMS norms run as one operator of torch, whose result is rounded once instead of twice. Weights,
@@ -78,9 +31,9 @@ def accelerate(
         model: any model with Mamba-1 layers of transformers (mamba, falcon_mamba, jamba). Only this instance
             changes. A second call changes nothing. A deep copy of an accelerated model (or one that was saved
             and loaded) is accelerated too; `accelerate` of the copy replaces its arguments by the given ones.
-        mrss: scan several tokens by `projecta.mrss_scan`. A `Calibration` gives the periods; a number is
-            theta, for the steps that the biases alone give. A layer's channels are sorted by step size, in
-            its weights, until `remove()`. Single tokens are still decoded by the full update.
+        mrss: bands of `projecta.mrss_scan`, for training. A layer's channels are sorted by step size, in its
+            weights, until `remove()`. Calls with a cache raise: a cache of transformers has no place for
+            unfinished blocks.
         backend: backend of the scan and the step, as in `projecta.selective_scan`.
 
     Returns:
@@ -100,7 +53,7 @@ def accelerate(
     check = Checker("accelerate")
     named = _mixers(check, model)
     mixers = [mixer for _, mixer in named]
-    check_backend(check, backend, mrss is not None)
+    check_backend(check, backend)
     for mixer in mixers:
         current = vars(mixer).get("forward")
         if isinstance(current, _Forward) and not current.has_handle:
@@ -123,19 +76,14 @@ def accelerate(
         check.that(
             fresh, "mrss", "be None on an accelerated model", mrss, "Call remove() of its handle first."
         )
-        theta, steps = mrss if isinstance(mrss, Calibration) else (mrss, {})
-        check.that(theta > 0, "mrss", "be above 0", theta)
-        for i, (name, mixer) in enumerate(named):
-            order[i] = _sort_order(check, mixer, steps.get(name), isinstance(mrss, Calibration), name)
+        for i, mixer in enumerate(mixers):
+            check_bands(check, mrss, mixer.A_log.shape[0], name="mrss")
+            order[i] = _sort_order(check, mixer)
     handle = Acceleration(mixers, [m for m in model.modules() if isinstance(m, _known(1))], backend)
-    for (name, mixer), rank in zip(named, order, strict=True):
+    for mixer, rank in zip(mixers, order, strict=True):
         if rank is not None:
-            step = steps.get(name)
-            step = F.softplus(mixer.dt_proj.bias.detach().float()) if step is None else step.to(rank.device)
             _permute(mixer, rank)
-            A = torch.exp(mixer.A_log.detach().float())
-            mixer.forward.order = rank
-            mixer.forward.periods = choose_periods(A, theta=theta, step=step[rank]).cpu()
+            mixer.forward.order, mixer.forward.bands = rank, mrss
     return handle
 
 
@@ -155,19 +103,15 @@ def _mixers(check: Checker, model: nn.Module) -> list[tuple[str, Any]]:
     return mixers
 
 
-def _sort_order(check: Checker, mixer: Any, step: Tensor | None, calibrated: bool, name: str) -> Tensor:
-    """The order of the layer's channels by step size."""
-    check.that(
-        step is not None or not calibrated, "mrss", "be a calibration of this model", f"none of layer {name}"
-    )
-    plain = all(
-        type(getattr(mixer, part)) is nn.Linear for part in ("in_proj", "x_proj", "dt_proj", "out_proj")
-    )
+def _sort_order(check: Checker, mixer: Any) -> Tensor:
+    """The order of the layer's channels by the step size that the bias gives, the largest first."""
+    parts = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    plain = all(type(getattr(mixer, part)) is nn.Linear for part in parts)
     check.that(
         plain and mixer.A_log.is_floating_point(), "model",
         "have layers of plain weights, whose channels can be sorted, for mrss", "other layers",
     )  # fmt: skip
-    return (mixer.dt_proj.bias.detach().float() if step is None else step).argsort(stable=True)
+    return mixer.dt_proj.bias.detach().float().argsort(descending=True, stable=True)
 
 
 @torch.no_grad()
@@ -247,7 +191,7 @@ class _Forward:
         self.mixer, self.backend = mixer, backend
         self.has_handle = True  # whether a caller can `remove` it
         self.order: Tensor | None = None  # of the channels, with MRSS
-        self.periods: Tensor | None = None  # of the states, with MRSS
+        self.bands: Bands | None = None  # with MRSS
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose handle no caller holds."""
@@ -279,6 +223,9 @@ class _Forward:
             "be None where cache is given", type(cache_params).__name__,
         )  # fmt: skip
         cache = cache_params if cache is None else cache
+        check.that(
+            cache is None or self.bands is None, "cache", "be None with mrss: pass use_cache=False", "a cache"
+        )
         mask = None if attention_mask is None else attention_mask[:, -l:, None]
         conv: Any = None
         ssm: Any = None
@@ -289,7 +236,7 @@ class _Forward:
         graded = torch.is_grad_enabled()
         module, weights = None, None
         past = cache is not None and (graded or kept.record_past)
-        if mask is None and self.periods is None and not past:
+        if mask is None and self.bands is None and not past:
             module, weights = fused(mixer, hidden_states, self.backend)
         steps = ssm is not None and l == 1 and mask is None and not kept.record_past
         if module is not None:
@@ -310,7 +257,7 @@ class _Forward:
         if ssm is not None and x.requires_grad:
             ssm = ssm.clone()  # kept for the gradients; the cache is about to be overwritten
         convolved = convolve(mixer, x, conv, self.backend)
-        y, last = scan_layer(mixer, _masked(convolved, mask), z, ssm, self.backend, self.periods)
+        y, last = scan_layer(mixer, _masked(convolved, mask), z, ssm, self.backend, self.bands)
         if cache is not None:
             width = mixer.conv_kernel_size
             cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)

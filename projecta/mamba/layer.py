@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projecta import mrss as multi
 from projecta._backends import device_of, require_backend, why_not
 from projecta._checks import Checker
 from projecta.conv import causal_conv, causal_conv_update
-from projecta.mrss import MrssState, mrss_scan, mrss_update
+from projecta.mrss import Bands, MrssState, mrss_scan, mrss_update
 from projecta.scan import BACKENDS, selective_scan, selective_state_update
 
 
-def check_backend(check: Checker, backend: str, by_mrss: bool = False) -> None:
-    check.one_of("backend", backend, ("auto", *(multi.BACKENDS if by_mrss else BACKENDS)))
+def check_backend(check: Checker, backend: str) -> None:
+    check.one_of("backend", backend, ("auto", *BACKENDS))
     if backend != "auto":
         require_backend(check, "projecta.scan", backend)
 
@@ -89,17 +88,17 @@ def as_wide(t: Tensor) -> Tensor:
 
 
 def scan_layer(
-    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, periods: Tensor | None = None
+    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, bands: Bands | None = None
 ) -> tuple[Tensor, Any]:
-    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if `periods` is given."""
+    """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if `bands` are given."""
     delta, bias, B, C = select(layer, x)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
     A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
     options = {"initial_state": initial_state, "backend": backend}
-    if periods is None:
+    if bands is None:
         y, last_state = selective_scan(u, delta, A, B, C, D, z, bias, True, True, **options)
     else:
-        y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, periods=periods, **options)
+        y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, bands=bands, **options)
     return y.transpose(1, 2), last_state
 
 
@@ -114,5 +113,8 @@ def step_layer(layer: Any, x: Tensor, conv: Tensor, z: Tensor, state: Any, backe
     delta, bias, B, C = select(layer, x)
     A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
     if isinstance(state, MrssState):
-        return mrss_update(state, x, delta, A, B, C, D, z, bias, True, periods=layer.periods)
+        y, after = mrss_update(state, x, delta, A, B, C, D, z, bias, True, bands=layer.mrss)
+        for t, new in zip(state, after, strict=True):
+            t.copy_(new)
+        return y
     return selective_state_update(state, x, delta, A, B, C, D, z, bias, True, backend=backend)

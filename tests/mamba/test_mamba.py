@@ -1,7 +1,6 @@
 """The Mamba block, and Hugging Face models on projecta's scan."""
 
 import copy
-import functools
 import io
 import re
 import sys
@@ -11,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from projecta import BackendUnavailable, _backends, mrss_scan
-from projecta.mamba import Calibration, MambaBlock, accelerate, calibrate
+from projecta import BackendUnavailable, _backends
+from projecta.mamba import MambaBlock, accelerate
+from projecta.mrss import BANDS
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
@@ -220,7 +220,7 @@ def test_a_copy_is_accelerated_and_independent(mamba):
 
 def test_a_copy_has_a_working_handle(mamba):
     stock = mamba(tokens()).logits
-    accelerate(mamba, mrss=0.5)
+    accelerate(mamba, mrss=BANDS)
     kept = io.BytesIO()
     torch.save(mamba, kept)
     kept.seek(0)
@@ -409,7 +409,7 @@ def test_prefill_and_steps_equal_the_whole(d_conv):
         close(kept, once)
 
 
-@pytest.mark.parametrize("options", [{}, {"d_conv": 1}, {"mrss": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"d_conv": 1}, {"mrss": BANDS}])
 def test_a_block_of_no_tokens(options):
     block = MambaBlock(32, **options)
     _, state = block(torch.randn(2, 5, 32), return_state=True)
@@ -493,73 +493,46 @@ def test_errors_of_the_block(call, message):
 # --- the multi-resolution scan
 
 
-def test_calibration_notes_the_steps_that_layers_take(model):
-    found = calibrate(model, [tokens(), left_padded()], theta=0.2)
-    assert found.theta == 0.2
-    mixers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "dt_proj")}
-    assert set(found.steps) == set(mixers)
-    name, layer = next(iter(mixers.items()))
-    seen = []
-    hook = layer.x_proj.register_forward_hook(lambda _, args, out: seen.append(out))
-    with torch.no_grad():  # the stock model
-        model(tokens())
-    hook.remove()
-    dt = seen[0][..., : layer.dt_proj.in_features]
-    dt = layer.dt_layernorm(dt) if hasattr(layer, "dt_layernorm") else dt
-    steps = nn.functional.softplus(layer.dt_proj(dt)).detach()
-    close(calibrate(model, [tokens()]).steps[name], steps.square().mean((0, 1)).sqrt())
-    with pytest.raises(ValueError, match="calibrate: batches must hold at least one batch"):
-        calibrate(model, [])
-
-
-def test_mrss_in_a_model_is_accurate_and_removable(model):
+def test_mrss_in_a_model_trains_and_is_removable(model):
+    with torch.no_grad():
+        for layer in model.modules():
+            if hasattr(layer, "dt_proj"):
+                layer.dt_proj.bias.uniform_(-4, 0)
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     with torch.no_grad():
         truth = model(tokens(2, 40)).logits
-        errors = []
-        for theta in (1.0, 0.1, 1e-9):
-            found = calibrate(model, [tokens(2, 40)], theta)
-            with accelerate(model, mrss=found) as handle:
-                assert handle.layers
-                assert any(not torch.equal(t, weights[name]) for name, t in model.state_dict().items())
-                errors.append((model(tokens(2, 40)).logits - truth).abs().max().item())
-                model.generate(tokens(2, 5), max_new_tokens=3, do_sample=False)
-            assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
-        assert torch.equal(model(tokens(2, 40)).logits, truth)
-    assert errors[0] >= errors[2]  # theta 1e-9 leaves only the error of the compound decay
-
-
-def test_mrss_with_exact_steps_is_the_stock_model(mamba, monkeypatch):
-    """The order of the channels does not matter: with the exact decay at every token nothing changes."""
-    exact = functools.partial(mrss_scan, decay="exact")
-    monkeypatch.setattr("projecta.mamba.layer.mrss_scan", exact)
+        with accelerate(model, mrss=[(1.0, 1)]):  # only the order of the channels changes
+            assert any(not torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+            close(model(tokens(2, 40), use_cache=False).logits, truth, 1e-5)
+    with accelerate(model, mrss=BANDS) as handle:
+        assert handle.layers
+        found = model(tokens(2, 40), use_cache=False).logits
+        assert not torch.allclose(found, truth)
+        found.square().sum().backward()
+        mixer = next(m for m in model.modules() if hasattr(m, "dt_proj"))
+        assert mixer.dt_proj.weight.grad.isfinite().all()
+        assert (mixer.dt_proj.bias.diff() <= 0).all(), "large steps come first"
+        with pytest.raises(ValueError, match="cache must be None with mrss: pass use_cache=False"):
+            model.generate(tokens(2, 5), max_new_tokens=3, do_sample=False)
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
     with torch.no_grad():
-        truth = mamba(tokens()).logits
-        with accelerate(mamba, mrss=1e-9):
-            close(mamba(tokens()).logits, truth, 1e-5)
+        assert torch.equal(model(tokens(2, 40)).logits, truth)
 
 
 def test_mrss_refusals(mamba):
-    for wrong, message in (
-        (0.0, "accelerate: mrss must be above 0; got 0.0."),
-        (Calibration(0.1, {}), "accelerate: mrss must be a calibration of this model; got none of layer"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            accelerate(mamba, mrss=wrong)
+    with pytest.raises(ValueError, match=r"accelerate: mrss must have fractions whose sum is 1; got 0\.5"):
+        accelerate(mamba, mrss=[(0.5, 1)])
     with accelerate(mamba), pytest.raises(ValueError, match="mrss must be None on an accelerated model"):
-        accelerate(mamba, mrss=0.1)
+        accelerate(mamba, mrss=BANDS)
     mamba.backbone.layers[1].mixer.x_proj = nn.Sequential(mamba.backbone.layers[1].mixer.x_proj)
     with pytest.raises(ValueError, match="have layers of plain weights"):
-        accelerate(mamba, mrss=0.1)
+        accelerate(mamba, mrss=BANDS)
 
 
 def test_steps_of_a_block_with_mrss_equal_its_scan():
     torch.manual_seed(0)
-    block = MambaBlock(32, mrss=0.5)
-    assert len(block.periods.unique()) > 2
-    again = MambaBlock(32, mrss=0.5)
-    again.load_state_dict(block.state_dict())
-    assert torch.equal(again.periods, block.periods)
+    block = MambaBlock(32, mrss=BANDS)
+    assert (block.dt_proj.bias.diff() <= 0).all()
     x = torch.randn(2, 37, 32)
     truth = block(x)
     y, state = block(x[:, :19], return_state=True)

@@ -48,7 +48,12 @@ def test_the_multi_resolution_scan_of_random_strides_agrees_with_the_reference()
         arguments = random_scan(draw)
         if arguments["A"].is_complex():
             continue
-        options = {"periods": [draw.choice((1, 4))] * arguments["A"].shape[1]}
+        d, g = (
+            arguments["A"].shape[0],
+            max(arguments[k].shape[1] if arguments[k].dim() == 4 else 1 for k in "BC"),
+        )
+        first = draw.choice(range(1, g)) / g if g > 1 else draw.choice(range(1, d + 1)) / d
+        options = {"bands": [(first, 1), (1 - first, 4)] if first < 1 else [(1.0, 4)]}
         truth = run_strided(
             mrss_scan, {n: widen(t) for n, t in arguments.items()}, seed, backend="reference", **options
         )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from projecta.mrss import BANDS
 from studies import accuracy
 
 pytest.importorskip("transformers")
@@ -50,7 +51,7 @@ def test_digits_are_apart_and_labelled():
     assert ((answers[:, -1] >= 0) & (answers[:, -1] < 10)).all()
 
 
-@pytest.mark.parametrize("mrss", [None, 0.5])
+@pytest.mark.parametrize("mrss", [None, BANDS])
 def test_a_model_learns_and_is_judged(mrss):
     model, handle = accuracy.train("associative recall", seed=0, mrss=mrss, steps=30)
     assert handle.layers == accuracy.LAYERS
@@ -67,13 +68,13 @@ def test_the_results_of_a_seed_are_written_and_not_measured_again(tmp_path):
 
     def compare(name, seed):
         asked.append((name, seed))
-        return {"full": 90.0 + seed, "trained, theta 0.5": 89.5}
+        return {"full": 90.0 + seed, "half per 8": 89.5}
 
     accuracy.write_results(tmp_path, names, (0,), compare)
     accuracy.write_results(tmp_path, names, (0, 1), compare)
     assert asked == [("associative recall", 0), ("associative recall", 1)]
     text = (tmp_path / "mrss_accuracy.csv").read_text().splitlines()
-    assert text[2] == 'associative recall,"trained, theta 0.5",per cent right,2,89.500,-1.000,-1.500,-0.500'
+    assert text[2] == "associative recall,half per 8,per cent right,2,89.500,-1.000,-1.500,-0.500"
     assert (tmp_path / "mrss_accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 

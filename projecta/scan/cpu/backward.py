@@ -12,6 +12,7 @@ import numpy as np
 
 from projecta._cpu.simd import (
     BYTES,
+    LOG2_E,
     address,
     claim,
     fence,
@@ -28,7 +29,6 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner
-from projecta.scan.cpu import lazy
 from projecta.scan.cpu.layout import CHUNK, UNROLL
 from projecta.scan.cpu.recurrence import (
     decay_of,
@@ -42,7 +42,6 @@ from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
     clear_vectors,
-    exponent_unit,
     fetch_rows,
     limits_of,
     look_ahead,
@@ -277,17 +276,12 @@ def _finish(T, o, area, steps, ends, e, unit, softplus, has_z):
 @inner
 def _retrace(
     tile, area, at, steps, rates, own, weights, place, n, saved, before, hs, decays, carries, sums_A, sinks,
-    fits, rotate, steady_B, steady_C, periods, block, exact, looks,
+    fits, rotate, steady_B, steady_C, looks,
 ):  # fmt: skip
     """Retrace all rows of states of a block over a chunk, by the variant for this call and its exponents."""
     for q in range(0, n, UNROLL):
         here = place, n, q
-        if periods is not None:
-            lazy.retrace(
-                (tile[0], tile[1], area), at, steps, rates, own, weights, here, (saved, before, hs), carries,
-                sums_A, sinks, periods[(block * n + q) // UNROLL], exact, steady_B, steady_C, looks,
-            )  # fmt: skip
-        elif rotate is not None:
+        if rotate is not None:
             retrace(
                 tile, at, steps, rates, own, weights, here, (saved, before, hs, decays), carries, sums_A,
                 sinks, 1, 1, steady_B, steady_C, looks,
@@ -307,7 +301,7 @@ def _retrace(
 @inner
 def _retrace_chunk(
     tile, at, steps, rates, weights, place, n, count, first, states, carries, sums_A, sinks, fits, rotate,
-    steady_B, steady_C, periods, exact, ahead, sums, to,
+    steady_B, steady_C, ahead, sums, to,
 ):  # fmt: skip
     """Retrace all blocks of a superblock over a chunk; sum dB and dC over blocks and lanes.
 
@@ -329,7 +323,7 @@ def _retrace_chunk(
         _retrace(
             (T, i * tiles), area, at, steps, rates, own, weights, place, n, saved, before, hs, decays,
             carries, sums_A, (sink_B, pb, tb, sink_C, pc, tc), fits[i] > 0, rotate, steady_B, steady_C,
-            periods, first + i, exact, looks,
+            looks,
         )  # fmt: skip
     for j in range(steps * n):
         if steady_B is None:
@@ -408,7 +402,7 @@ def _end_tile(work, grads, T, o, area, row, channel, channels, t0, steps, ends, 
 
 @compiled
 def backward(
-    counter, items, work, x, weights, states, grads, sums, rotate, steady_B, steady_C, periods, exact
+    counter, items, work, x, weights, states, grads, sums, rotate, steady_B, steady_C
 ):  # fmt: skip
     """Item i is superblock i % supers of sequence i // supers."""
     sizes, saved = work.sizes, states.saved
@@ -427,7 +421,7 @@ def backward(
     fits = ends[6 * size * width :]
     B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
     ahead = work.looks[16 * size * thread :]
-    unit = exponent_unit(periods, exact)
+    unit = LOG2_E
     turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
     while item < items:
@@ -464,8 +458,7 @@ def backward(
                 _retrace_chunk(
                     (T, tiles, area), at, min(CHUNK, steps - at), rates, (B, C), w + (t0 + at) * n, n, count,
                     group * per_group + block0, (saved, chunk, blocks, hs, decays), carries, sums_A,
-                    (collect_B, held_B, collect_C, held_C), fits, rotate, steady_B, steady_C, periods, exact,
-                    ahead, sums, to,
+                    (collect_B, held_B, collect_C, held_C), fits, rotate, steady_B, steady_C, ahead, sums, to,
                 )  # fmt: skip
             for i in range(count):
                 channel, channels = _channels(group, k, block0 + i, width)

@@ -11,6 +11,7 @@ import numpy as np
 
 from projecta._cpu.simd import (
     BYTES,
+    LOG2_E,
     address,
     claim,
     fence,
@@ -26,14 +27,12 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner
-from projecta.scan.cpu import lazy
 from projecta.scan.cpu.layout import CHUNK, UNROLL
 from projecta.scan.cpu.recurrence import decay_of, step_rows, weight_of
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
     clear_vectors,
-    exponent_unit,
     fetch_rows,
     limits_of,
     look_ahead,
@@ -112,7 +111,7 @@ def _prepare(S, X, Y, count, biases, skips, span, limits, softplus):
 
 
 @inner
-def _save(saved, to, H, held, lines):
+def save_states(saved, to, H, held, lines):
     """Save the states of a block; `lines`: whether they fill aligned cache lines."""
     for q in range(0, held, lanes(H)):
         if lines:
@@ -122,15 +121,11 @@ def _save(saved, to, H, held, lines):
 
 
 @inner
-def _advance(
-    S, X, Y, t, steps, rates, B, C, v, n, H, ahead, fits, rotate, steady_B, steady_C, periods, place, exact
+def advance_any(
+    S, X, Y, t, steps, rates, B, C, v, n, H, ahead, fits, rotate, steady_B, steady_C
 ):  # fmt: skip
     """Advance the states over some steps, by the variant for this call and its exponents."""
-    if periods is not None:
-        lazy.advance(
-            (S, X, Y), t, steps, rates, (B, C), v, n, H, ahead, periods, place, exact, steady_B, steady_C
-        )
-    elif rotate is not None:
+    if rotate is not None:
         advance(S, X, Y, t, steps, rates, B, C, v, n, H, ahead, 1, 1, steady_B, steady_C)
     elif fits:
         advance(S, X, Y, t, steps, rates, B, C, v, n, H, ahead, None, None, steady_B, steady_C)
@@ -148,11 +143,8 @@ def _gate(Y, Z, count):
 
 
 @compiled
-def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C, periods, exact):
-    """Item i is block i % blocks of sequence i // blocks.
-
-    `periods`: None, or the period of each block and four rows. `exact`: None for the compound decay.
-    """
+def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C):
+    """Item i is block i % blocks of sequence i // blocks."""
     sizes, saved = work.sizes, states.saved
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     width, blocks, d = lanes(weights.bias), g * per_group, g * k
@@ -164,7 +156,7 @@ def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C
     B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
     ahead = work.looks[16 * thread :]
     save, lines = saved.size > 0, address(saved, 0) % BYTES == 0
-    unit = exponent_unit(periods, exact)
+    unit = LOG2_E
     turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
     while item < items:
@@ -199,10 +191,10 @@ def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C
             for t in range(0, count, stride):
                 if save:
                     chunk = work.chunks[sequence] + (t0 - start + t) // CHUNK
-                    _save(saved, (chunk * blocks + block) * held, H, held, lines)
-                _advance(
+                    save_states(saved, (chunk * blocks + block) * held, H, held, lines)
+                advance_any(
                     S, X, Y, t, min(stride, count - t), rates, B, C, w + t0 * n, n, H, ahead, fits, rotate,
-                    steady_B, steady_C, periods, block * (n // UNROLL), exact,
+                    steady_B, steady_C,
                 )  # fmt: skip
             if work.has_z:
                 read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)

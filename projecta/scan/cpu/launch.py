@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from projecta.scan.cpu import backward, forward
 from projecta.scan.cpu.layout import Layout, saved_shape
 
 
-def _forward_pass(
+def forward_pass(
     inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor, reverse: bool = False
 ) -> None:
     layout, start, none = Layout(inputs, delta_softplus, reverse=reverse), inputs.initial_state, saved[:0]
@@ -36,7 +35,6 @@ def _forward_pass(
 
 def _forward_run(
     layout: Layout, y: Tensor, start: Tensor | None, last: Tensor, saved: Tensor, spans: Tensor,
-    periods: np.ndarray | None = None, exact: int | None = None,
 ) -> None:  # fmt: skip
     work, steps, weights = layout.arguments(y, forward.forward_workspace.py_func(layout.padded))
     none = saved[:0]
@@ -45,12 +43,12 @@ def _forward_run(
     )
     items = layout.sequences * layout.blocks
     run(
-        forward.forward, items, layout.work, work, steps, weights, states, *layout.kinds, periods, exact,
-        types=(*layout.types, y.dtype, periods is None, exact),
+        forward.forward, items, layout.work, work, steps, weights, states, *layout.kinds,
+        types=(*layout.types, y.dtype),
     )  # fmt: skip
 
 
-def _backward_pass(
+def backward_pass(
     grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
     reverse: bool = False,
 ) -> None:  # fmt: skip
@@ -74,7 +72,7 @@ def _backward_pass(
 
 def _backward_run(
     layout: Layout, grad_y: Tensor, grad_last: Tensor, saved: Tensor, grads: Inputs,
-    grad_start: Tensor | None, spans: Tensor, periods: np.ndarray | None = None, exact: int | None = None,
+    grad_start: Tensor | None, spans: Tensor,
 ) -> None:  # fmt: skip
     inputs, s, d = layout.inputs, layout.sequences, layout.inputs.A.shape[0]
 
@@ -101,7 +99,7 @@ def _backward_run(
     totals = backward.Sums(*map(flat, (dA, dD, dbias, *constant, *sums)))
     run(
         backward.backward, s * layout.supers, layout.work, work, steps, weights, states, outputs, totals,
-        *layout.kinds, periods, exact, types=(*layout.types, grad_y.dtype, periods is None, exact),
+        *layout.kinds, types=(*layout.types, grad_y.dtype),
     )  # fmt: skip
     grads.A.copy_(layout.gradient(dA.sum(0)))
     for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):
@@ -118,39 +116,11 @@ def _backward_run(
             grad.copy_(found.flip(3) if layout.reverse else found)
 
 
-def lazy_forward(
-    inputs: Inputs, delta_softplus: bool, periods: np.ndarray, exact: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`projecta.mrss_scan`: y, the last states, and if `save` the saved states for `lazy_backward`.
-
-    `periods`: the period of each vector of channels and four states; each divides `CHUNK`.
-    """
-    layout, (u, _, A) = Layout(inputs, delta_softplus, whole=True), inputs[:3]
-    saved = A.new_empty(saved_shape(inputs, layout.sequences, 1) if save else 0)
-    y, last = torch.empty_like(u), A.new_empty(layout.sequences, *A.shape)
-    start, none = inputs.initial_state, saved[:0]
-    in_large_pages(y, saved)
-    _forward_run(layout, y, start, last, saved, none, periods, 1 if exact else None)
-    return y, last, saved
-
-
-def lazy_backward(
-    grad_y: Tensor, grad_last: Tensor, saved: Tensor, inputs: Inputs, delta_softplus: bool, grads: Inputs,
-    periods: np.ndarray, exact: bool,
-) -> None:  # fmt: skip
-    """Write `grads`, None where an input is None."""
-    layout, none = Layout(inputs, delta_softplus, whole=True), saved[:0]
-    in_large_pages(*grads)
-    _backward_run(
-        layout, grad_y, grad_last, saved, grads, grads.initial_state, none, periods, 1 if exact else None
-    )
-
-
-selective_scan = define("scan_cpu", _forward_pass, _backward_pass, saved_shape)
+selective_scan = define("scan_cpu", forward_pass, backward_pass, saved_shape)
 scan_reversed = define(
     "scan_cpu_reversed",
-    partial(_forward_pass, reverse=True),
-    partial(_backward_pass, reverse=True),
+    partial(forward_pass, reverse=True),
+    partial(backward_pass, reverse=True),
     saved_shape,
 )
 

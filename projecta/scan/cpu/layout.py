@@ -70,7 +70,7 @@ def _piece_tables(b: int, l: int, pieces: int, piece: int) -> tuple[np.ndarray, 
 class Layout:
     """The vector layout of a call's channels, states and sequences, and the arguments of both kernels."""
 
-    def __init__(self, inputs: Inputs, delta_softplus: bool, whole: bool = False, reverse: bool = False):
+    def __init__(self, inputs: Inputs, delta_softplus: bool, reverse: bool = False):
         self.inputs, self.delta_softplus, self.reverse = inputs, delta_softplus, reverse
         u, _, A, B, C = inputs[:5]
         self.b, d, self.l = u.shape
@@ -90,7 +90,7 @@ class Layout:
             self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
         else:
             pieces = min(CORES // max(self.b * self.blocks, 1), self.l // PIECE)
-            if pieces >= 4 and not whole:  # pieces need two passes
+            if pieces >= 4:  # pieces need two passes
                 self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
             self.order, self.bounds, self.chunks = _piece_tables(self.b, self.l, self.pieces, self.piece)
         self.sequences = len(self.order)

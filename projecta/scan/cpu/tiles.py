@@ -6,7 +6,6 @@ dtype, so that each step is one vector; `write` is the inverse.
 
 from projecta._cpu.simd import (
     BYTES,
-    LOG2_E,
     address,
     get,
     lanes,
@@ -52,7 +51,7 @@ def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
 
 
 @inner
-def _write(target, base, channel_stride, step_stride, channels, steps, tile, at):
+def write_vectors(target, base, channel_stride, step_stride, channels, steps, tile, at):
     """The inverse of `_read`."""
     width = lanes(tile)
     done = 0
@@ -90,13 +89,13 @@ def read(source, strides, row, channel, channels, first, steps, tile, at):
 def write(target, strides, row, channel, channels, first, steps, tile, at):
     """The inverse of `read`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
-    _write(target, base, strides[1], strides[2], channels, steps, tile, at)
+    write_vectors(target, base, strides[1], strides[2], channels, steps, tile, at)
 
 
 @inner
 def write_rows(target, base, channels, rows, tile, at):
     """Write `rows` vectors from tile[at:] as `rows` adjacent numbers per channel."""
-    _write(target, base, rows, 1, channels, rows, tile, at)
+    write_vectors(target, base, rows, 1, channels, rows, tile, at)
 
 
 @inner
@@ -143,11 +142,3 @@ def limits_of(rates, at, n):
     for q in range(at, at + n * lanes(rates), lanes(rates)):
         largest = largest_magnitude(load(rates, q), largest)
     return (126.0 if rates.itemsize == 4 else 1022.0) / largest
-
-
-@inner
-def exponent_unit(periods, exact):
-    """The factor of A that gives exponents as powers of 2, or as eighths for the compound decay."""
-    if periods is not None and exact is None:
-        return 0.125
-    return LOG2_E
