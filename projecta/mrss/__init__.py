@@ -39,7 +39,8 @@ def check_bands(
     check: Checker, bands: Bands, d: int, groups: int = 1, name: str = "bands"
 ) -> list[tuple[slice, int]]:
     """The channels and the period of each band."""
-    cut, at, total = [], 0, 0.0
+    cut: list[tuple[slice, int]] = []
+    at, total = 0, 0.0
     for fraction, period in bands:
         check.that(fraction > 0, name, "have fractions above 0", fraction)
         whole = isinstance(period, int) and period >= 1
