@@ -24,7 +24,7 @@ _MODULE_OF = {
     "accelerate": "projecta.mamba",
     "Plan": "projecta.vtp",
 }
-_MODULES = ("compat", "conv", "low_rank", "mamba", "mrss", "regress", "s4d", "scan", "vtp")
+_MODULES = ("compat", "conv", "low_rank", "mamba", "mrss", "parallel", "regress", "s4d", "scan", "vtp")
 _EXTRA = {"torch": "scan", "numpy": "scan"}  # the extra that installs each package
 
 __all__ = [

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from projecta import parallel
 from projecta._checks import Checker
 from projecta.conv import last_inputs
-from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, step_layer
+from projecta.mamba.layer import check_backend, convolve, fused, run_piece, scan_layer, step_layer
 from projecta.mrss import Bands, MrssState, check_bands
 
 
@@ -133,6 +134,11 @@ class MambaBlock(nn.Module):
             hidden_states.dim() == 3 and hidden_states.shape[2] == self.d_model,
             "hidden_states", f"have shape (b, l, d_model = {self.d_model})", tuple(hidden_states.shape),
         )  # fmt: skip
+        where = parallel.current()
+        if where is not None:
+            plain = state is None and not return_state and self.mrss is None
+            check.that(plain, "state", "be None, without mrss, within parallel.context", "another call")
+            return run_piece(self, hidden_states, where, self.backend)
         conv, ssm = (None, None) if state is None else state
         module, weights = (None, None) if self.mrss is not None else fused(self, hidden_states, self.backend)
         if module is not None:

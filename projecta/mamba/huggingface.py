@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projecta import parallel
 from projecta._checks import Checker, host
-from projecta.mamba.layer import check_backend, convolve, fused, scan_layer, step_layer
+from projecta.mamba.layer import check_backend, convolve, fused, run_piece, scan_layer, step_layer
 from projecta.mrss import Bands, check_bands
 
 # The Mamba layers and the norms of transformers that `accelerate` knows, by the module that defines them.
@@ -226,6 +227,13 @@ class _Forward:
         check.that(
             cache is None or self.bands is None, "cache", "be None with mrss: pass use_cache=False", "a cache"
         )
+        where = parallel.current()
+        if where is not None:
+            plain = cache is None and attention_mask is None and self.bands is None
+            check.that(
+                plain, "cache", "be None, without mask and mrss, within parallel.context", "another call"
+            )
+            return run_piece(mixer, hidden_states, where, self.backend)
         mask = None if attention_mask is None else attention_mask[:, -l:, None]
         conv: Any = None
         ssm: Any = None

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projecta import parallel
 from projecta._backends import device_of, require_backend, why_not
 from projecta._checks import Checker
 from projecta.conv import causal_conv, causal_conv_update
@@ -100,6 +101,29 @@ def scan_layer(
     else:
         y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, bands=bands, **options)
     return y.transpose(1, 2), last_state
+
+
+def run_piece(layer: Any, hidden: Tensor, where: parallel.Context, backend: str) -> Tensor:
+    """The output of a layer for this rank's piece (b, l, d_model) of a sequence; see `projecta.parallel`."""
+    (d, n), kept = layer.A_log.shape, layer.conv1d.kernel_size[0] - 1
+    conv = parallel.inputs_before(where, hidden, layer.in_proj, kept, d)
+    if where.schedule == "pass":
+        ssm = parallel.state_before(where, hidden, (len(hidden), d, n))
+        module, weights = fused(layer, hidden, backend)
+        if module is not None:
+            return parallel.hand_on(where, *module.run(hidden, weights, conv, ssm))
+        x, z = layer.in_proj(hidden).chunk(2, -1)
+        y, last = scan_layer(layer, convolve(layer, x, conv, backend), z, ssm, backend)
+        return parallel.hand_on(where, layer.out_proj(y), last)
+    x, z = layer.in_proj(hidden).chunk(2, -1)
+    u = convolve(layer, x, conv, backend)
+    delta, bias, B, C = select(layer, u)
+    A, D, span = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D), parallel.sum_of_steps(delta, bias)
+    u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
+    end = selective_scan(u, delta, A, B, C, None, None, bias, True, True, backend=backend)[1]
+    ssm = parallel.folded_state(where, end, span, A)
+    whole: Any = selective_scan(u, delta, A, B, C, D, z, bias, True, initial_state=ssm, backend=backend)
+    return layer.out_proj(whole.transpose(1, 2))
 
 
 def step_layer(layer: Any, x: Tensor, conv: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
