@@ -66,7 +66,7 @@ def test_a_suite_in_a_repository_of_its_own(workplace):
 def test_a_repository_that_is_not_there(workplace):
     foreign.make(workplace, ONE, repo="../nowhere")
     foreign.commit(workplace, "one")
-    code, text = run("gate", "HEAD", "HEAD")
+    code, text = run("gate", "HEAD", "HEAD", "--always")
     assert code == 2
     assert "projecta: cannot open the repository of asv.conf.json: '../nowhere'" in text
 
@@ -209,7 +209,7 @@ def test_a_plugin_s_environments_are_all_gated(workplace):
 def test_an_error_of_asv_is_reported(workplace, settings, words):
     foreign.make(workplace, ONE, **settings)
     foreign.commit(workplace, "one")
-    code, text = run("gate", "HEAD", "HEAD")
+    code, text = run("gate", "HEAD", "HEAD", "--always")
     assert code == 2
     assert words in text
     assert len(text.strip().splitlines()) == 1
@@ -351,7 +351,7 @@ def test_a_configuration_that_cannot_be_read_is_named(workplace, text):
     foreign.make(workplace, ONE)
     foreign.commit(workplace, "one")
     (workplace / "asv.conf.json").write_bytes(text.encode("latin-1"))
-    code, said = run("gate", "HEAD", "HEAD")
+    code, said = run("gate", "HEAD", "HEAD", "--always")
     assert code == 2
     assert "asv.conf.json" in said
     assert len(said.strip().splitlines()) == 1

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from projecta.regress.gate.statistics import (
     pairs_for_power,
 )  # fmt: skip
 from projecta.regress.project.machine import state, warnings
-from projecta.regress.run import pair
+from projecta.regress.run import build, pair
 from projecta.regress.run.case import Case, Outcome
 from tests.regress import foreign
 from tests.regress.foreign import git, run
@@ -245,8 +246,48 @@ def test_the_gate_finds_a_slow_down_more_memory_and_a_failure(project):
 
 @pytest.mark.serial
 def test_the_same_commit_passes(project):
-    code, text = run("gate", "HEAD", "HEAD", "--bench", "time_work|memory")
+    code, text = run("gate", "HEAD", "HEAD", "--bench", "time_work|memory", "--always")
     assert (code, "2 PASS" in text) == (0, True)
+    assert "identical" not in text
+
+
+def test_identical_files_pass_without_measuring(project):
+    """A commit that changes nothing has the tree of the one before; its benchmarks are not run."""
+    git(project, "commit", "--allow-empty", "--message", "nothing")
+    code, text = run("gate", "HEAD^", "--bench", "time_work|memory", "--json", "out.json")
+    assert code == 0
+    assert "base and head install identical files: nothing to measure" in text
+    found = json.loads((project / "out.json").read_text())
+    assert {row["reason"] for row in found["benchmarks"]} == {"identical: both install the same files"}
+    assert not any(row["base"] for row in found["benchmarks"])
+    (project / "data.txt").write_text("1")  # any file of the commit counts
+    git(project, "add", ".")
+    git(project, "commit", "--message", "data")
+    assert "identical" not in run("gate", "HEAD^", "--bench", "memory")[1]
+
+
+def test_the_contents_of_an_environment(tmp_path):
+    """Every file that can be imported or read counts; caches and notes of installers do not."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    built = SimpleNamespace(existing=False, python=str(tmp_path / "env/bin/python"), variables=None)
+    (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    (packages / "work-1.dist-info").mkdir()
+    files = ["work.py", "table.csv", "work-1.dist-info/METADATA", "work-1.dist-info/RECORD", "old.pyc"]
+
+    def contents():
+        return build.Build.contents(built)
+
+    for name in files:
+        (packages / name).write_text("1")
+    first = contents()
+    assert len(first) == 64
+    for name in files:
+        (packages / name).write_text("2")
+        assert (contents() == first) == (name in ("work-1.dist-info/RECORD", "old.pyc")), name
+        (packages / name).write_text("1")
+    assert contents() == first
+    (packages / "__editable__.work.pth").write_text("/somewhere")
+    assert contents() == ""
 
 
 def test_benchmarks_that_are_not_measured_do_not_pass(project):

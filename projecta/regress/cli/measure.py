@@ -112,10 +112,11 @@ _file = click.Path(dir_okay=False, path_type=Path)
 @click.option("--json", "as_json", type=_file, help="Write everything to this file, samples included.")
 @click.option("--markdown", type=_file, help="Write a comment for a pull request to this file.")
 @click.option("--plot", type=_file, help="Draw the pairs to this PNG file.")
+@click.option("--always", is_flag=True, help="Measure even if both commits install identical files.")
 @one_line
 def gate(
     base: str, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
-    memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None,
+    memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None, always: bool,
 ) -> None:  # fmt: skip
     """Say whether HEAD is slower or needs more memory than BASE.
 
@@ -128,7 +129,7 @@ def gate(
     from projecta.regress.gate import output, statistics
 
     design = statistics.Design(tolerance=tolerance, memory_tolerance=memory_tolerance)
-    result, _ = _run_gate(machine, base, head, regex, design, budget)
+    result, _ = _run_gate(machine, base, head, regex, design, budget, always=always)
     Console().print(output.table(result))
     click.echo(output.sentence(result))
     if as_json:
@@ -181,7 +182,7 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
 
 def _run_gate(
     machine: str | None, base: str, head: str, regex: str | None, design: Any, budget: float,
-    pairs: int | None = None,
+    pairs: int | None = None, always: bool = False,
 ) -> tuple[Any, dict[str, tuple[str, float, int]]]:  # fmt: skip
     """Measure base and head in pairs; return the result, and the known noise of this machine."""
     from rich.console import Console
@@ -207,7 +208,9 @@ def _run_gate(
     pattern = gate_pattern(root) if regex is None else check_pattern(regex)
     with Journal(project) as journal, interruptible():
         try:
-            result = judge_environments(project, commits, pattern, design, budget, journal, name, log, pairs)
+            result = judge_environments(
+                project, commits, pattern, design, budget, journal, name, log, pairs, always
+            )
         except BuildFailed as error:
             click.echo(f"BROKEN: {error}", err=True)
             sys.exit(BROKEN)

@@ -113,8 +113,11 @@ class Result:
 def run_session(
     builds: dict[str, Build], pattern: str | None, design: Design, budget: float, journal: Journal, host: str,
     log: Callable[[str], None] = lambda line: None, pairs: int | None = None, environment: str = "",
+    always: bool = False,
 ) -> Result:  # fmt: skip
     """Measure base and head in turn for `budget` seconds at most, the building not counted.
+
+    Nothing is measured where both builds have the same contents, unless `always`: the verdict is PASS.
 
     What is compared has the same benchmark, version and parameters on both sides. `environment` names the
     one of several that the builds are of.
@@ -151,6 +154,11 @@ def run_session(
     for line in warned:
         log(f"warning: {line}")
     start = time.monotonic()
+    same = builds["base"].contents() if pairs is None and not always and rows else ""
+    if same and same == builds["head"].contents():
+        log("base and head install identical files: nothing to measure")
+        for row in rows:
+            row.decide(statistics.PASS, "identical: both install the same files")
     session = f"gate {uuid.uuid4().hex[:8]}"
     workers = {name: Worker(builds[name]) for name in SIDES}
     pair, last = 0, 0.0
@@ -222,6 +230,7 @@ def _matched(
 def judge_environments(
     project: Project, commits: Mapping[str, str], pattern: str | None, design: Design, budget: float,
     journal: Journal, host: str, log: Callable[[str], None], pairs: int | None = None,
+    always: bool = False,
 ) -> Result:  # fmt: skip
     """Judge base and head in every environment of the project's matrix.
 
@@ -237,7 +246,7 @@ def judge_environments(
             "head": Build(project, commits["head"], which=i),
         }  # fmt: skip
         seconds = 60 * budget / len(labels)
-        results.append(run_session(builds, pattern, share, seconds, journal, host, log, pairs, label))
+        results.append(run_session(builds, pattern, share, seconds, journal, host, log, pairs, label, always))
     first = results[0]
     return replace(
         first, rows=[row for result in results for row in result.rows],

@@ -158,6 +158,20 @@ class Build:
         found: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
         return found
 
+    def contents(self) -> str:
+        """A digest of all that the benchmarks can import besides themselves; "" if it cannot be told.
+
+        Of an installed environment: every file of its packages, but compiled caches and notes of installers.
+        A project that is installed from its sources in place can change without a file here: "".
+        Of files on the path of an interpreter: the commit's tree.
+        """
+        if self.existing:
+            words = ["git", "-C", str(self.project.repository), "rev-parse", f"{self.commit}^{{tree}}"]
+        else:
+            words = [self.python, "-c", _CONTENTS]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.variables)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
     def packages(self) -> dict[str, str]:
         """Versions of what is installed beside the project."""
         done = subprocess.run(
@@ -182,6 +196,26 @@ for name in names:
         ours = any(re.sub("[-_.]+", "-", owner).lower() == project for owner in owners.get(name, ()))
         found[name] = places[0], ours
 print(json.dumps(found))
+"""
+_CONTENTS = """
+import hashlib, os, sys, sysconfig
+notes = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}
+harmless = {"distutils-precedence.pth", "_virtualenv.pth"}
+whole = hashlib.sha256(sys.version.encode())
+for root in sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}):
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if name != "__pycache__")
+        for name in sorted(files):
+            if name.startswith("__editable__") or (name.endswith(".pth") and name not in harmless):
+                sys.exit(1)
+            if name.endswith(".pyc") or (folder.endswith(".dist-info") and name in notes):
+                continue
+            path = os.path.join(folder, name)
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else (
+                    hashlib.sha256(file.read()))
+            whole.update(os.path.relpath(path, root).encode() + b"\\0" + found.digest())
+print(whole.hexdigest())
 """
 _DIRECTIONS = """
 import json, sys
