@@ -36,10 +36,8 @@ def install() -> "Installation":
             already.
 
     Examples:
-        >>> with install():
-        ...     from mamba_ssm import Mamba
-        >>> Mamba(8).d_inner
-        16
+        with compat.install():
+            from mamba_ssm import Mamba
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return Installation(None)
