@@ -267,26 +267,36 @@ def test_identical_files_pass_without_measuring(project):
 
 
 def test_the_contents_of_an_environment(tmp_path):
-    """Every file that can be imported or read counts; caches and notes of installers do not."""
+    """Every installed file counts, wherever it lies; caches and notes of installers do not."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     built = SimpleNamespace(existing=False, python=str(tmp_path / "env/bin/python"), variables=None)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
-    (packages / "work-1.dist-info").mkdir()
-    files = ["work.py", "table.csv", "work-1.dist-info/METADATA", "work-1.dist-info/RECORD", "old.pyc"]
+    info = packages / "work-1.dist-info"
+    info.mkdir()
+    (tmp_path / "env/share").mkdir(exist_ok=True)
+    files = ["work.py", "table.csv", "../../../share/data", f"{info.name}/METADATA"]
+    unseen = [f"{info.name}/INSTALLER", "old.pyc"]
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in [*files, *unseen, f"{info.name}/RECORD"]))
+    origin = {"url": "file:///wheels/work-1.whl", "archive_info": {}}
+    (info / "direct_url.json").write_text(json.dumps(origin))
 
     def contents():
         return build.Build.contents(built)
 
-    for name in files:
+    for name in (*files, *unseen):
         (packages / name).write_text("1")
     first = contents()
     assert len(first) == 64
-    for name in files:
+    for name in (*files, *unseen):
         (packages / name).write_text("2")
-        assert (contents() == first) == (name in ("work-1.dist-info/RECORD", "old.pyc")), name
+        assert (contents() == first) == (name in unseen), name
         (packages / name).write_text("1")
     assert contents() == first
-    (packages / "__editable__.work.pth").write_text("/somewhere")
+    (packages / "work.py").write_text(f"1{tmp_path / 'env'}")  # the place of the environment, as in a script
+    assert contents() == first
+    (info / "direct_url.json").write_text(json.dumps(origin | {"dir_info": {"editable": True}}))
+    assert contents() == ""
+    (info / "direct_url.json").write_text("{}")  # nothing here is the project's, as far as one can tell
     assert contents() == ""
 
 

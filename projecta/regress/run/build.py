@@ -159,10 +159,11 @@ class Build:
         return found
 
     def contents(self) -> str:
-        """A digest of all that the benchmarks can import besides themselves; "" if it cannot be told.
+        """A digest of all that the benchmarks can use besides themselves; "" if it cannot be told.
 
-        Of an installed environment: every file of its packages, but compiled caches and notes of installers.
-        A project that is installed from its sources in place can change without a file here: "".
+        Of an installed environment: every file that an installer recorded, wherever it lies. Files of what
+        was installed from a local file are read, as the project's are; those of an index have their hashes
+        in the record. Without a record, or in place from its sources, files can change unseen: "".
         Of files on the path of an interpreter: the commit's tree.
         """
         if self.existing:
@@ -198,24 +199,27 @@ for name in names:
 print(json.dumps(found))
 """
 _CONTENTS = """
-import hashlib, os, sys, sysconfig
-notes = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}
-harmless = {"distutils-precedence.pth", "_virtualenv.pth"}
-whole = hashlib.sha256(sys.version.encode())
-for root in sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}):
-    for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if name != "__pycache__")
-        for name in sorted(files):
-            if name.startswith("__editable__") or (name.endswith(".pth") and name not in harmless):
-                sys.exit(1)
-            if name.endswith(".pyc") or (folder.endswith(".dist-info") and name in notes):
-                continue
-            path = os.path.join(folder, name)
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else (
-                    hashlib.sha256(file.read()))
-            whole.update(os.path.relpath(path, root).encode() + b"\\0" + found.digest())
-print(whole.hexdigest())
+import hashlib, json, sys
+from importlib.metadata import distributions
+notes, local, found = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}, False, [sys.version]
+for package in distributions():
+    origin = json.loads(package.read_text("direct_url.json") or "{}")
+    in_place = origin.get("dir_info", {}).get("editable")
+    if in_place or package.files is None or package.read_text("RECORD") is None:
+        sys.exit(1)
+    here = origin.get("url", "").startswith("file:")
+    local = local or here
+    for file in package.files:
+        if file.suffix == ".pyc" or (file.parent.suffix == ".dist-info" and file.name in notes):
+            continue
+        if here:  # scripts name the interpreter, which lies elsewhere in each environment
+            content = file.locate().read_bytes().replace(sys.prefix.encode(), b"")
+            found.append(f"{file} {hashlib.sha256(content).hexdigest()}")
+        elif file.hash and file.parent.name != "bin":
+            found.append(f"{file} {file.hash.value}")
+if not local:
+    sys.exit(1)
+print(hashlib.sha256("\\n".join(sorted(found)).encode()).hexdigest())
 """
 _DIRECTIONS = """
 import json, sys
