@@ -27,7 +27,7 @@ from projecta._checks import Checker
 from projecta._operators import refuse_tangents
 from projecta.mrss import reference
 from projecta.mrss.reference import MrssState as MrssState
-from projecta.scan import _choose
+from projecta.scan import choose_backend
 from projecta.scan._arguments import canonical_arguments
 from projecta.scan._operator import Inputs
 
@@ -107,7 +107,7 @@ def mrss_scan(
     cut = check_bands(check, bands, A.shape[0], max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C)))
     check.that(state is None or cu_seqlens is None, "cu_seqlens", "be None with a MrssState", "a tensor")
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, start, cu_seqlens)
-    module = _choose(check, backend, u, A.dtype)
+    module = choose_backend(check, backend, u, A.dtype)
     name = module.__name__.rpartition(".")[2]
     if name != "reference":
         refuse_tangents("mrss_scan", (*given, start), name)

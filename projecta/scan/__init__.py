@@ -14,6 +14,7 @@ or the complex type of either), B and C as (d, n) or (b, g, n, l), complex if A 
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,18 +106,18 @@ def selective_scan(
         tensor([1.0000, 1.3679, 1.5032])
     """
     given = u, delta, A, B, C, D, z, delta_bias, initial_state
-    call = _scan_reversed if reverse else _scan
-    y, last_state = call(given, bool(delta_softplus), cu_seqlens, save_every, backend)
+    y, last_state = _scan(given, bool(delta_softplus), cu_seqlens, save_every, backend, reverse)
     return (y, last_state) if return_last_state else y
 
 
 def _scan(
-    given: tuple, softplus: bool, cu_seqlens: Tensor | None, save_every: int, backend: str
+    given: tuple, softplus: bool, cu_seqlens: Tensor | None, save_every: int, backend: str, reverse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the last state: a repeated call of backend "triton", or checks, a backend and its operator."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = given
     key, triton = None, loaded(__name__, "triton")
-    if triton is not None and not torch.compiler.is_compiling() and _may_repeat(backend, u, cu_seqlens):
+    repeats = not reverse and not torch.compiler.is_compiling()
+    if triton is not None and repeats and _may_repeat(backend, u, cu_seqlens):
         key = triton.eager.cache_key(given, softplus, save_every)
         found = None if key is None else triton.eager.repeat(key, given)
         if found is not None:
@@ -126,8 +127,10 @@ def _scan(
         check, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens
     )  # fmt: skip
     check.one_of("save_every", save_every, SAVE_EVERY)
-    module = _choose(check, backend, u, A.dtype)
+    module = choose_backend(check, backend, u, A.dtype)
     canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if reverse:
+        return _reversed(module, canonical[:9], softplus, cu_seqlens, save_every)
     if key is not None and module is triton:
         found = module.eager.first(key, given, canonical, softplus)
         if found is not None:
@@ -137,30 +140,23 @@ def _scan(
     )
 
 
-def _scan_reversed(
-    given: tuple, softplus: bool, cu_seqlens: Tensor | None, save_every: int, backend: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`_scan` from the last step to the first: in place where the backend can, else of flipped tensors."""
-    u, delta, A, B, C, D, z, delta_bias, start = given
-    check = Checker("selective_scan")
-    A, B, C, start = canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, start, cu_seqlens)
-    check.one_of("save_every", save_every, SAVE_EVERY)
-    module = _choose(check, backend, u, A.dtype)
+def _reversed(
+    module: ModuleType, tensors: tuple, softplus: bool, cu_seqlens: Any, save_every: int
+) -> tuple[Tensor, Tensor]:
+    """The scan from the last step to the first: in place where the backend can, else of flipped tensors."""
+    u, delta, A, B, C, D, z, delta_bias, start = tensors
     packed = cu_seqlens is not None
     if packed:  # mirrored, the last sequence is the first
-        cu_seqlens = (u.shape[2] - cu_seqlens).flip(0)  # type: ignore[operator]
+        cu_seqlens = (u.shape[2] - cu_seqlens).flip(0)
         start = None if start is None else start.flip(0)
     run = getattr(module, "scan_reversed", None)
-    if run is not None:
-        inputs = u, delta, A, B, C, D, z, delta_bias
-        y, last = run(*inputs, softplus, start, cu_seqlens, save_every)
-    else:
+    if run is None:
         u, delta, z = (None if t is None else t.flip(-1) for t in (u, delta, z))
         B, C = (t if t.dim() == 2 else t.flip(-1) for t in (B, C))
-        inputs = u, delta, A, B, C, D, z, delta_bias
-        y, last = module.selective_scan(*inputs, softplus, start, cu_seqlens, save_every)
-        y = y.flip(-1)
-    return y, last.flip(0) if packed else last
+    y, last = (run or module.selective_scan)(
+        u, delta, A, B, C, D, z, delta_bias, softplus, start, cu_seqlens, save_every
+    )
+    return y.flip(-1) if run is None else y, last.flip(0) if packed else last
 
 
 def selective_state_update(
@@ -217,7 +213,7 @@ def selective_state_update(
     def grouped(t):  # (b, g, n)
         return t[:, None] if t.dim() == 2 else t
 
-    module = _choose(check, backend, x, state_dtype(x, A))
+    module = choose_backend(check, backend, x, state_dtype(x, A))
     own = state if state_batch_indices is None else state.index_select(0, state_batch_indices)
     wide = flat(own).to(state_dtype(x, A))
     y = module.selective_state_update(
@@ -247,7 +243,7 @@ def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
     )
 
 
-def _choose(check: Checker, backend: str, u: Tensor, state: torch.dtype) -> ModuleType:
+def choose_backend(check: Checker, backend: str, u: Tensor, state: torch.dtype) -> ModuleType:
     check.one_of("backend", backend, ("auto", *BACKENDS))
     device = u.device.type
     name = backend
