@@ -51,7 +51,7 @@ def context(group: Any = None, schedule: str = "pass") -> Iterator["Context"]:
             " torch.distributed.init_process_group() first."
         )
     before = getattr(_thread, "current", None)
-    _thread.current = Context(group.get_group() if hasattr(group, "get_group") else group, schedule)
+    _thread.current = Context(group, schedule)
     try:
         yield _thread.current
     finally:
@@ -67,7 +67,8 @@ def current() -> "Context | None":
 class Context:
     """A group of ranks that share sequences. rank: of this process in it. size: its ranks."""
 
-    def __init__(self, group: Any, schedule: str):
+    def __init__(self, group: Any, schedule: str = "pass"):
+        group = group.get_group() if hasattr(group, "get_group") else group  # of a DeviceMesh
         self.group, self.schedule = group, schedule
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._sent: list[tuple[Any, Tensor]] = []  # what is under way, and its memory
@@ -228,13 +229,13 @@ def sum_of_steps(delta: Tensor, bias: Tensor | None) -> Tensor:
 
 def split(t: Tensor, group: Any = None, dim: int = 1) -> Tensor:
     """This rank's piece of a whole tensor along `dim`: pieces differ by one element at most."""
-    where = Context(group.get_group() if hasattr(group, "get_group") else group, "pass")
+    where = Context(group)
     return t.tensor_split(where.size, dim)[where.rank]
 
 
 def join(t: Tensor, group: Any = None, dim: int = 1) -> Tensor:
     """All ranks' pieces, of any lengths, joined along `dim`, on every rank. Not differentiable."""
-    where = Context(group.get_group() if hasattr(group, "get_group") else group, "pass")
+    where = Context(group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=t.device) for _ in range(where.size)]
     dist.all_gather(sizes, torch.tensor([t.shape[dim]], device=t.device), where.group)
     most = max(int(size) for size in sizes)
@@ -252,7 +253,7 @@ def mean_loss(total: Tensor, count: int | Tensor, group: Any = None) -> Tensor:
     Args:
         total: the sum of this rank's losses. count: the number of its terms.
     """
-    where = Context(group.get_group() if hasattr(group, "get_group") else group, "pass")
+    where = Context(group)
     every = torch.as_tensor(count, dtype=torch.float64, device=total.device).clone()
     dist.all_reduce(every, group=where.group)
     return total * (where.size / every.item())
@@ -260,7 +261,7 @@ def mean_loss(total: Tensor, count: int | Tensor, group: Any = None) -> Tensor:
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> None:
     """Average the gradients over the ranks, as DDP and FSDP do; for models that neither wraps."""
-    where = Context(group.get_group() if hasattr(group, "get_group") else group, "pass")
+    where = Context(group)
     grads = [p.grad for p in parameters if p.grad is not None]
     for dtype in {g.dtype for g in grads}:
         mine = [g for g in grads if g.dtype == dtype]

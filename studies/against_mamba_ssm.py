@@ -58,8 +58,8 @@ def median_ms(call: Callable[[], object], repeats: int = 30) -> float:
     return statistics.median(times)
 
 
-def kernel_and_eager_ms(call: Callable[[], object]) -> tuple[float, float]:
-    """Median times of a call: by replay of its CUDA graph, and eagerly."""
+def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """The replay of a call's CUDA graph, and the call's result, which each replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -68,10 +68,16 @@ def kernel_and_eager_ms(call: Callable[[], object]) -> tuple[float, float]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = call()
-    graph.replay()
+        result = call()
+    return graph.replay, result
+
+
+def kernel_and_eager_ms(call: Callable[[], object]) -> tuple[float, float]:
+    """Median times of a call: by replay of its CUDA graph, and eagerly."""
+    replay, kept = captured(call)
+    replay()
     torch.cuda.synchronize()
-    times = median_ms(graph.replay), median_ms(call)
+    times = median_ms(replay), median_ms(call)
     del kept
     return times
 

@@ -20,7 +20,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from projecta import accelerate
 from projecta.regress.store.provenance import record_provenance
-from studies.against_mamba_ssm import median_ms, peak_mib
+from studies.against_mamba_ssm import captured, median_ms, peak_mib
 from studies.block import Row, build_kernels, write_rows
 
 MODELS = {"130m": (768, 24), "2.8b": (2560, 64)}  # d_model, layers
@@ -51,20 +51,6 @@ def twin_models(width: int, layers: int) -> tuple[Any, Any]:
     ours.load_state_dict(weights, strict=False, assign=True)
     ours.tie_weights()
     return theirs, ours.cuda()
-
-
-def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """The replay of a call's CUDA graph, and what each replay overwrites."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
 
 
 def compare_logits(theirs: Any, ours: Any, ids: Tensor) -> float:

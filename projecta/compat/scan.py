@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from projecta import scan
+from projecta.compat.norm import layer_norm_fn
 from projecta.conv import causal_conv
 from projecta.scan import selective_scan
 
@@ -44,8 +45,6 @@ def rms_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6, is_rms_norm: bool = True
 ):
     """The RMS norm over the last axis, statistics in float32."""
-    from projecta.compat.norm import layer_norm_fn
-
     return layer_norm_fn(x, weight, bias, eps=eps, is_rms_norm=is_rms_norm)
 
 

@@ -36,7 +36,7 @@ from projecta.mrss.reference import Cut, block_means, channels_of, cut_blocks
 from projecta.scan._operator import Inputs
 from projecta.scan.cpu import launch
 from projecta.scan.cpu.forward import States, advance_any, save_states
-from projecta.scan.cpu.layout import CHUNK, UNROLL, Layout, saved_shape
+from projecta.scan.cpu.layout import CHUNK, UNROLL, Layout, Steps, saved_shape
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
@@ -62,19 +62,6 @@ class Band(NamedTuple):
     has_z: bool
     workspace: np.ndarray
     looks: np.ndarray  # prefetch addresses of each thread
-
-
-class Tokens(NamedTuple):
-    """Tensors (b, d, l) as flat memory and strides."""
-
-    u: np.ndarray
-    u_strides: np.ndarray
-    delta: np.ndarray
-    delta_strides: np.ndarray
-    z: np.ndarray
-    z_strides: np.ndarray
-    y: np.ndarray
-    y_strides: np.ndarray
 
 
 @inner
@@ -350,9 +337,9 @@ class _Coarse:
             whole[: self.d] = t
         return flat(whole)
 
-    def tokens(self, y: Tensor) -> Tokens:
+    def tokens(self, y: Tensor) -> Steps:
         u, delta, z = self.inputs.u, self.inputs.delta, self.inputs.z
-        return Tokens(*memory(u), *memory(delta), *memory(u if z is None else z), *memory(y))
+        return Steps(*memory(u), *memory(delta), *memory(u if z is None else z), *memory(y))
 
     def run(self, kernel: Any, *arguments: Any) -> None:
         run(kernel, self.items, self.inputs.u.numel(), self.band, *arguments)
