@@ -14,9 +14,11 @@ The backward pass goes the same way in reverse. States travel in float32. All ra
 """
 
 import contextlib
+import copy
 import math
 import threading
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from projecta._checks import Checker
 
 SCHEDULES = ("pass", "gather")
 _thread = threading.local()
+_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those that have run on a piece
 
 
 @contextlib.contextmanager
@@ -38,18 +41,11 @@ def context(group: Any = None, schedule: str = "pass") -> Iterator["Context"]:
 
     Args:
         group: a process group, a one-dimensional `DeviceMesh`, or None for all ranks.
-        schedule: "pass" or "gather"; see this module.
+        schedule: "pass", "gather", or what `choose_schedule` says; see this module.
 
     Raises:
         RuntimeError: torch.distributed is not initialised; or, from a layer, a rank differs or is lost.
     """
-    check = Checker("parallel.context")
-    check.one_of("schedule", schedule, SCHEDULES)
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "parallel.context: torch.distributed is not initialised. Start with torchrun, and call"
-            " torch.distributed.init_process_group() first."
-        )
     before = getattr(_thread, "current", None)
     _thread.current = Context(group, schedule)
     try:
@@ -64,15 +60,83 @@ def current() -> "Context | None":
     return getattr(_thread, "current", None)
 
 
+def context_of(layer: nn.Module, own: "Context | None" = None) -> "Context | None":
+    """The context that a call of `layer` runs in: this thread's, or the layer's own."""
+    where = current() or own
+    if where is None and layer not in _layers:
+        return None
+    again = torch._C._current_graph_task_id() != -1  # called by a backward pass
+    if again and (where is None or where.replayed is None):
+        raise RuntimeError(
+            "parallel: a layer is computed again in the backward pass, where no other rank sends. Give"
+            " torch.utils.checkpoint use_reentrant=False and context_fn=parallel.checkpoint_contexts."
+        )
+    if where is not None:
+        _layers.add(layer)
+    return where
+
+
+def choose_schedule(layers: int, ranks: int) -> str:
+    """The faster schedule for a stack of layers.
+
+    "pass" takes (layers + ranks - 1) / layers of the time that all ranks working at once would take, and
+    "gather" `GATHER_COST`, since it scans twice.
+    """
+    return "pass" if layers + ranks - 1 <= GATHER_COST * layers else "gather"
+
+
+GATHER_COST = 1.5
+
+
+def checkpoint_contexts() -> tuple[Any, Any]:
+    """`context_fn` of `torch.utils.checkpoint`: what is computed again takes what was received before.
+
+    Examples:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer, x = torch.nn.Linear(2, 2), torch.zeros(1, 2)
+        >>> checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts).shape
+        torch.Size([1, 2])
+    """
+    where = current()
+    if where is None:
+        return contextlib.nullcontext(), contextlib.nullcontext()
+    first, again = copy.copy(where), copy.copy(where)
+    first.noted = again.replayed = []
+    return _entered(first), _entered(again)
+
+
+@contextlib.contextmanager
+def _entered(where: "Context") -> Iterator[None]:
+    before = getattr(_thread, "current", None)
+    _thread.current = where
+    where.position = 0
+    try:
+        yield
+    finally:
+        _thread.current = before
+
+
 class Context:
     """A group of ranks that share sequences. rank: of this process in it. size: its ranks."""
 
-    def __init__(self, group: Any, schedule: str = "pass"):
+    def __init__(self, group: Any = None, schedule: str = "pass"):
+        Checker("parallel.context").one_of("schedule", schedule, SCHEDULES)
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "parallel.context: torch.distributed is not initialised. Start with torchrun, and call"
+                " torch.distributed.init_process_group() first."
+            )
         group = group.get_group() if hasattr(group, "get_group") else group  # of a DeviceMesh
         self.group, self.schedule = group, schedule
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._sent: list[tuple[Any, Tensor]] = []  # what is under way, and its memory
-        self._alike = False
+        self._checked: list[bool] = []  # shared by copies
+        self.noted: list[Any] | None = None  # what was received, for a computation again
+        self.replayed: list[Any] | None = None
+        self.position = 0  # of the next one
+
+    def __deepcopy__(self, memo: dict) -> "Context":
+        return self
 
     def peer(self, step: int) -> int | None:
         """The global rank of the neighbour before (-1) or after (1); None at the ends."""
@@ -82,23 +146,46 @@ class Context:
         return other if self.group is None else dist.get_global_rank(self.group, other)
 
     def send(self, t: Tensor, to: int) -> None:
+        if self.replayed is not None:
+            return
         t = t.detach().contiguous()
         with self._explained("sending"):
-            self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+            self._sent[:] = [(work, kept) for work, kept in self._sent if not work.is_completed()]
             self._sent.append((dist.isend(t, to, self.group), t))
 
     def receive(self, like: Tensor, source: int) -> Tensor:
-        t = torch.empty_like(like, memory_format=torch.contiguous_format)
-        with self._explained("receiving"):
-            dist.recv(t, source, self.group)
-        return t
+        def call() -> Tensor:
+            dist.recv(like, source, self.group)
+            return like
+
+        return self._once("receiving", call)
+
+    def gather(self, t: Tensor) -> Tensor:
+        """Every rank's `t`, stacked."""
+
+        def call() -> Tensor:
+            every = t.new_empty(self.size, *t.shape)
+            dist.all_gather(list(every), t.detach().contiguous(), self.group)
+            return every
+
+        return self._once("gathering", call)
+
+    def _once(self, what: str, call: Callable[[], Tensor]) -> Tensor:
+        if self.replayed is not None:
+            self.position += 1
+            return self.replayed[self.position - 1]
+        with self._explained(what):
+            received = call()
+        if self.noted is not None:
+            self.noted.append(received)
+        return received
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
         with self._explained("sending"):
             for work, _ in self._sent:
                 work.wait()
-        self._sent = []
+        self._sent.clear()
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -111,9 +198,9 @@ class Context:
                 f" does not call the same layers ({first})."
             ) from error
 
-    def check_alike(self, hidden: Tensor, kept: int) -> None:
-        """Once: all ranks hold pieces of one batch, and each at least what the next one needs."""
-        if self._alike:
+    def check_alike(self, hidden: Tensor, least: int = 0) -> None:
+        """Once: all ranks hold pieces of one batch, of `least` steps or more."""
+        if self._checked:
             return
         own = {
             "batch and width": (len(hidden), hidden.shape[2]), "dtype": str(hidden.dtype),
@@ -129,79 +216,82 @@ class Context:
                         f"parallel: all ranks must have the same {name}; rank 0 has {every[0][0][name]}, rank"
                         f" {rank} {value}."
                     )
-            if length < kept:
+            if length < least:
                 raise RuntimeError(
-                    f"parallel: each rank needs at least d_conv - 1 = {kept} tokens; rank {rank} has"
-                    f" {length}."
+                    f'parallel: with schedule "gather" each rank needs at least d_conv - 1 = {least} steps; rank'
+                    f' {rank} has {length}. Take "pass".'
                 )
-        self._alike = True
-
-
-class _Shift(torch.autograd.Function):
-    """The last inputs of the rank before; zeros on the first rank."""
-
-    @staticmethod
-    def forward(ctx: Any, tail: Tensor, where: Context) -> Tensor:
-        ctx.where, before, after = where, where.peer(-1), where.peer(1)
-        if after is not None:
-            where.send(tail, after)
-        return torch.zeros_like(tail) if before is None else where.receive(tail, before)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        where, before, after = ctx.where, ctx.where.peer(-1), ctx.where.peer(1)
-        if before is not None:
-            where.send(grad, before)
-        return torch.zeros_like(grad) if after is None else where.receive(grad, after), None
+        self._checked.append(True)
 
 
 class _Receive(torch.autograd.Function):
-    """The state of the rank before. `anchor` makes it a part of the graph."""
+    """What the rank before has sent: float32 tensors of the given shapes. `anchor` is part of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, like: Tensor, where: Context) -> Tensor:
-        ctx.where = where
-        return where.receive(like, where.peer(-1))  # type: ignore[arg-type]
+    def forward(ctx: Any, anchor: Tensor, shapes: list[tuple[int, ...]], where: Context) -> Any:
+        ctx.where, ctx.device = where, anchor.device
+        sizes = [math.prod(shape) for shape in shapes]
+        like = torch.empty(sum(sizes), dtype=torch.float32, device=anchor.device)
+        message = where.receive(like, where.peer(-1))  # type: ignore[arg-type]
+        return tuple(t.view(shape) for t, shape in zip(message.split(sizes), shapes, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.where.send(grad, ctx.where.peer(-1))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.where.send(torch.cat([g.flatten() for g in grads]), ctx.where.peer(-1))
         return None, None, None
 
 
 class _Send(torch.autograd.Function):
-    """`output`; `last` goes to the next rank."""
+    """The first tensor; the others go to the next rank in float32."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, last: Tensor, where: Context) -> Tensor:
-        ctx.where, ctx.like = where, last
-        where.send(last, where.peer(1))  # type: ignore[arg-type]
+    def forward(ctx: Any, where: Context, output: Tensor, *sent: Tensor) -> Tensor:
+        ctx.where, ctx.traits = where, [(t.shape, t.dtype, t.device) for t in sent]
+        where.send(torch.cat([t.float().flatten() for t in sent]), where.peer(1))  # type: ignore[arg-type]
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return grad, ctx.where.receive(ctx.like, ctx.where.peer(1)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        sizes = [math.prod(shape) for shape, _, _ in ctx.traits]
+        like = torch.empty(sum(sizes), dtype=torch.float32, device=ctx.traits[0][2])
+        message = ctx.where.receive(like, ctx.where.peer(1)).split(sizes)
+        own = (t.view(shape).to(kind) for t, (shape, kind, _) in zip(message, ctx.traits, strict=True))
+        return None, grad, *own
 
 
-def inputs_before(where: Context, hidden: Tensor, in_proj: nn.Module, kept: int, d: int) -> Tensor:
-    """The convolution's `kept` inputs (b, d, kept) before this rank's piece."""
-    where.check_alike(hidden, kept)
-    tail = _Shift.apply(hidden[:, hidden.shape[1] - kept :].contiguous(), where)
-    return in_proj(tail)[..., :d].transpose(1, 2)
+class _Gather(torch.autograd.Function):
+    """Every rank's tensor, stacked."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, where: Context) -> Tensor:
+        ctx.where = where
+        return where.gather(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous()
+        with ctx.where._explained("summing gradients"):
+            dist.all_reduce(grad, group=ctx.where.group)
+        return grad[ctx.where.rank], None
 
 
-def state_before(where: Context, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Schedule "pass": the state before this rank's piece."""
-    like = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+def received(where: Context, like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+    """Schedule "pass": what the rank before has handed on; None on the first rank."""
     if where.peer(-1) is None:
-        return torch.zeros_like(like)
-    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-    return _Receive.apply(anchor, like, where)
+        return None
+    anchor = torch.zeros((), device=like.device, requires_grad=torch.is_grad_enabled())
+    return _Receive.apply(anchor, list(shapes), where)
 
 
-def hand_on(where: Context, output: Tensor, last: Tensor) -> Tensor:
-    """Schedule "pass": `output`, after the last state is on its way."""
-    return output if where.peer(1) is None else _Send.apply(output, last, where)
+def hand_on(where: Context, output: Tensor, *tensors: Tensor) -> Tensor:
+    """`output`, after the tensors are on their way to the next rank."""
+    return output if where.peer(1) is None else _Send.apply(where, output, *tensors)
+
+
+def from_before(where: Context, tail: Tensor) -> Tensor:
+    """Schedule "gather": the tensor of the rank before; zeros on the first rank."""
+    every = _Gather.apply(tail, where)
+    return every[where.rank - 1] if where.rank else 0 * every[0]  # every rank's backward takes part
 
 
 def folded_state(where: Context, end: Tensor, span: Tensor, A: Tensor) -> Tensor:
@@ -209,15 +299,10 @@ def folded_state(where: Context, end: Tensor, span: Tensor, A: Tensor) -> Tensor
 
     end (b, d, n): each rank's state after a scan from zero. span (b, d): its sum of step sizes.
     """
-    from torch.distributed.nn.functional import all_gather
-
-    together = torch.cat([end, span[..., None]], -1).contiguous()
-    state = torch.zeros_like(end)
-    for rank, other in enumerate(all_gather(together, where.group or dist.group.WORLD)):
-        if rank < where.rank:
-            state = torch.exp(other[..., -1:] * A) * state + other[..., :-1]
-        else:  # every rank takes part in the sum of the gradients
-            state = state + 0 * other[..., :-1]
+    every = _Gather.apply(torch.cat([end, span[..., None]], -1), where)
+    state = 0 * every[0, ..., :-1]
+    for before in every[: where.rank]:
+        state = torch.exp(before[..., -1:] * A) * state + before[..., :-1]
     return state
 
 
@@ -229,8 +314,31 @@ def sum_of_steps(delta: Tensor, bias: Tensor | None) -> Tensor:
 
 def split(t: Tensor, group: Any = None, dim: int = 1) -> Tensor:
     """This rank's piece of a whole tensor along `dim`: pieces differ by one element at most."""
+    first, last = bounds(t.shape[dim], group)
+    return t.narrow(dim, first, last - first)
+
+
+def bounds(length: int, group: Any = None) -> tuple[int, int]:
+    """The first step of this rank's piece of a sequence, and the one after its last, as `split` cuts it."""
     where = Context(group)
-    return t.tensor_split(where.size, dim)[where.rank]
+    each, more = divmod(length, where.size)
+    first = where.rank * each + min(where.rank, more)
+    return first, first + each + (where.rank < more)
+
+
+def split_packed(cu_seqlens: Tensor, first: int, last: int) -> Tensor:
+    """`cu_seqlens` of the sequences in steps first...last of a packed row, counted from `first`.
+
+    The first value is negative if the first sequence began before: MambaBlock then takes its state from the
+    rank before.
+
+    Examples:
+        >>> split_packed(torch.tensor([0, 3, 8, 12]), 4, 10)
+        tensor([-1,  4,  6])
+    """
+    own = cu_seqlens[(cu_seqlens > first) & (cu_seqlens < last)]
+    begun = cu_seqlens[cu_seqlens <= first][-1:]
+    return torch.cat([begun, own, cu_seqlens.new_tensor([last])]) - first
 
 
 def join(t: Tensor, group: Any = None, dim: int = 1) -> Tensor:
@@ -256,17 +364,29 @@ def mean_loss(total: Tensor, count: int | Tensor, group: Any = None) -> Tensor:
     where = Context(group)
     every = torch.as_tensor(count, dtype=torch.float64, device=total.device).clone()
     dist.all_reduce(every, group=where.group)
-    return total * (where.size / every.item())
+    return total * (where.size / every).to(total.dtype)  # without waiting for the device
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> None:
     """Average the gradients over the ranks, as DDP and FSDP do; for models that neither wraps."""
     where = Context(group)
     grads = [p.grad for p in parameters if p.grad is not None]
-    for dtype in {g.dtype for g in grads}:
-        mine = [g for g in grads if g.dtype == dtype]
-        flat = torch.cat([g.flatten() for g in mine])
-        dist.all_reduce(flat, group=where.group)
-        flat /= where.size
-        for g, new in zip(mine, flat.split([math.prod(g.shape) for g in mine]), strict=True):
-            g.copy_(new.view_as(g))
+    for dtype in dict.fromkeys(g.dtype for g in grads):
+        for bucket in _buckets([g for g in grads if g.dtype == dtype]):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat, group=where.group)
+            flat /= where.size
+            for g, new in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(new.view_as(g))
+
+
+def _buckets(tensors: list[Tensor], most: int = 2**26) -> Iterator[list[Tensor]]:
+    """Lists of up to `most` numbers, at least one tensor each."""
+    bucket: list[Tensor] = []
+    for t in tensors:
+        if bucket and sum(map(torch.numel, bucket)) + t.numel() > most:
+            yield bucket
+            bucket = []
+        bucket.append(t)
+    if bucket:
+        yield bucket

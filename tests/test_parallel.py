@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import os
 import socket
 import traceback
@@ -10,10 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
 
 from projecta import MambaBlock, accelerate, parallel
+from projecta.mamba.block import State
+from projecta.mrss import BANDS
 
-LENGTH = 23
+LENGTH, BATCH, WIDTH = 23, 2, 8
+CLOSE = 1e-6  # of the largest number of a tensor
 
 
 def _port():
@@ -25,15 +30,14 @@ def _port():
 def _work(rank, size, port, job, options, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=options.get("timeout", 60))
-    )
+    seconds = options.pop("timeout", None)
+    limit = datetime.timedelta(seconds=seconds or 60)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit)
     try:
-        results.put((rank, job(rank, size, **{k: v for k, v in options.items() if k != "timeout"})))
+        results.put((rank, job(rank, size, **options)))
     except Exception as error:
-        results.put(
-            (rank, f"{type(error).__name__}: {error}" if options.get("timeout") else traceback.format_exc())
-        )
+        text = f"{type(error).__name__}: {error}" if seconds else traceback.format_exc()
+        results.put((rank, text))
 
 
 def launch(job, size, **options):
@@ -46,95 +50,205 @@ def launch(job, size, **options):
     for process in processes:
         process.start()
     expected = size - len(options.get("dead", ()))
-    found = dict(results.get(timeout=120) for _ in range(expected))
+    found = dict(results.get(timeout=180) for _ in range(expected))
     for process in processes:
         process.join(30)
         process.kill()
     return found
 
 
-def _model(kind):
+def _blocks(layers=2):
     torch.manual_seed(0)
-    if kind == "blocks":
-        return torch.nn.Sequential(*(MambaBlock(8, d_state=4) for _ in range(3)))
-    from transformers import MambaConfig, MambaForCausalLM
-
-    return MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, state_size=4))
+    return torch.nn.Sequential(*(MambaBlock(WIDTH, d_state=4) for _ in range(layers)))
 
 
-def _pieces(size):
-    """Uneven: the first rank holds four tokens more than the others, the last the rest."""
-    each = LENGTH // size - 2
-    ends = [each + 4 + i * each for i in range(size - 1)]
-    return list(zip([0, *ends], [*ends, LENGTH], strict=True))
+def _pieces(size, schedule):
+    """Uneven: the first rank holds the most steps, the third fewer than the filter spans if it may."""
+    ends = [0, 11, 15, 17 if schedule == "pass" else 18][:size]
+    return list(zip(ends, [*ends[1:], LENGTH], strict=True))
 
 
-def _compare(rank, size, kind, schedule):
-    """The largest errors of output and gradients against one process with the whole sequence."""
-    model = _model(kind)
+def _error(got, wanted):
+    return float((got.detach() - wanted.detach()).abs().max() / wanted.detach().abs().max().clamp_min(1e-6))
+
+
+def _compare(rank, size, model, run, x, schedule, averaged=True):
+    """The largest error of output and gradients of one piece against one process with the whole sequence."""
     whole = copy.deepcopy(model)
-    torch.manual_seed(1)
-    first, last = _pieces(size)[rank]
-    if kind == "blocks":
-        x, weight = torch.randn(2, LENGTH, 8), torch.randn(2, LENGTH, 8)
-        run = lambda m, at: m(at)  # noqa: E731
-        wanted = whole(x)
-    else:
-        x, weight = torch.randint(0, 20, (2, LENGTH)), torch.randn(2, LENGTH, 20)
-        run = lambda m, at: m(at, use_cache=False).logits  # noqa: E731
-        accelerate(model), accelerate(whole)
-        wanted = run(whole, x)
+    wanted = run(whole, x)
+    weight = torch.linspace(-1, 1, wanted.numel()).view_as(wanted)
     (wanted * weight).sum().backward()
+    first, last = _pieces(size, schedule)[rank]
     with parallel.context(schedule=schedule):
         y = run(model, x[:, first:last])
-        (y * weight[:, first:last]).sum().backward()
+    (y * weight[:, first:last]).sum().backward()
     parallel.average_gradients(model.parameters())
-    errors = [float((y - wanted[:, first:last]).abs().max())]
+    errors = [_error(y, wanted[:, first:last])]
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert p.grad is not None, name
-        errors.append(float((size * p.grad - q.grad).abs().max() / q.grad.abs().max().clamp_min(1e-6)))
+        errors.append(_error(size * p.grad, q.grad))
     with torch.no_grad(), parallel.context(schedule=schedule):
-        again = run(model, x[:, first:last])
-    errors.append(float((again - y).abs().max()))
+        assert torch.equal(run(model, x[:, first:last]), y)
     return max(errors)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("schedule", parallel.SCHEDULES)
-@pytest.mark.parametrize("kind", ["blocks", "transformers"])
-def test_outputs_and_gradients_are_those_of_one_process(kind, schedule, size):
-    if kind == "transformers":
-        pytest.importorskip("transformers")
-    for rank, error in launch(_compare, size, kind=kind, schedule=schedule).items():
-        assert isinstance(error, float), error
-        assert error < 1e-4, (rank, error)
+def _sequence():
+    torch.manual_seed(1)
+    return torch.randn(BATCH, LENGTH, WIDTH)
 
 
-def _helpers(rank, size):
+def blocks(rank, size, schedule):
+    return _compare(rank, size, _blocks(), lambda m, x: m(x), _sequence(), schedule)
+
+
+def checkpointed(rank, size, schedule):
+    def run(model, x):
+        for layer in model:
+            x = checkpoint(layer, x, use_reentrant=False, context_fn=parallel.checkpoint_contexts)
+        return x
+
+    return _compare(rank, size, _blocks(), run, _sequence(), schedule)
+
+
+def transformers_model(rank, size, schedule):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=20, hidden_size=WIDTH, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config)
+    accelerate(model)
+    ids = torch.randint(0, 20, (BATCH, LENGTH))
+    return _compare(rank, size, model, lambda m, x: m(x, use_cache=False).logits, ids, schedule)
+
+
+def states(rank, size, schedule):
+    """Gradients of the state before the sequence, and through the state after it."""
+    block = _blocks(1)[0]
+    torch.manual_seed(2)
+    start = State(torch.randn(BATCH, 2 * WIDTH, 3), torch.randn(BATCH, 2 * WIDTH, 4))
+    wholes, owns = ([t.clone().requires_grad_() for t in start] for _ in range(2))
+    x = _sequence()
+    wanted, after = block(x, State(*wholes), return_state=True)
+    (wanted.sum() + sum((t * t).sum() for t in after)).backward()
+    first, last = _pieces(size, schedule)[rank]
+    with parallel.context(schedule=schedule):
+        y, ended = block(x[:, first:last], State(*owns), return_state=True)
+        loss = y.sum()
+        if rank == size - 1:
+            loss = loss + sum((t * t).sum() for t in ended)
+        loss.backward()
+    errors = [_error(y, wanted[:, first:last])]
+    if rank == 0:
+        errors += [_error(t.grad, s.grad) for t, s in zip(owns, wholes, strict=True)]
+    if rank == size - 1:
+        errors += [_error(t, s) for t, s in zip(ended, after, strict=True)]
+    return max(errors)
+
+
+def packed(rank, size, schedule):
+    bounds = torch.tensor([0, 2, 13, 14, LENGTH], dtype=torch.int32)
+    x, model = _sequence()[:1], _blocks(1)
+    pieces = _pieces(size, schedule)[rank]
+
+    def run(model, x):
+        own = bounds if x.shape[1] == LENGTH else parallel.split_packed(bounds, *pieces)
+        return model[0](x, cu_seqlens=own)
+
+    return _compare(rank, size, model, run, x, schedule)
+
+
+def helpers(rank, size, schedule):
     whole = torch.arange(2 * LENGTH).view(2, LENGTH)
     mine = parallel.split(whole)
     assert torch.equal(parallel.join(mine), whole)
+    first, last = parallel.bounds(LENGTH)
+    assert torch.equal(mine, whole[:, first:last])
     uneven = whole[:, : 3 + rank].float()
     assert parallel.join(uneven).shape == (2, sum(3 + r for r in range(size)))
     p = torch.nn.Parameter(torch.ones(3))
     losses = torch.arange(float(LENGTH)).tensor_split(size)[rank]
     parallel.mean_loss((losses * p[0]).sum(), len(losses)).backward()
     parallel.average_gradients([p])
-    return float(p.grad[0])
+    return abs(float(p.grad[0]) / float(torch.arange(float(LENGTH)).mean()) - 1)
 
 
-def test_helpers():
-    mean = float(torch.arange(float(LENGTH)).mean())
-    for value in launch(_helpers, 3).values():
-        assert value == pytest.approx(mean), value
+CASES = {
+    f"{job.__name__} {schedule}": (job, schedule)
+    for job in (blocks, checkpointed, transformers_model, states, packed, helpers)
+    for schedule in parallel.SCHEDULES
+    if (job, schedule) not in ((packed, "gather"), (helpers, "gather"))
+}
+
+
+def _all(rank, size):
+    found = {}
+    for name, (job, schedule) in CASES.items():
+        try:
+            found[name] = job(rank, size, schedule)
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+@functools.cache
+def _results(size):
+    return launch(_all, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_as_one_process(case, size):
+    if "transformers" in case:
+        pytest.importorskip("transformers")
+    for rank, found in _results(size).items():
+        assert isinstance(found, dict), found
+        assert isinstance(found[case], float), found[case]
+        assert found[case] < CLOSE, (rank, found[case])
+
+
+def _mesh(rank, size):
+    """Two sequences at once, each over two ranks; FSDP2 shards the weights over the sequences."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pieces", "batches"))
+    model = _blocks()
+    whole, x = copy.deepcopy(model), _sequence()
+    losses = []
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimisers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, whole)]
+    mine = x[mesh["batches"].get_local_rank()][None]
+    first, last = _pieces(2, "pass")[mesh["pieces"].get_local_rank()]
+    for _ in range(3):
+        with parallel.context(mesh["pieces"]):
+            total = model(mine[:, first:last]).square().sum()
+            parallel.mean_loss(total, WIDTH * (last - first)).backward()
+        loss = whole(x).square().mean()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        dist.all_reduce(total := total.detach())
+        losses.append(abs(total.item() / x.numel() / loss.item() - 1))
+    state = {name: t.full_tensor() for name, t in model.state_dict().items()}
+    loaded = _blocks()
+    loaded.load_state_dict(state)  # a checkpoint of a sharded run, on one process
+    errors = [_error(p, q) for p, q in zip(loaded.parameters(), whole.parameters(), strict=True)]
+    return max(losses + errors)
+
+
+def test_a_mesh_with_fsdp():
+    for error in launch(_mesh, 4).values():
+        assert isinstance(error, float), error
+        assert error < 1e-5
 
 
 def _differ(rank, size, what):
     block = MambaBlock(8, d_state=4).to(torch.bfloat16 if (what == "dtype" and rank == 1) else torch.float32)
-    length = 2 if what == "length" and rank == 1 else 9
     batch = 3 if what == "batch" and rank == 1 else 2
-    x = torch.randn(batch, length, 8, dtype=block.in_proj.weight.dtype)
-    with parallel.context():
+    x = torch.randn(batch, 2 if what == "length" and rank else 9, 8, dtype=block.in_proj.weight.dtype)
+    with parallel.context(schedule="gather"):
         block(x)
     return ""
 
@@ -142,20 +256,17 @@ def _differ(rank, size, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
+        ("dtype", "all ranks must have the same dtype; rank 0 has torch.float32, rank 1 torch.bfloat16."),
+        ("batch", "all ranks must have the same batch and width; rank 0 has (2, 8), rank 1 (3, 8)."),
         (
-            "dtype",
-            "parallel: all ranks must have the same dtype; rank 0 has torch.float32, rank 1 torch.bfloat16.",
+            "length",
+            'with schedule "gather" each rank needs at least d_conv - 1 = 3 steps; rank 1 has 2. Take "pass".',
         ),
-        (
-            "batch",
-            "parallel: all ranks must have the same batch and width; rank 0 has (2, 8), rank 1 (3, 8).",
-        ),
-        ("length", "parallel: each rank needs at least d_conv - 1 = 3 tokens; rank 1 has 2."),
     ],
 )
 def test_ranks_that_differ_say_so_on_every_rank(what, message):
     found = launch(_differ, 2, what=what, timeout=20)
-    assert set(found.values()) == {f"RuntimeError: {message}"}
+    assert set(found.values()) == {f"RuntimeError: parallel: {message}"}
 
 
 def _die(rank, size, dead):
@@ -176,8 +287,54 @@ def test_a_rank_that_dies_is_named_on_the_others():
     assert "another rank has ended" in found[1]
 
 
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def test_it_needs_a_process_group():
     with pytest.raises(RuntimeError, match="is not initialised"), parallel.context():
         pass
     with pytest.raises(ValueError, match="schedule must be one of"), parallel.context(schedule="ring"):
         pass
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_plain_checkpoint_is_refused(alone, inside):
+    block, x = _blocks(1)[0], _sequence()
+    with parallel.context():
+        y = checkpoint(block, x, use_reentrant=False)
+        if inside:
+            with pytest.raises(RuntimeError, match="context_fn=parallel.checkpoint_contexts"):
+                y.sum().backward()
+    if not inside:
+        with pytest.raises(RuntimeError, match="context_fn=parallel.checkpoint_contexts"):
+            y.sum().backward()
+
+
+def test_what_it_cannot_do_is_refused(alone):
+    bounds = torch.tensor([0, LENGTH], dtype=torch.int32)
+    with parallel.context(schedule="gather"), pytest.raises(ValueError, match="cu_seqlens must be None with"):
+        _blocks(1)[0](_sequence()[:1], cu_seqlens=bounds)
+    with parallel.context(), pytest.raises(ValueError, match="mrss must be None within"):
+        MambaBlock(WIDTH, mrss=BANDS)(_sequence())
+
+
+def test_accelerate_takes_a_group(alone):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=WIDTH, num_hidden_layers=2, state_size=4)
+    model, ids = transformers.MambaForCausalLM(config).eval(), torch.randint(0, 20, (1, 5))
+    wanted = model(ids, use_cache=False).logits
+    with accelerate(model, group=dist.group.WORLD):
+        assert model.backbone.layers[0].mixer.forward.where.schedule == "pass"
+        assert _error(model(ids, use_cache=False).logits, wanted) < 1e-5
+        with pytest.raises(ValueError, match="cache must be None where ranks share a sequence"):
+            model(ids)
+        assert copy.deepcopy(model).backbone.layers[0].mixer.forward.where is None
+
+
+def test_a_short_stack_gathers():
+    assert [parallel.choose_schedule(layers, 4) for layers in (1, 2, 24)] == ["gather", "gather", "pass"]

@@ -8,7 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STORED = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # the types that `simd` reads
+# the types that kernels read, as numpy names them; `simd` reads those of 16 bits
+_KINDS = {
+    torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "i2", torch.float16: "u2", torch.int32: "i4",
+    torch.int64: "i8", torch.uint8: "u1", torch.bool: "u1",
+}  # fmt: skip
+_KINDS = {dtype: np.dtype(kind).str for dtype, kind in _KINDS.items()}
+
+
+class _Memory:
+    """A contiguous tensor, to numpy a flat array.
+
+    `Tensor.numpy` would mark the tensor's memory as of fixed size for ever, and FSDP must free that of weights.
+    """
+
+    __slots__ = ("__array_interface__", "kept")
+
+    def __init__(self, t: Tensor):
+        self.kept, kind = t, _KINDS[t.dtype]
+        self.__array_interface__ = {
+            "data": (t.data_ptr(), False), "shape": (t.numel(),), "typestr": kind, "version": 3,
+        }  # fmt: skip
 
 
 def flat(t: Tensor) -> np.ndarray:
@@ -24,9 +44,7 @@ def flat(t: Tensor) -> np.ndarray:
         raise AssertionError(
             f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
         )
-    stored = _STORED.get(t.dtype)
-    array: np.ndarray = (t if stored is None else t.view(stored)).numpy()
-    return array.reshape(-1)
+    return np.asarray(_Memory(t))
 
 
 def memory(t: Tensor, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from projecta import parallel
 from projecta._checks import Checker
-from projecta.conv import last_inputs
-from projecta.mamba.layer import check_backend, convolve, fused, run_piece, scan_layer, step_layer
+from projecta.mamba.layer import check_backend, check_piece, fused, run, run_piece, step_layer
 from projecta.mrss import Bands, MrssState, check_bands
 
 
@@ -123,42 +122,41 @@ class MambaBlock(nn.Module):
         return State(weight.new_zeros(batch, self.d_inner, self.d_conv - 1), ssm)
 
     def forward(
-        self, hidden_states: Tensor, state: State | None = None, return_state: bool = False
+        self,
+        hidden_states: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, State]:
         """Map (b, l, d_model) to the same shape, starting from `state` if given; differentiable in both.
 
-        Returns the output, with `return_state` also the state after the last token.
+        cu_seqlens: int32 (s + 1), packs s sequences into one row (b = 1), as in `projecta.selective_scan`;
+        the states are then (s, ...).
+
+        Returns the output, with `return_state` also the state after the last token. Within
+        `projecta.parallel.context` the first rank takes `state`, and the last rank returns the last one.
         """
         check = Checker("MambaBlock")
         check.that(
             hidden_states.dim() == 3 and hidden_states.shape[2] == self.d_model,
             "hidden_states", f"have shape (b, l, d_model = {self.d_model})", tuple(hidden_states.shape),
         )  # fmt: skip
-        where = parallel.current()
+        check.that(cu_seqlens is None or self.mrss is None, "cu_seqlens", "be None with mrss", "a packed row")
+        where = parallel.context_of(self)
         if where is not None:
-            plain = state is None and not return_state and self.mrss is None
-            check.that(plain, "state", "be None, without mrss, within parallel.context", "another call")
-            return run_piece(self, hidden_states, where, self.backend)
+            check_piece(check, where, self.mrss, cu_seqlens)
+            before = (None, None) if state is None else state
+            output, *after = run_piece(self, hidden_states, where, self.backend, before, cu_seqlens)
+            return (output, State(*after)) if return_state else output
         conv, ssm = (None, None) if state is None else state
-        module, weights = (None, None) if self.mrss is not None else fused(self, hidden_states, self.backend)
-        if module is not None:
-            output, last = module.run(hidden_states, weights, conv, ssm)
-            if not return_state:
-                return output
-            last_x = self.in_proj(hidden_states[:, max(0, hidden_states.shape[1] - self.d_conv + 1) :])
-            return output, State(self._last_inputs(conv, last_x[..., : self.d_inner]), last)
-        x, z = self.in_proj(hidden_states).chunk(2, -1)
         if self.mrss is not None and ssm is None and return_state:
-            ssm = self.initial_state(len(x)).ssm
-        y, last = scan_layer(self, convolve(self, x, conv, self.backend), z, ssm, self.backend, self.mrss)
-        output = self.out_proj(y)
-        if not return_state:
-            return output
-        return output, State(self._last_inputs(conv, x), last)
-
-    def _last_inputs(self, before: Tensor | None, x: Tensor) -> Tensor:
-        """The convolution's last inputs after `before` and x (b, l, d_inner)."""
-        return last_inputs(x.transpose(1, 2), self.d_conv - 1, before, None)
+            ssm = self.initial_state(len(hidden_states)).ssm
+        output, *after = run(
+            self, hidden_states, self.backend, conv, ssm, keep=return_state, bands=self.mrss,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return (output, State(*after)) if return_state else output
 
     def step(self, hidden_states: Tensor, state: State) -> Tensor:
         """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""

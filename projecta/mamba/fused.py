@@ -96,11 +96,13 @@ _PRODUCTS = ("in_proj", "in_bias", "x_proj", "dt_proj", "out_proj", "out_bias")
 
 
 def run(
-    hidden: Tensor, weights: Weights, conv_start: Tensor | None = None, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weights: Weights, conv_start: Tensor | None = None, state: Tensor | None = None,
+    keep: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The output (b, l, d_model) and the state after the last step; differentiable in every tensor.
 
     conv_start: the d_conv - 1 inputs of the convolution before the first (b, d, d_conv - 1).
+    keep: also return the last `keep` inputs of the convolution (b, d, keep).
     """
     hidden = hidden.to(weights.in_proj.dtype)
     conv_start = None if conv_start is None else conv_start.contiguous()
@@ -110,9 +112,9 @@ def run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         every = SAVE_EVERY[hidden.element_size()]
         records = _records_of(hidden, conv_start, state, every, weights)
-        forward, backward = partial(_forward, records, every), partial(_backward, records)
+        forward, backward = partial(_forward, records, every, keep), partial(_backward, records, keep)
         return differentiable("MambaBlock", "triton", forward, backward, given)
-    return _forward(_records_of(hidden, conv_start, state, 0, weights), 0, *given)[0]
+    return _forward(_records_of(hidden, conv_start, state, 0, weights), 0, keep, *given)[0]
 
 
 def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) -> Tensor:
@@ -189,9 +191,9 @@ class _Pass:
 
 
 def _forward(
-    records: dict[Any, Recording], every: int, hidden: Tensor, conv_start: Tensor | None,
+    records: dict[Any, Recording], every: int, keep: int, hidden: Tensor, conv_start: Tensor | None,
     state: Tensor | None, *weights: Any,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
     """The output and the last state; and what the backward pass needs: xz, s and the saved states."""
     (b, l, m), w = hidden.shape, Weights(*weights)
     columns = hidden.reshape(b * l, m).t()
@@ -214,15 +216,18 @@ def _forward(
         out = torch.mm(y.t(), w.out_proj.t())
     else:
         out = torch.addmm(w.out_bias, y.t(), w.out_proj.t())
-    return (out.view(b, l, -1), last), (xz, s, saved)
+    outputs = out.view(b, l, -1), last
+    if keep:
+        outputs += (made.x[..., l - keep :].contiguous(),)
+    return outputs, (xz, s, saved)
 
 
 def _backward(
-    records: dict[Any, Recording], grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...],
+    records: dict[Any, Recording], keep: int, grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...],
     given: tuple[Any, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of hidden, conv_start, state and the weights."""
-    (grad_output, grad_last), (xz, s, saved) = grads, kept
+    (grad_output, grad_last, *grad_x), (xz, s, saved) = grads, kept
     (hidden, conv_start, state), w = given[:3], Weights(*given[3:])
     b, l, m = hidden.shape
     made, flat, dxz = _Pass(xz, w, b, l, records), hidden.reshape(b * l, m), torch.empty_like(xz)
@@ -233,6 +238,8 @@ def _backward(
     du = _scan_backward(made, sent, grad_last, s, saved, conv_start, state, dxz, found)
     dstart = _conv_backward(made, du, conv_start, dxz, found)
     del du  # before the largest products
+    if keep and grad_x[0] is not None:
+        _rows(dxz, b, l, 0, made.d)[..., l - keep :] += grad_x[0]
     found["in_proj"] = torch.mm(dxz, flat)
     found["in_bias"] = None if w.in_bias is None else dxz.sum(1)
     dhidden = torch.mm(dxz.t(), w.in_proj).view(b, l, m)

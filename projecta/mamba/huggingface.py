@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from projecta import parallel
 from projecta._checks import Checker, host
-from projecta.mamba.layer import check_backend, convolve, fused, run_piece, scan_layer, step_layer
+from projecta.mamba.layer import (
+    check_backend,
+    check_piece,
+    convolve,
+    fused,
+    run_piece,
+    scan_layer,
+    step_layer,
+)
 from projecta.mrss import Bands, check_bands
 
 # The Mamba layers and the norms of transformers that `accelerate` knows, by the module that defines them.
@@ -21,7 +29,9 @@ _KNOWN = {
 }
 
 
-def accelerate(model: nn.Module, *, mrss: Bands | None = None, backend: str = "auto") -> "Acceleration":
+def accelerate(
+    model: nn.Module, *, mrss: Bands | None = None, group: Any = None, backend: str = "auto"
+) -> "Acceleration":
     """Run the Mamba layers of a Hugging Face model on projecta's scan, until the handle's `remove()`.
 
     Its RMS norms run as one operator of torch, whose result is rounded once instead of twice. Weights,
@@ -35,6 +45,9 @@ def accelerate(model: nn.Module, *, mrss: Bands | None = None, backend: str = "a
         mrss: bands of `projecta.mrss_scan`, for training. A layer's channels are sorted by step size, in its
             weights, until `remove()`. Calls with a cache raise: a cache of transformers has no place for
             unfinished blocks.
+        group: the ranks that share each sequence, a process group or a one-dimensional `DeviceMesh`: the
+            model takes this rank's piece until `remove()`, as within `projecta.parallel.context`, by the
+            schedule that its number of layers asks for.
         backend: backend of the scan and the step, as in `projecta.selective_scan`.
 
     Returns:
@@ -80,8 +93,14 @@ def accelerate(model: nn.Module, *, mrss: Bands | None = None, backend: str = "a
         for i, mixer in enumerate(mixers):
             check_bands(check, mrss, mixer.A_log.shape[0], name="mrss")
             order[i] = _sort_order(check, mixer)
+    where = None
+    if group is not None:
+        where = parallel.Context(group)
+        where.schedule = parallel.choose_schedule(len(mixers), where.size)
     handle = Acceleration(mixers, [m for m in model.modules() if isinstance(m, _known(1))], backend)
     for mixer, rank in zip(mixers, order, strict=True):
+        if where is not None:
+            mixer.forward.where = where
         if rank is not None:
             _permute(mixer, rank)
             mixer.forward.order, mixer.forward.bands = rank, mrss
@@ -193,6 +212,11 @@ class _Forward:
         self.has_handle = True  # whether a caller can `remove` it
         self.order: Tensor | None = None  # of the channels, with MRSS
         self.bands: Bands | None = None  # with MRSS
+        self.where: parallel.Context | None = None  # the ranks that share its sequences
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and saved: not the ranks, which end with their processes."""
+        return self.__dict__ | {"where": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose handle no caller holds."""
@@ -227,13 +251,12 @@ class _Forward:
         check.that(
             cache is None or self.bands is None, "cache", "be None with mrss: pass use_cache=False", "a cache"
         )
-        where = parallel.current()
+        where = parallel.context_of(mixer, self.where)
         if where is not None:
-            plain = cache is None and attention_mask is None and self.bands is None
-            check.that(
-                plain, "cache", "be None, without mask and mrss, within parallel.context", "another call"
-            )
-            return run_piece(mixer, hidden_states, where, self.backend)
+            for name, value in (("cache", cache), ("attention_mask", attention_mask)):
+                check.that(value is None, name, "be None where ranks share a sequence", type(value).__name__)
+            check_piece(check, where, self.bands)
+            return run_piece(mixer, hidden_states, where, self.backend)[0]
         mask = None if attention_mask is None else attention_mask[:, -l:, None]
         conv: Any = None
         ssm: Any = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from projecta import parallel
 from projecta._backends import device_of, require_backend, why_not
 from projecta._checks import Checker
-from projecta.conv import causal_conv, causal_conv_update
+from projecta.conv import causal_conv, causal_conv_update, last_inputs
 from projecta.mrss import Bands, MrssState, mrss_scan, mrss_update
 from projecta.scan import BACKENDS, selective_scan, selective_state_update
 
@@ -32,17 +32,29 @@ def check_backend(check: Checker, backend: str) -> None:
         require_backend(check, "projecta.scan", backend)
 
 
+def check_piece(
+    check: Checker, where: parallel.Context, bands: Bands | None, cu_seqlens: Tensor | None = None
+) -> None:
+    """Refuse what a layer within `parallel.context` cannot do."""
+    check.that(bands is None, "mrss", "be None within parallel.context", bands)
+    plain = cu_seqlens is None or where.schedule == "pass"
+    check.that(plain, "cu_seqlens", 'be None with schedule "gather"', "a packed row", 'Take "pass".')
+
+
 def activate(layer: Any, x: Tensor) -> Tensor:
     return layer.act(x) if hasattr(layer, "act") else F.silu(x)
 
 
-def convolve(layer: Any, x: Tensor, before: Tensor | None, backend: str) -> Tensor:
+def convolve(
+    layer: Any, x: Tensor, before: Tensor | None, backend: str, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x."""
     kept, silu = layer.conv1d.kernel_size[0] - 1, _is_silu(layer)
     start = None if before is None else before[..., before.shape[-1] - kept :]
     y: Any = causal_conv(
         x.transpose(1, 2), layer.conv1d.weight.squeeze(1), layer.conv1d.bias,
-        activation="silu" if silu else None, initial_state=start, backend=_conv_backend(backend),
+        activation="silu" if silu else None, initial_state=start, cu_seqlens=cu_seqlens,
+        backend=_conv_backend(backend),
     )  # fmt: skip
     y = y.transpose(1, 2)
     return y if silu else activate(layer, y)
@@ -89,41 +101,91 @@ def as_wide(t: Tensor) -> Tensor:
 
 
 def scan_layer(
-    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, bands: Bands | None = None
-) -> tuple[Tensor, Any]:
+    layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, bands: Bands | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Any]:  # fmt: skip
     """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if `bands` are given."""
     delta, bias, B, C = select(layer, x)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
     A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
     options = {"initial_state": initial_state, "backend": backend}
     if bands is None:
+        options["cu_seqlens"] = cu_seqlens
         y, last_state = selective_scan(u, delta, A, B, C, D, z, bias, True, True, **options)
     else:
         y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, bands=bands, **options)
     return y.transpose(1, 2), last_state
 
 
-def run_piece(layer: Any, hidden: Tensor, where: parallel.Context, backend: str) -> Tensor:
-    """The output of a layer for this rank's piece (b, l, d_model) of a sequence; see `projecta.parallel`."""
-    (d, n), kept = layer.A_log.shape, layer.conv1d.kernel_size[0] - 1
-    conv = parallel.inputs_before(where, hidden, layer.in_proj, kept, d)
-    if where.schedule == "pass":
-        ssm = parallel.state_before(where, hidden, (len(hidden), d, n))
+def run(
+    layer: Any, hidden: Tensor, backend: str, conv: Any = None, ssm: Any = None, *, keep: bool = False,
+    bands: Bands | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """The output of hidden (b, l, d_model), and the states after it: conv only if `keep`.
+
+    conv (b, d, d_conv - 1), ssm (b, d, n): the states before, or None; (s, ...) for s packed sequences.
+    """
+    kept = layer.conv1d.kernel_size[0] - 1
+    module, weights = None, None
+    if bands is None and cu_seqlens is None:
         module, weights = fused(layer, hidden, backend)
-        if module is not None:
-            return parallel.hand_on(where, *module.run(hidden, weights, conv, ssm))
-        x, z = layer.in_proj(hidden).chunk(2, -1)
-        y, last = scan_layer(layer, convolve(layer, x, conv, backend), z, ssm, backend)
-        return parallel.hand_on(where, layer.out_proj(y), last)
+    if module is not None:
+        if not keep:
+            return module.run(hidden, weights, conv, ssm)[0], None, None
+        output, last, *x = module.run(hidden, weights, conv, ssm, min(kept, hidden.shape[1]))
+        x = x[0] if x else hidden.new_empty(len(hidden), layer.A_log.shape[0], 0)
+        return output, x if x.shape[-1] == kept else last_inputs(x, kept, conv, None), last
     x, z = layer.in_proj(hidden).chunk(2, -1)
-    u = convolve(layer, x, conv, backend)
+    y, last = scan_layer(
+        layer, convolve(layer, x, conv, backend, cu_seqlens), z, ssm, backend, bands, cu_seqlens
+    )
+    after = last_inputs(x.transpose(1, 2), kept, conv, cu_seqlens) if keep else None
+    return layer.out_proj(y), after, last
+
+
+def run_piece(
+    layer: Any, hidden: Tensor, where: parallel.Context, backend: str, state: Any = (None, None),
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """As `run`, for this rank's piece of a sequence; the first rank takes `state`. See `projecta.parallel`.
+
+    cu_seqlens: of the piece, as `parallel.split_packed` gives it.
+    """
+    (d, n), kept = layer.A_log.shape, layer.conv1d.kernel_size[0] - 1
+    where.check_alike(hidden, kept if where.schedule == "gather" else 0)
+    if where.schedule == "gather":
+        return _run_gathered(layer, hidden, where, backend, state, kept)
+    found = parallel.received(where, hidden, (len(hidden), d, kept), (len(hidden), d, n))
+    if found is not None:
+        state = found[0].to(hidden.dtype), found[1]
+    own = cu_seqlens
+    if cu_seqlens is not None:
+        own = cu_seqlens.clamp(min=0)
+        if found is not None:  # only the first sequence goes on from the rank before, if it does
+            goes_on = cu_seqlens[0] < 0
+            rest = (0, 0, 0, 0, 0, len(cu_seqlens) - 2)
+            state = tuple(F.pad(torch.where(goes_on, t, 0), rest) for t in state)
+    output, conv, ssm = run(layer, hidden, backend, *state, keep=True, cu_seqlens=own)
+    return parallel.hand_on(where, output, conv[-len(hidden) :], ssm[-len(hidden) :]), conv, ssm
+
+
+def _run_gathered(
+    layer: Any, hidden: Tensor, where: parallel.Context, backend: str, state: Any, kept: int
+) -> tuple[Tensor, Any, Any]:
+    x, z = layer.in_proj(hidden).chunk(2, -1)
+    conv, ssm = state if where.rank == 0 else (None, None)
+    after = last_inputs(x.transpose(1, 2), kept, conv, None)
+    before = parallel.from_before(where, after)
+    u = convolve(layer, x, before if conv is None else before + conv, backend)
     delta, bias, B, C = select(layer, u)
     A, D, span = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D), parallel.sum_of_steps(delta, bias)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
-    end = selective_scan(u, delta, A, B, C, None, None, bias, True, True, backend=backend)[1]
-    ssm = parallel.folded_state(where, end, span, A)
-    whole: Any = selective_scan(u, delta, A, B, C, D, z, bias, True, initial_state=ssm, backend=backend)
-    return layer.out_proj(whole.transpose(1, 2))
+    options = {"delta_softplus": True, "return_last_state": True, "backend": backend}
+    end = selective_scan(u, delta, A, B, C, None, None, bias, initial_state=ssm, **options)[1]
+    start = parallel.folded_state(where, end, span, A)
+    start = start if ssm is None else start + ssm
+    y, last = selective_scan(u, delta, A, B, C, D, z, bias, initial_state=start, **options)
+    return layer.out_proj(y.transpose(1, 2)), after, last
 
 
 def step_layer(layer: Any, x: Tensor, conv: Tensor, z: Tensor, state: Any, backend: str) -> Tensor:
