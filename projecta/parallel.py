@@ -18,6 +18,7 @@ import copy
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -129,7 +130,7 @@ class Context:
         group = group.get_group() if hasattr(group, "get_group") else group  # of a DeviceMesh
         self.group, self.schedule = group, schedule
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._sent: list[tuple[Any, Tensor]] = []  # what is under way, and its memory
+        self._sent: deque[tuple[Any, Tensor]] = deque()  # what is under way, and its memory
         self._checked: list[bool] = []  # shared by copies
         self.noted: list[Any] | None = None  # what was received, for a computation again
         self.replayed: list[Any] | None = None
@@ -150,7 +151,8 @@ class Context:
             return
         t = t.detach().contiguous()
         with self._explained("sending"):
-            self._sent[:] = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+            while self._sent and self._sent[0][0].is_completed():
+                self._sent.popleft()
             self._sent.append((dist.isend(t, to, self.group), t))
 
     def receive(self, like: Tensor, source: int) -> Tensor:
@@ -218,8 +220,8 @@ class Context:
                     )
             if length < least:
                 raise RuntimeError(
-                    f'parallel: with schedule "gather" each rank needs at least d_conv - 1 = {least} steps; rank'
-                    f' {rank} has {length}. Take "pass".'
+                    f'parallel: with schedule "gather" each rank needs at least d_conv - 1 = {least} steps;'
+                    f' rank {rank} has {length}. Take "pass".'
                 )
         self._checked.append(True)
 
@@ -376,8 +378,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> 
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat, group=where.group)
             flat /= where.size
-            for g, new in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(new.view_as(g))
+            pieces = flat.split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
 
 
 def _buckets(tensors: list[Tensor], most: int = 2**26) -> Iterator[list[Tensor]]:

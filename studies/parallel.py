@@ -151,7 +151,8 @@ def compare_with_one(schedule: str) -> float:
         y = model(x[:, first:last])
     y.square().sum().backward()
     parallel.average_gradients(model.parameters())
-    pairs = [(dist.get_world_size() * p.grad, q.grad) for p, q in zip(model.parameters(), whole.parameters())]
+    size, both = dist.get_world_size(), zip(model.parameters(), whole.parameters(), strict=True)
+    pairs = [(size * p.grad, q.grad) for p, q in both]
     pairs.append((y, wanted[:, first:last]))
     worst = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max()
     dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -247,7 +248,11 @@ def work(rank: int, size: int, port: int, models: list[str], into: str) -> None:
 
 def compare_rows(rows: list[Row]) -> None:
     """Add speedup, prediction, rate and memory of each row over one GPU's."""
-    alone = {(r["model"], r["layers"], r["tokens"]): r for r in rows if r["ranks"] == 1 and r["step_ms"]}
+    alone = {
+        (row["model"], row["layers"], row["tokens"]): row
+        for row in rows
+        if row["ranks"] == 1 and row["step_ms"]
+    }
     for row in rows:
         if row["step_ms"] == "":
             continue

@@ -308,10 +308,10 @@ def test_a_plain_checkpoint_is_refused(alone, inside):
     with parallel.context():
         y = checkpoint(block, x, use_reentrant=False)
         if inside:
-            with pytest.raises(RuntimeError, match="context_fn=parallel.checkpoint_contexts"):
+            with pytest.raises(RuntimeError, match=r"context_fn=parallel\.checkpoint_contexts"):
                 y.sum().backward()
     if not inside:
-        with pytest.raises(RuntimeError, match="context_fn=parallel.checkpoint_contexts"):
+        with pytest.raises(RuntimeError, match=r"context_fn=parallel\.checkpoint_contexts"):
             y.sum().backward()
 
 

@@ -19,7 +19,7 @@ _KINDS = {dtype: np.dtype(kind).str for dtype, kind in _KINDS.items()}
 class _Memory:
     """A contiguous tensor, to numpy a flat array.
 
-    `Tensor.numpy` would mark the tensor's memory as of fixed size for ever, and FSDP must free that of weights.
+    `Tensor.numpy` would fix the size of the tensor's memory for ever, and FSDP must free that of weights.
     """
 
     __slots__ = ("__array_interface__", "kept")

@@ -14,7 +14,6 @@ from projecta._operators import (
     register,
     without_autocast,
 )
-from projecta.conv.reference import start_gradient
 
 
 class Inputs(NamedTuple):
@@ -31,11 +30,12 @@ DIFFERENTIABLE = 4  # all but the bounds
 
 
 class Grads(NamedTuple):
-    """The gradients that a backend writes; that of the start needs no kernel."""
+    """The gradients that a backend writes; those of bias and start are None if there is none."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    start: Tensor | None
 
 
 def _new_gradients(grad_y: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
@@ -53,8 +53,8 @@ def _new_gradients(grad_y: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
 def define(name: str, forward: Callable, backward: Callable) -> Callable:
     """Register `projecta::{name}` and its backward operator; return the function to call.
 
-    forward(inputs, silu, y) writes y. backward(grad_y, inputs, silu, grads) writes the gradients of x, weight
-    and bias (None if there is no bias). Neither is called for an empty x.
+    forward(inputs, silu, y) writes y. backward(grad_y, inputs, silu, grads) writes the gradients. Neither is
+    called for an empty x.
     """
     backend = name.removeprefix("conv_")
 
@@ -80,11 +80,9 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         grads = _new_gradients(grad_y, *inputs)
         if not x.numel():
             return [grad.zero_() for grad in grads]
-        dx, dweight, dbias, dstart = grads
+        given = (None if t is None else grad for t, grad in zip(inputs, grads, strict=False))
         with without_autocast(x):
-            backward(grad_y, inputs, silu, Grads(dx, dweight, None if bias is None else dbias))
-            if start is not None:
-                dstart.copy_(start_gradient(grad_y, x, weight, bias, start, bounds, silu))
+            backward(grad_y, inputs, silu, Grads(*given))
         return grads
 
     conv_op = register(name, conv, lambda x, *rest: torch.empty_like(x))

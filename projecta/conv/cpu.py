@@ -336,6 +336,8 @@ def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> N
     grads.weight.copy_(sums[:-1].t())
     if grads.bias is not None:
         grads.bias.copy_(sums[-1])
+    if grads.start is not None:
+        grads.start.copy_(reference.start_gradient(grad_y, *inputs, silu))
 
 
 causal_conv = define("conv_cpu", forward_pass, backward_pass)

@@ -25,7 +25,6 @@ from projecta.conv import WIDEST
 from projecta.conv import triton as conv
 from projecta.conv._operator import Grads as ConvGrads
 from projecta.conv._operator import Inputs as ConvInputs
-from projecta.conv.reference import start_gradient
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import launch as scan
 
@@ -257,15 +256,14 @@ def _conv_backward(
         made.conv_inputs(conv_start),
     )
     dweight, dbias = torch.empty_like(w.conv), None if w.conv_bias is None else torch.empty_like(w.conv_bias)
-    grads = ConvGrads(dx, dweight.squeeze(1), dbias)
+    dstart = None if conv_start is None else torch.empty_like(conv_start)
+    grads = ConvGrads(dx, dweight.squeeze(1), dbias, dstart)
     repeated(
         made.records, "conv back", (rows, *inputs[:4]), grads,
         lambda: conv.backward_pass(rows, inputs, True, grads),
     )  # fmt: skip
     found |= {"conv": dweight, "conv_bias": dbias}
-    if conv_start is None:
-        return None
-    return start_gradient(rows, made.x, inputs.weight, w.conv_bias, conv_start, None, True)
+    return dstart
 
 
 def _scan_backward(

@@ -238,21 +238,9 @@ def _compile(kernel, element, architecture, constants):
     function = getattr(import_module(_module_of(kernel)), kernel)
     names = [p.name for p in function.params]
     own = {
-        "u",
-        "delta",
-        "z",
-        "y",
-        "ungated",
-        "grad_y",
-        "du",
-        "ddelta",
-        "dz",
-        "x",
-        "dt",
-        "gated",
-        "dx",
-        "dt_weight",
-    }
+        "u", "delta", "z", "y", "ungated", "grad_y", "du", "ddelta", "dz", "x", "dt", "gated", "dx", "dt_weight",
+        "dstart",
+    }  # fmt: skip
     wide = {
         "A", "D", "bias", "last", "saved", "start", "grad_last", "sums", "totals", "carried", "spans", "state",
         "B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start", "weight", "dweight",
@@ -304,6 +292,7 @@ KERNELS = {
     "convolve": _CONV,
     "convolve, along channels": _CONV | {"TIME": False, "WIDE": False, "WHOLE": False, "WIDTH": 8},
     "convolve_backward": _CONV,
+    "convolve_backward_start": {"bounds": None, "WIDTH": 4, "SILU": True, "BLOCK": 128, "WARPS": 4},
     "convolve_step": {"WIDTH": 4, "SILU": True, "BLOCK": 128, "KEPT": 3, "WARPS": 4},
     "sum_totals": {"WIDTH": 4, "BLOCK": 128, "WARPS": 4},
     "update_state": {

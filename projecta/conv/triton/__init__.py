@@ -22,7 +22,14 @@ from projecta._triton.launch import (
 )
 from projecta.conv import reference
 from projecta.conv._operator import Grads, Inputs, define
-from projecta.conv.triton.kernels import STEPS, convolve, convolve_backward, convolve_step, sum_totals
+from projecta.conv.triton.kernels import (
+    STEPS,
+    convolve,
+    convolve_backward,
+    convolve_backward_start,
+    convolve_step,
+    sum_totals,
+)
 
 unavailable = cannot_run
 WARPS = 4
@@ -108,6 +115,26 @@ def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> N
             lambda: (layout.grid, strides_of(g=grad_y, x=x, dx=grads.x) | layout.sizes, layout.options),
         )  # fmt: skip
         start_kernel(layout.launches, sum_totals, sums, describe_sums)
+        if grads.start is not None and width > 1:
+            _write_start_gradient(layout, grad_y, inputs, silu, grads.start)
+
+
+def _write_start_gradient(
+    layout: _Layout, grad_y: Tensor, inputs: Inputs, silu: bool, dstart: Tensor
+) -> None:
+    x, weight, bias, start, bounds = inputs
+    tensors = {
+        "grad_y": grad_y, "x": x, "weight": weight.contiguous(), "bias": bias, "start": start,
+        "bounds": bounds, "dstart": dstart,
+    }  # fmt: skip
+
+    def describe():
+        tiles = -(-layout.d // 128)
+        sizes = strides_of(g=grad_y, x=x) | {"d": layout.d, "l": layout.l, "tiles": tiles}
+        options = {"WIDTH": weight.shape[1], "SILU": silu, "BLOCK": 128, "num_warps": 4}
+        return (tiles * layout.sequences,), sizes, options
+
+    start_kernel(layout.launches, convolve_backward_start, tensors, describe)
 
 
 causal_conv = define("conv_triton", forward_pass, backward_pass)

@@ -199,6 +199,40 @@ def convolve_backward(
 
 
 @kernel
+def convolve_backward_start(
+    grad_y, x, weight, bias, start, bounds, dstart, gb, gd, gl, xb, xd, xl, d, l, tiles, WIDTH: tl.constexpr,
+    SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK channels of a sequence's `start`, on which its first WIDTH - 1 outputs depend."""
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = (tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    real, channel = channel < d, tl.minimum(channel, d - 1)
+    row, t_start, t_end = sequence, 0, l
+    if bounds is not None:
+        row, t_start, t_end = sequence * 0, tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+    taps, own_bias = _taps(weight, channel, WIDTH), _bias(bias, channel)
+    at_x, at_g = x + row * xb + channel * xd, grad_y + row * gb + channel * gd
+    place = (sequence * d + channel) * (WIDTH - 1)
+    window, inner = (), ()
+    for i in tl.static_range(WIDTH - 1):
+        window = window + (tl.load(start + place + i).to(tl.float32),)
+    for i in tl.static_range(WIDTH - 1):
+        window = window + (load_one(at_x + (t_start + i) * xl, real & (t_start + i < t_end)),)
+    for i in tl.static_range(WIDTH - 1):  # gradients before the activation
+        grad = load_one(at_g + (t_start + i) * gl, real & (t_start + i < t_end))
+        if SILU:
+            value = _convolve(window, taps, own_bias, i)
+            open = sigmoid(value)
+            grad = grad * (open * (1.0 + value * (1.0 - open)))
+        inner = inner + (grad,)
+    for j in tl.static_range(WIDTH - 1):  # column j meets tap j - i at step i
+        total = taps[j] * inner[0]
+        for i in tl.static_range(1, j + 1):
+            total = taps[j - i] * inner[i] + total
+        tl.store(dstart + place + j, total.to(dstart.dtype.element_ty), real)
+
+
+@kernel
 def sum_totals(totals, dweight, dbias, d, over, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Sum `totals` over programs, in their order, into dweight (d, WIDTH) and dbias (d,)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
