@@ -31,6 +31,7 @@ from projecta._checks import Checker
 
 SCHEDULES = ("pass", "gather")
 _thread = threading.local()
+_alike: set[tuple] = set()  # the kinds of batches that all ranks of a group are known to share
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those that have run on a piece
 
 
@@ -131,7 +132,8 @@ class Context:
         self.group, self.schedule = group, schedule
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._sent: deque[tuple[Any, Tensor]] = deque()  # what is under way, and its memory
-        self._checked: list[bool] = []  # shared by copies
+        self._arriving: list[Any] = []
+        self.before, self.after = self._peer(-1), self._peer(1)  # global ranks; None at the ends
         self.noted: list[Any] | None = None  # what was received, for a computation again
         self.replayed: list[Any] | None = None
         self.position = 0  # of the next one
@@ -139,28 +141,32 @@ class Context:
     def __deepcopy__(self, memo: dict) -> "Context":
         return self
 
-    def peer(self, step: int) -> int | None:
-        """The global rank of the neighbour before (-1) or after (1); None at the ends."""
+    def _peer(self, step: int) -> int | None:
         other = self.rank + step
         if not 0 <= other < self.size:
             return None
         return other if self.group is None else dist.get_global_rank(self.group, other)
 
-    def send(self, t: Tensor, to: int) -> None:
+    def send(self, t: Tensor, to: int | None) -> None:
         if self.replayed is not None:
             return
-        t = t.detach().contiguous()
-        with self._explained("sending"):
-            while self._sent and self._sent[0][0].is_completed():
-                self._sent.popleft()
-            self._sent.append((dist.isend(t, to, self.group), t))
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        self._sent.append((self._call("sending", dist.isend, t, to, self.group), t))
 
-    def receive(self, like: Tensor, source: int) -> Tensor:
+    def receive(self, into: Tensor, source: int | None) -> Tensor:
+        """`into`, which holds what arrives after `settle()`."""
+
         def call() -> Tensor:
-            dist.recv(like, source, self.group)
-            return like
+            self._arriving.append(dist.irecv(into, source, self.group))
+            return into
 
         return self._once("receiving", call)
+
+    def settle(self) -> None:
+        """Let what is computed next wait for what arrives."""
+        while self._arriving:
+            self._call("receiving", self._arriving.pop().wait)
 
     def gather(self, t: Tensor) -> Tensor:
         """Every rank's `t`, stacked."""
@@ -176,23 +182,19 @@ class Context:
         if self.replayed is not None:
             self.position += 1
             return self.replayed[self.position - 1]
-        with self._explained(what):
-            received = call()
+        received = self._call(what, call)
         if self.noted is not None:
             self.noted.append(received)
         return received
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
-        with self._explained("sending"):
-            for work, _ in self._sent:
-                work.wait()
-        self._sent.clear()
+        while self._sent:
+            self._call("sending", self._sent.popleft()[0].wait)
 
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _call(self, what: str, function: Callable, *arguments: Any) -> Any:
         try:
-            yield
+            return function(*arguments)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[0][:200]
             raise RuntimeError(
@@ -201,16 +203,16 @@ class Context:
             ) from error
 
     def check_alike(self, hidden: Tensor, least: int = 0) -> None:
-        """Once: all ranks hold pieces of one batch, of `least` steps or more."""
-        if self._checked:
-            return
+        """All ranks hold pieces of one batch, of `least` steps or more. Asked once for each kind of batch."""
         own = {
             "batch and width": (len(hidden), hidden.shape[2]), "dtype": str(hidden.dtype),
             "torch": torch.__version__, "gradients": torch.is_grad_enabled(), "schedule": self.schedule,
         }  # fmt: skip
+        kind = (id(self.group or dist.group.WORLD), self.size, *own.values())
+        if kind in _alike or self.replayed is not None:
+            return
         every: list[Any] = [None] * self.size
-        with self._explained("comparing"):
-            dist.all_gather_object(every, (own, hidden.shape[1]), self.group)
+        self._call("comparing", dist.all_gather_object, every, (own, hidden.shape[1]), self.group)
         for rank, (theirs, length) in enumerate(every):
             for name, value in theirs.items():
                 if value != every[0][0][name]:
@@ -223,23 +225,23 @@ class Context:
                     f'parallel: with schedule "gather" each rank needs at least d_conv - 1 = {least} steps;'
                     f' rank {rank} has {length}. Take "pass".'
                 )
-        self._checked.append(True)
+        _alike.add(kind)
 
 
 class _Receive(torch.autograd.Function):
-    """What the rank before has sent: float32 tensors of the given shapes. `anchor` is part of the graph."""
+    """What the rank before sends: float32 tensors of the given shapes. `anchor` is part of the graph."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, shapes: list[tuple[int, ...]], where: Context) -> Any:
-        ctx.where, ctx.device = where, anchor.device
+        ctx.where = where
         sizes = [math.prod(shape) for shape in shapes]
-        like = torch.empty(sum(sizes), dtype=torch.float32, device=anchor.device)
-        message = where.receive(like, where.peer(-1))  # type: ignore[arg-type]
+        into = torch.empty(sum(sizes), dtype=torch.float32, device=anchor.device)
+        message = where.receive(into, where.before)
         return tuple(t.view(shape) for t, shape in zip(message.split(sizes), shapes, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.where.send(torch.cat([g.flatten() for g in grads]), ctx.where.peer(-1))
+        ctx.where.send(torch.cat([g.flatten() for g in grads]), ctx.where.before)
         return None, None, None
 
 
@@ -247,18 +249,21 @@ class _Send(torch.autograd.Function):
     """The first tensor; the others go to the next rank in float32."""
 
     @staticmethod
-    def forward(ctx: Any, where: Context, output: Tensor, *sent: Tensor) -> Tensor:
-        ctx.where, ctx.traits = where, [(t.shape, t.dtype, t.device) for t in sent]
-        where.send(torch.cat([t.float().flatten() for t in sent]), where.peer(1))  # type: ignore[arg-type]
+    def forward(ctx: Any, where: Context, deferred: bool, output: Tensor, *sent: Tensor) -> Tensor:
+        ctx.where, ctx.deferred = where, deferred
+        ctx.shapes, ctx.device = [t.shape for t in sent], output.device
+        where.send(torch.cat([t.flatten() for t in sent]), where.after)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        sizes = [math.prod(shape) for shape, _, _ in ctx.traits]
-        like = torch.empty(sum(sizes), dtype=torch.float32, device=ctx.traits[0][2])
-        message = ctx.where.receive(like, ctx.where.peer(1)).split(sizes)
-        own = (t.view(shape).to(kind) for t, (shape, kind, _) in zip(message, ctx.traits, strict=True))
-        return None, grad, *own
+        sizes = [math.prod(shape) for shape in ctx.shapes]
+        into = torch.empty(sum(sizes), dtype=torch.float32, device=ctx.device)
+        message = ctx.where.receive(into, ctx.where.after)
+        if not ctx.deferred:
+            ctx.where.settle()
+        own = (t.view(shape) for t, shape in zip(message.split(sizes), ctx.shapes, strict=True))
+        return None, None, grad, *own
 
 
 class _Gather(torch.autograd.Function):
@@ -272,22 +277,24 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         grad = grad.contiguous()
-        with ctx.where._explained("summing gradients"):
-            dist.all_reduce(grad, group=ctx.where.group)
+        ctx.where._call("summing gradients", lambda: dist.all_reduce(grad, group=ctx.where.group))
         return grad[ctx.where.rank], None
 
 
-def received(where: Context, like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-    """Schedule "pass": what the rank before has handed on; None on the first rank."""
-    if where.peer(-1) is None:
+def received(where: Context, device: torch.device, *shapes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+    """Schedule "pass": what the rank before hands on, after `where.settle()`; None on the first rank."""
+    if where.before is None:
         return None
-    anchor = torch.zeros((), device=like.device, requires_grad=torch.is_grad_enabled())
+    anchor = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
     return _Receive.apply(anchor, list(shapes), where)
 
 
-def hand_on(where: Context, output: Tensor, *tensors: Tensor) -> Tensor:
-    """`output`, after the tensors are on their way to the next rank."""
-    return output if where.peer(1) is None else _Send.apply(where, output, *tensors)
+def hand_on(where: Context, output: Tensor, *tensors: Tensor, deferred: bool = False) -> Tensor:
+    """`output`, after the float32 tensors are on their way to the next rank.
+
+    deferred: the backward pass of what made the tensors calls `where.settle()` before it reads gradients.
+    """
+    return output if where.after is None else _Send.apply(where, deferred, output, *tensors)
 
 
 def from_before(where: Context, tail: Tensor) -> Tensor:

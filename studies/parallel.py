@@ -263,7 +263,7 @@ def compare_rows(rows: list[Row]) -> None:
             if row["schedule"] == "pass":
                 expected = predicted_ms(same["step_ms"], row["layers"], row["ranks"])
                 row["predicted"] = round(same["step_ms"] / expected, 3)
-        # the rate of one GPU on a sequence as long as this rank's piece, or the longest that it trained
+        # one GPU on a sequence as long as the piece of a rank, or the nearest shorter one
         lengths = [key[2] for key in alone if key[:2] == (row["model"], row["layers"])]
         near = [length for length in lengths if length <= row["tokens"] / row["ranks"]]
         base = alone[row["model"], row["layers"], max(near) if near else min(lengths)]

@@ -147,7 +147,9 @@ class MambaBlock(nn.Module):
         if where is not None:
             check_piece(check, where, self.mrss, cu_seqlens)
             before = (None, None) if state is None else state
-            output, *after = run_piece(self, hidden_states, where, self.backend, before, cu_seqlens)
+            output, *after = run_piece(
+                self, hidden_states, where, self.backend, before, cu_seqlens, deferred=not return_state
+            )
             return (output, State(*after)) if return_state else output
         conv, ssm = (None, None) if state is None else state
         if self.mrss is not None and ssm is None and return_state:

@@ -12,6 +12,7 @@ backward pass computes u, delta and y again, which is cheap. Gradients reuse mem
 delta, du over the gradient of y, dx and dz into the two halves that the gradient of W_in reads.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,12 +97,13 @@ _PRODUCTS = ("in_proj", "in_bias", "x_proj", "dt_proj", "out_proj", "out_bias")
 
 def run(
     hidden: Tensor, weights: Weights, conv_start: Tensor | None = None, state: Tensor | None = None,
-    keep: int = 0,
+    keep: int = 0, ready: Callable[[], None] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The output (b, l, d_model) and the state after the last step; differentiable in every tensor.
 
     conv_start: the d_conv - 1 inputs of the convolution before the first (b, d, d_conv - 1).
-    keep: also return the last `keep` inputs of the convolution (b, d, keep).
+    keep: also return the last `keep` inputs of the convolution (b, d, keep), in float32.
+    ready: called before conv_start and state are read, and in the backward pass before their gradients are.
     """
     hidden = hidden.to(weights.in_proj.dtype)
     conv_start = None if conv_start is None else conv_start.contiguous()
@@ -111,9 +113,12 @@ def run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         every = SAVE_EVERY[hidden.element_size()]
         records = _records_of(hidden, conv_start, state, every, weights)
-        forward, backward = partial(_forward, records, every, keep), partial(_backward, records, keep)
+        forward, backward = (
+            partial(_forward, records, every, keep, ready),
+            partial(_backward, records, keep, ready),
+        )
         return differentiable("MambaBlock", "triton", forward, backward, given)
-    return _forward(_records_of(hidden, conv_start, state, 0, weights), 0, keep, *given)[0]
+    return _forward(_records_of(hidden, conv_start, state, 0, weights), 0, keep, ready, *given)[0]
 
 
 def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) -> Tensor:
@@ -190,8 +195,8 @@ class _Pass:
 
 
 def _forward(
-    records: dict[Any, Recording], every: int, keep: int, hidden: Tensor, conv_start: Tensor | None,
-    state: Tensor | None, *weights: Any,
+    records: dict[Any, Recording], every: int, keep: int, ready: Callable[[], None] | None, hidden: Tensor,
+    conv_start: Tensor | None, state: Tensor | None, *weights: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
     """The output and the last state; and what the backward pass needs: xz, s and the saved states."""
     (b, l, m), w = hidden.shape, Weights(*weights)
@@ -201,6 +206,8 @@ def _forward(
     else:
         xz = torch.addmm(w.in_bias[:, None], w.in_proj, columns)
     made = _Pass(xz, w, b, l, records)
+    if ready is not None:
+        ready()
     u = made.convolved(conv_start)
     s = torch.mm(w.x_proj, u)
     inputs, _ = made.scan_inputs(u, s, state)
@@ -217,13 +224,14 @@ def _forward(
         out = torch.addmm(w.out_bias, y.t(), w.out_proj.t())
     outputs = out.view(b, l, -1), last
     if keep:
-        outputs += (made.x[..., l - keep :].contiguous(),)
+        last_x = made.x[..., l - keep :]
+        outputs += (last_x.to(torch.float32, memory_format=torch.contiguous_format, copy=True),)
     return outputs, (xz, s, saved)
 
 
 def _backward(
-    records: dict[Any, Recording], keep: int, grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...],
-    given: tuple[Any, ...],
+    records: dict[Any, Recording], keep: int, ready: Callable[[], None] | None,
+    grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...], given: tuple[Any, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of hidden, conv_start, state and the weights."""
     (grad_output, grad_last, *grad_x), (xz, s, saved) = grads, kept
@@ -234,7 +242,7 @@ def _backward(
         grad_output = torch.zeros_like(hidden)
     found: dict[str, Tensor | None] = {}
     sent = grad_output.reshape(b * l, m)
-    du = _scan_backward(made, sent, grad_last, s, saved, conv_start, state, dxz, found)
+    du = _scan_backward(made, sent, grad_last, ready, s, saved, conv_start, state, dxz, found)
     dstart = _conv_backward(made, du, conv_start, dxz, found)
     del du  # before the largest products
     if keep and grad_x[0] is not None:
@@ -267,8 +275,9 @@ def _conv_backward(
 
 
 def _scan_backward(
-    made: _Pass, sent: Tensor, grad_last: Tensor | None, s: Tensor, saved: Tensor, conv_start: Tensor | None,
-    state: Tensor | None, dxz: Tensor, found: dict[str, Tensor | None],
+    made: _Pass, sent: Tensor, grad_last: Tensor | None, ready: Callable[[], None] | None, s: Tensor,
+    saved: Tensor, conv_start: Tensor | None, state: Tensor | None, dxz: Tensor,
+    found: dict[str, Tensor | None],
 ) -> Tensor:  # fmt: skip
     """The gradient of u (d, b l); dz goes to `dxz`, gradients of the weights and of the state to `found`."""
     w, d, r, b, l = made.weights, made.d, made.rank, made.b, made.l
@@ -280,6 +289,8 @@ def _scan_backward(
         None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)
     )  # fmt: skip
     grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz, b, l, d, d), dbias, dstate)  # type: ignore[arg-type]
+    if ready is not None:
+        ready()
     if grad_last is not None:
         grad_last = grad_last.contiguous()
     repeated(  # y takes the place of dx until dx is computed
