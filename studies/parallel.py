@@ -109,7 +109,7 @@ def timed_steps(model: nn.Module, x: Tensor, schedule: str | None, steps: int) -
 def message_ms(width: int, repeats: int = 200) -> float:
     """Milliseconds for which a rank's queue is busy with receiving one layer's state and handing it on."""
     kept, state = (1, 2 * width, 3), (1, 2 * width, 16)
-    sent = torch.zeros(kept, device="cuda", dtype=torch.bfloat16), torch.zeros(state, device="cuda")
+    sent = torch.zeros(kept, device="cuda"), torch.zeros(state, device="cuda")
     output = torch.zeros(1, device="cuda")
     with torch.no_grad(), parallel.context() as where:
         for timed in (False, True):
@@ -117,8 +117,9 @@ def message_ms(width: int, repeats: int = 200) -> float:
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(repeats if timed else 20):
-                found = parallel.received(where, output, kept, state)
-                parallel.hand_on(where, output, *((found[0].bfloat16(), found[1]) if found else sent))
+                found = parallel.received(where, output.device, kept, state)
+                where.settle()
+                parallel.hand_on(where, output, *(found or sent))
             torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3 / repeats
 
@@ -272,8 +273,8 @@ def compare_rows(rows: list[Row]) -> None:
 
 
 COLUMNS = (
-    "model", "layers", "d_model", "tokens", "ranks", "schedule", "step_ms", "peak_mib", "message_ms", "speedup",
-    "predicted", "memory", "rate",
+    "model", "layers", "d_model", "tokens", "ranks", "schedule", "step_ms", "peak_mib", "message_ms",
+    "speedup", "predicted", "memory", "rate",
 )  # fmt: skip
 
 
