@@ -15,7 +15,6 @@ The backward pass goes the same way in reverse. States travel in float32. All ra
 
 import contextlib
 import copy
-import math
 import threading
 import weakref
 from collections import deque
@@ -132,7 +131,7 @@ class Context:
         self.group, self.schedule = group, schedule
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._sent: deque[tuple[Any, Tensor]] = deque()  # what is under way, and its memory
-        self._arriving: list[Any] = []
+        self._arriving: deque[Any] = deque()
         self.before, self.after = self._peer(-1), self._peer(1)  # global ranks; None at the ends
         self.noted: list[Any] | None = None  # what was received, for a computation again
         self.replayed: list[Any] | None = None
@@ -155,7 +154,7 @@ class Context:
         self._sent.append((self._call("sending", dist.isend, t, to, self.group), t))
 
     def receive(self, into: Tensor, source: int | None) -> Tensor:
-        """`into`, which holds what arrives after `settle()`."""
+        """`into`, which holds what has arrived after `wait()`."""
 
         def call() -> Tensor:
             self._arriving.append(dist.irecv(into, source, self.group))
@@ -163,10 +162,10 @@ class Context:
 
         return self._once("receiving", call)
 
-    def settle(self) -> None:
-        """Let what is computed next wait for what arrives."""
-        while self._arriving:
-            self._call("receiving", self._arriving.pop().wait)
+    def wait(self) -> None:
+        """Let what is computed next wait for the first of what is to arrive."""
+        if self._arriving:
+            self._call("receiving", self._arriving.popleft().wait)
 
     def gather(self, t: Tensor) -> Tensor:
         """Every rank's `t`, stacked."""
@@ -228,42 +227,68 @@ class Context:
         _alike.add(kind)
 
 
+class Exchange:
+    """Float32 tensors that a layer takes from one neighbour, and others that it hands on to the other one.
+
+    They go from the rank before to the rank after; gradients (`back`) in reverse. The layer computes
+    meanwhile: it asks for all that it takes, and waits for each where it needs it.
+    """
+
+    def __init__(self, where: Context, back: bool = False):
+        self._where, ends = where, (where.before, where.after)
+        self._source, self._target = ends[::-1] if back else ends
+
+    def receive(self, device: torch.device, *shapes: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+        """Tensors that are filled in this order, each after a `wait()`; None where there is no neighbour."""
+        if self._source is None:
+            return (None,) * len(shapes)
+        into = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        return tuple(self._where.receive(t, self._source) for t in into)
+
+    def wait(self) -> None:
+        self._where.wait()
+
+    def send(self, t: Tensor) -> None:
+        if self._target is not None:
+            self._where.send(t.detach().contiguous(), self._target)
+
+
 class _Receive(torch.autograd.Function):
-    """What the rank before sends: float32 tensors of the given shapes. `anchor` is part of the graph."""
+    """What the rank before sends. `anchor` is part of the graph."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, shapes: list[tuple[int, ...]], where: Context) -> Any:
-        ctx.where = where
-        sizes = [math.prod(shape) for shape in shapes]
-        into = torch.empty(sum(sizes), dtype=torch.float32, device=anchor.device)
-        message = where.receive(into, where.before)
-        return tuple(t.view(shape) for t, shape in zip(message.split(sizes), shapes, strict=True))
+        ctx.where, exchange = where, Exchange(where)
+        found = exchange.receive(anchor.device, *shapes)
+        for _ in found:
+            exchange.wait()
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.where.send(torch.cat([g.flatten() for g in grads]), ctx.where.before)
+        exchange = Exchange(ctx.where, back=True)
+        for grad in reversed(grads):
+            exchange.send(grad)
         return None, None, None
 
 
 class _Send(torch.autograd.Function):
-    """The first tensor; the others go to the next rank in float32."""
+    """The first tensor; the others go to the next rank."""
 
     @staticmethod
-    def forward(ctx: Any, where: Context, deferred: bool, output: Tensor, *sent: Tensor) -> Tensor:
-        ctx.where, ctx.deferred = where, deferred
-        ctx.shapes, ctx.device = [t.shape for t in sent], output.device
-        where.send(torch.cat([t.flatten() for t in sent]), where.after)
+    def forward(ctx: Any, where: Context, output: Tensor, *sent: Tensor) -> Tensor:
+        ctx.where, ctx.shapes, ctx.device = where, [t.shape for t in sent], output.device
+        for t in sent:
+            Exchange(where).send(t)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        sizes = [math.prod(shape) for shape in ctx.shapes]
-        into = torch.empty(sum(sizes), dtype=torch.float32, device=ctx.device)
-        message = ctx.where.receive(into, ctx.where.after)
-        if not ctx.deferred:
-            ctx.where.settle()
-        own = (t.view(shape) for t, shape in zip(message.split(sizes), ctx.shapes, strict=True))
-        return None, None, grad, *own
+        exchange = Exchange(ctx.where, back=True)
+        found = exchange.receive(ctx.device, *reversed(ctx.shapes))
+        for _ in found:
+            exchange.wait()
+        return None, grad, *reversed(found)
 
 
 class _Gather(torch.autograd.Function):
@@ -282,19 +307,16 @@ class _Gather(torch.autograd.Function):
 
 
 def received(where: Context, device: torch.device, *shapes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-    """Schedule "pass": what the rank before hands on, after `where.settle()`; None on the first rank."""
+    """Schedule "pass": what the rank before hands on; None on the first rank."""
     if where.before is None:
         return None
     anchor = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
     return _Receive.apply(anchor, list(shapes), where)
 
 
-def hand_on(where: Context, output: Tensor, *tensors: Tensor, deferred: bool = False) -> Tensor:
-    """`output`, after the float32 tensors are on their way to the next rank.
-
-    deferred: the backward pass of what made the tensors calls `where.settle()` before it reads gradients.
-    """
-    return output if where.after is None else _Send.apply(where, deferred, output, *tensors)
+def hand_on(where: Context, output: Tensor, *tensors: Tensor) -> Tensor:
+    """`output`, after the float32 tensors are on their way to the next rank."""
+    return output if where.after is None else _Send.apply(where, output, *tensors)
 
 
 def from_before(where: Context, tail: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 `python -m studies.parallel [FOLDER] [--models 130m,2.8b]` runs world sizes 1, 2, 4, ... up to the GPUs there
 are, over NCCL, and writes parallel.csv: a row for each model, length, world size and schedule. A step is
-forward, backward, averaging of gradients and AdamW, in bfloat16. "speedup" compares with one GPU on the same
-sequence, "rate" with one GPU's tokens a second at the longest sequence that it trains here. Before it is
-timed, a small stack is compared with one GPU in float32, and FSDP2 over a mesh of 2 x 2 in bfloat16.
+forward, backward, averaging of gradients and AdamW, in bfloat16. "speedup" and "memory" compare with one GPU
+on the same sequence, "rate" with one GPU's tokens a second on a sequence as long as a rank's piece, or on the
+longest that it trains. Before it is timed, a small stack is compared with one GPU in float32, and FSDP2 over
+a mesh of 2 x 2 in bfloat16.
 """
 
 import argparse
@@ -31,9 +32,12 @@ from projecta.regress.store.provenance import record_provenance
 # d_model, layers, whether layers are computed again in the backward pass
 MODELS = {"130m": (768, 24, False), "2.8b": (2560, 64, True)}
 LENGTHS = {"130m": (131_072, 262_144, 524_288, 1_048_576), "2.8b": (131_072, 262_144, 1_048_576)}
+PIECES = (32_768, 65_536)  # also measured on one GPU, for the prediction
 LONGEST_PIECE = 262_144  # that the memory of one GPU holds
 STACKS = (1, 2, 4, 8)  # layers, for the choice of the schedule
-MESSAGE_MS = 0.06  # assumed before any run: handing on one state, both ends' kernels, one direction
+# The model of the time, from profiles of one GPU and a first run with two: the part of a layer for which a rank
+# waits, the processor's and the GPU's time for one layer's messages in one direction, and the all-reduce.
+CHAIN, MESSAGE_MS, REDUCE_GB_S = 0.5, 0.05, 60
 Row = dict[str, Any]
 
 
@@ -59,16 +63,14 @@ class Stack(nn.Module):
         return x
 
 
-def predicted_ms(
-    alone_ms: float, layers: int, ranks: int, message_ms: float = MESSAGE_MS, both: int = 2
-) -> float:
+def predicted_ms(piece_ms: float, layers: int, ranks: int, gradients_gb: float) -> float:
     """Milliseconds of a step by schedule "pass".
 
-    alone_ms: one GPU's step on the same sequence. Each rank works 1 / ranks of it, waits until the first
-    (ranks - 1) layers of the others are done, and hands on a state for each layer in both directions.
+    piece_ms: one GPU's step on a sequence as long as a rank's piece. The last rank waits for `CHAIN` of a layer
+    for each rank before it, in both directions, since the rest of a layer needs no state.
     """
-    work = alone_ms / ranks * (layers + ranks - 1) / layers
-    return work + both * (layers + ranks - 1) * message_ms * (ranks > 1)
+    work = piece_ms * (layers + CHAIN * (ranks - 1)) / layers
+    return work + 2 * layers * MESSAGE_MS + gradients_gb / REDUCE_GB_S * 1e3
 
 
 def train_step(model: nn.Module, optimiser: Any, x: Tensor, where: parallel.Context | None) -> Tensor:
@@ -118,7 +120,6 @@ def message_ms(width: int, repeats: int = 200) -> float:
             start = time.perf_counter()
             for _ in range(repeats if timed else 20):
                 found = parallel.received(where, output.device, kept, state)
-                where.settle()
                 parallel.hand_on(where, output, *(found or sent))
             torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3 / repeats
@@ -200,6 +201,7 @@ def rows_of_world(models: list[str], size: int) -> list[Row]:
     def measure(model: str, width: int, layers: int, again: bool, length: int, schedule: str | None) -> None:
         net = build(width, layers, again)
         row: Row = {"model": model, "layers": layers, "d_model": width, "tokens": length, "ranks": size}
+        row["gradients_gb"] = round(sum(p.numel() * p.element_size() for p in net.parameters()) / 1e9, 3)
         try:
             found = timed_steps(net, piece_of(model, length), schedule, 2 if again else 4)
         except torch.OutOfMemoryError:
@@ -213,12 +215,12 @@ def rows_of_world(models: list[str], size: int) -> list[Row]:
     for model in models:
         width, layers, again = MODELS[model]
         link = message_ms(width) if size > 1 else 0
-        for length in LENGTHS[model]:
+        for length in (*(PIECES if size == 1 else ()), *LENGTHS[model]):
             too_long = length > LONGEST_PIECE * size
             if too_long and (size > 1 or length > 2 * LONGEST_PIECE):
                 continue
             for schedule in schedules:
-                if schedule != "gather" or length <= 262_144:
+                if schedule != "gather" or length == LENGTHS[model][0]:
                     measure(model, width, layers, again, length, schedule)
         for row in rows:
             if row["model"] == model:
@@ -261,9 +263,11 @@ def compare_rows(rows: list[Row]) -> None:
         if same is not None:
             row["speedup"] = round(same["step_ms"] / row["step_ms"], 3)
             row["memory"] = round(row["peak_mib"] / same["peak_mib"], 3)
-            if row["schedule"] == "pass":
-                expected = predicted_ms(same["step_ms"], row["layers"], row["ranks"])
-                row["predicted"] = round(same["step_ms"] / expected, 3)
+        piece = alone.get((row["model"], row["layers"], row["tokens"] // row["ranks"]))
+        if piece is not None and row["schedule"] == "pass":
+            row["predicted_ms"] = round(
+                predicted_ms(piece["step_ms"], row["layers"], row["ranks"], row["gradients_gb"]), 1
+            )
         # one GPU on a sequence as long as the piece of a rank, or the nearest shorter one
         lengths = [key[2] for key in alone if key[:2] == (row["model"], row["layers"])]
         near = [length for length in lengths if length <= row["tokens"] / row["ranks"]]
@@ -273,8 +277,8 @@ def compare_rows(rows: list[Row]) -> None:
 
 
 COLUMNS = (
-    "model", "layers", "d_model", "tokens", "ranks", "schedule", "step_ms", "peak_mib", "message_ms",
-    "speedup", "predicted", "memory", "rate",
+    "model", "layers", "d_model", "tokens", "ranks", "schedule", "step_ms", "predicted_ms", "peak_mib",
+    "gradients_gb", "message_ms", "speedup", "memory", "rate",
 )  # fmt: skip
 
 

@@ -43,6 +43,9 @@ def _work(rank, size, port, job, options, results):
 def launch(job, size, **options):
     """What `job(rank, size)` returns on each rank; the text of an error as a string."""
     spawn = mp.get_context("spawn")
+    os.environ.pop("TRITON_INTERPRET", None)
+    if options.pop("interpreted", False):
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     results, port = spawn.Queue(), _port()
     processes = [
         spawn.Process(target=_work, args=(r, size, port, job, options, results)) for r in range(size)
@@ -57,9 +60,9 @@ def launch(job, size, **options):
     return found
 
 
-def _blocks(layers=2):
+def _blocks(layers=2, backend="auto"):
     torch.manual_seed(0)
-    return torch.nn.Sequential(*(MambaBlock(WIDTH, d_state=4) for _ in range(layers)))
+    return torch.nn.Sequential(*(MambaBlock(WIDTH, d_state=4, backend=backend) for _ in range(layers)))
 
 
 def _pieces(size, schedule):
@@ -204,6 +207,28 @@ def test_it_is_as_one_process(case, size):
         assert isinstance(found, dict), found
         assert isinstance(found[case], float), found[case]
         assert found[case] < CLOSE, (rank, found[case])
+
+
+def _fused(rank, size):
+    """The GPU's node, which sends and receives while it computes; with a checkpoint and without."""
+    from projecta.mamba.layer import fused
+
+    model = _blocks(backend="triton")
+    assert fused(model[0], _sequence(), "triton")[0] is not None
+
+    def run(model, x):
+        x = model[0](x)
+        return checkpoint(model[1], x, use_reentrant=False, context_fn=parallel.checkpoint_contexts)
+
+    return _compare(rank, size, model, run, _sequence(), "pass")
+
+
+def test_the_node_of_the_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # restored after the test
+    for rank, error in launch(_fused, 3, interpreted=True).items():
+        assert isinstance(error, float), error
+        assert error < 1e-5, (rank, error)
 
 
 def _mesh(rank, size):

@@ -148,7 +148,7 @@ class MambaBlock(nn.Module):
             check_piece(check, where, self.mrss, cu_seqlens)
             before = (None, None) if state is None else state
             output, *after = run_piece(
-                self, hidden_states, where, self.backend, before, cu_seqlens, deferred=not return_state
+                self, hidden_states, where, self.backend, before, cu_seqlens, drop=not return_state
             )
             return (output, State(*after)) if return_state else output
         conv, ssm = (None, None) if state is None else state

@@ -12,7 +12,6 @@ backward pass computes u, delta and y again, which is cheap. Gradients reuse mem
 delta, du over the gradient of y, dx and dz into the two halves that the gradient of W_in reads.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from projecta.conv import WIDEST
 from projecta.conv import triton as conv
 from projecta.conv._operator import Grads as ConvGrads
 from projecta.conv._operator import Inputs as ConvInputs
+from projecta.parallel import Context, Exchange
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import launch as scan
 
@@ -97,28 +97,29 @@ _PRODUCTS = ("in_proj", "in_bias", "x_proj", "dt_proj", "out_proj", "out_bias")
 
 def run(
     hidden: Tensor, weights: Weights, conv_start: Tensor | None = None, state: Tensor | None = None,
-    keep: int = 0, ready: Callable[[], None] | None = None,
+    keep: int = 0, where: Context | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The output (b, l, d_model) and the state after the last step; differentiable in every tensor.
 
     conv_start: the d_conv - 1 inputs of the convolution before the first (b, d, d_conv - 1).
-    keep: also return the last `keep` inputs of the convolution (b, d, keep), in float32.
-    ready: called before conv_start and state are read, and in the backward pass before their gradients are.
+    keep: also return the last `keep` inputs of the convolution (b, d, keep).
+    where: hidden is this rank's piece of a sequence, and the states go from rank to rank.
     """
     hidden = hidden.to(weights.in_proj.dtype)
     conv_start = None if conv_start is None else conv_start.contiguous()
     state = None if state is None else state.float().contiguous()
     given = hidden, conv_start, state, *weights
     refuse_tangents("MambaBlock", given, "triton")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        every = SAVE_EVERY[hidden.element_size()]
-        records = _records_of(hidden, conv_start, state, every, weights)
-        forward, backward = (
-            partial(_forward, records, every, keep, ready),
-            partial(_backward, records, keep, ready),
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    every = SAVE_EVERY[hidden.element_size()] if graded else 0
+    receives = where is not None and where.before is not None
+    records = _records_of(hidden, conv_start, state, every, weights, receives)
+    call = _Call(records, every, keep, where)
+    if graded:
+        return differentiable(
+            "MambaBlock", "triton", partial(_forward, call), partial(_backward, call), given
         )
-        return differentiable("MambaBlock", "triton", forward, backward, given)
-    return _forward(_records_of(hidden, conv_start, state, 0, weights), 0, keep, ready, *given)[0]
+    return _forward(call, *given)[0]
 
 
 def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) -> Tensor:
@@ -141,6 +142,15 @@ def step(hidden: Tensor, weights: Weights, conv_state: Tensor, state: Tensor) ->
     return F.linear(y, weights.out_proj, weights.out_bias)
 
 
+class _Call(NamedTuple):
+    """What a call is besides its tensors; see `run`. every: steps between saved states, 0 for none."""
+
+    records: dict[Any, Recording]
+    every: int
+    keep: int
+    where: Context | None
+
+
 def _rows(t: Tensor, b: int, l: int, first: int = 0, rows: int | None = None) -> Tensor:
     """Rows of a contiguous (rows, b l) as (b, rows, l), in place."""
     rows = t.shape[0] if rows is None else rows
@@ -148,11 +158,12 @@ def _rows(t: Tensor, b: int, l: int, first: int = 0, rows: int | None = None) ->
 
 
 def _records_of(
-    hidden: Tensor, conv_start: Tensor | None, state: Tensor | None, every: int, weights: Weights
-) -> dict[Any, Recording]:
+    hidden: Tensor, conv_start: Tensor | None, state: Tensor | None, every: int, weights: Weights,
+    receives: bool,
+) -> dict[Any, Recording]:  # fmt: skip
     """The recorded launches of all calls that differ from this one in values only."""
     others = map(traits, (conv_start, state, *weights))
-    return remembered(_records, (every, hidden.dtype, hidden.device, hidden.shape, *others), dict)
+    return remembered(_records, (every, receives, hidden.dtype, hidden.device, hidden.shape, *others), dict)
 
 
 _records: dict[tuple, dict[Any, Recording]] = {}
@@ -195,61 +206,82 @@ class _Pass:
 
 
 def _forward(
-    records: dict[Any, Recording], every: int, keep: int, ready: Callable[[], None] | None, hidden: Tensor,
-    conv_start: Tensor | None, state: Tensor | None, *weights: Any,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
-    """The output and the last state; and what the backward pass needs: xz, s and the saved states."""
+    call: _Call, hidden: Tensor, conv_start: Tensor | None, state: Tensor | None, *weights: Any
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The outputs; and what the backward pass needs: xz, s, the saved states and what was received."""
     (b, l, m), w = hidden.shape, Weights(*weights)
     columns = hidden.reshape(b * l, m).t()
+    exchange, received = None if call.where is None else Exchange(call.where), (None, None)
+    if exchange is not None:
+        (d, n), kept = w.A_log.shape, w.conv.shape[-1] - 1
+        received = exchange.receive(hidden.device, (b, d, kept), (b, d, n))
+        if received[0] is not None:
+            conv_start, state = received
     if w.in_bias is None:
         xz = torch.mm(w.in_proj, columns)
     else:
         xz = torch.addmm(w.in_bias[:, None], w.in_proj, columns)
-    made = _Pass(xz, w, b, l, records)
-    if ready is not None:
-        ready()
+    made = _Pass(xz, w, b, l, call.records)
+    if exchange is not None:
+        exchange.send(made.x[..., l - kept :].float())
+        exchange.wait()
     u = made.convolved(conv_start)
     s = torch.mm(w.x_proj, u)
     inputs, _ = made.scan_inputs(u, s, state)
     y, last = torch.empty_like(u), u.new_empty(b, made.d, made.n, dtype=torch.float32)
-    saved = u.new_empty(scan.saved_states(inputs, b, every) if every else 0, dtype=torch.float32)
+    saved = u.new_empty(scan.saved_states(inputs, b, call.every) if call.every else 0, dtype=torch.float32)
     rows = _rows(y, b, l)
+    if exchange is not None:
+        exchange.wait()
     repeated(
-        records, "scan", inputs[:9], (rows, last, saved),
+        call.records, "scan", inputs[:9], (rows, last, saved),
         lambda: scan.forward_pass(inputs, True, rows, last, saved, False, log_A=True),
     )  # fmt: skip
+    if exchange is not None:
+        exchange.send(last)
     if w.out_bias is None:
         out = torch.mm(y.t(), w.out_proj.t())
     else:
         out = torch.addmm(w.out_bias, y.t(), w.out_proj.t())
-    outputs = out.view(b, l, -1), last
-    if keep:
-        last_x = made.x[..., l - keep :]
-        outputs += (last_x.to(torch.float32, memory_format=torch.contiguous_format, copy=True),)
-    return outputs, (xz, s, saved)
+    outputs: tuple[Tensor, ...] = out.view(b, l, -1), last
+    if call.keep:
+        outputs += (made.x[..., l - call.keep :].contiguous(),)
+    return outputs, (xz, s, saved, *received)
 
 
 def _backward(
-    records: dict[Any, Recording], keep: int, ready: Callable[[], None] | None,
-    grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...], given: tuple[Any, ...],
-) -> list[Tensor | None]:  # fmt: skip
+    call: _Call, grads: tuple[Tensor | None, ...], kept: tuple[Any, ...], given: tuple[Any, ...]
+) -> list[Tensor | None]:
     """The gradients of hidden, conv_start, state and the weights."""
-    (grad_output, grad_last, *grad_x), (xz, s, saved) = grads, kept
+    (grad_output, grad_last, *grad_x), (xz, s, saved, *received) = grads, kept
     (hidden, conv_start, state), w = given[:3], Weights(*given[3:])
     b, l, m = hidden.shape
-    made, flat, dxz = _Pass(xz, w, b, l, records), hidden.reshape(b * l, m), torch.empty_like(xz)
+    exchange, last_x = None, grad_x[0] if grad_x else None
+    if call.where is not None:
+        exchange = Exchange(call.where, back=True)
+        shapes = (b, *w.A_log.shape), (b, w.A_log.shape[0], w.conv.shape[-1] - 1)
+        grad_last, last_x = exchange.receive(hidden.device, *shapes)
+    if received[0] is not None:
+        conv_start, state = received
+    made, flat, dxz = _Pass(xz, w, b, l, call.records), hidden.reshape(b * l, m), torch.empty_like(xz)
     if grad_output is None:
         grad_output = torch.zeros_like(hidden)
     found: dict[str, Tensor | None] = {}
     sent = grad_output.reshape(b * l, m)
-    du = _scan_backward(made, sent, grad_last, ready, s, saved, conv_start, state, dxz, found)
+    du = _scan_backward(made, sent, grad_last, s, saved, conv_start, state, dxz, found, exchange)
     dstart = _conv_backward(made, du, conv_start, dxz, found)
     del du  # before the largest products
-    if keep and grad_x[0] is not None:
-        _rows(dxz, b, l, 0, made.d)[..., l - keep :] += grad_x[0]
+    if exchange is not None:
+        if received[0] is not None:
+            exchange.send(dstart)
+        exchange.wait()
+    if last_x is not None:
+        _rows(dxz, b, l, 0, made.d)[..., l - last_x.shape[-1] :] += last_x
     found["in_proj"] = torch.mm(dxz, flat)
     found["in_bias"] = None if w.in_bias is None else dxz.sum(1)
     dhidden = torch.mm(dxz.t(), w.in_proj).view(b, l, m)
+    if received[0] is not None:
+        dstart = found["state"] = None
     return [dhidden, dstart, found["state"], *(found[name] for name in Weights._fields)]
 
 
@@ -275,9 +307,8 @@ def _conv_backward(
 
 
 def _scan_backward(
-    made: _Pass, sent: Tensor, grad_last: Tensor | None, ready: Callable[[], None] | None, s: Tensor,
-    saved: Tensor, conv_start: Tensor | None, state: Tensor | None, dxz: Tensor,
-    found: dict[str, Tensor | None],
+    made: _Pass, sent: Tensor, grad_last: Tensor | None, s: Tensor, saved: Tensor, conv_start: Tensor | None,
+    state: Tensor | None, dxz: Tensor, found: dict[str, Tensor | None], exchange: Exchange | None,
 ) -> Tensor:  # fmt: skip
     """The gradient of u (d, b l); dz goes to `dxz`, gradients of the weights and of the state to `found`."""
     w, d, r, b, l = made.weights, made.d, made.rank, made.b, made.l
@@ -289,8 +320,8 @@ def _scan_backward(
         None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)
     )  # fmt: skip
     grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz, b, l, d, d), dbias, dstate)  # type: ignore[arg-type]
-    if ready is not None:
-        ready()
+    if exchange is not None:
+        exchange.wait()
     if grad_last is not None:
         grad_last = grad_last.contiguous()
     repeated(  # y takes the place of dx until dx is computed
@@ -298,6 +329,8 @@ def _scan_backward(
         (saved, dx, *grads[2:9]),
         lambda: scan.backward_pass(rows, grad_last, saved, inputs, True, grads, dx, log_A=True),
     )  # fmt: skip
+    if exchange is not None and dstate is not None:
+        exchange.send(dstate)
     found |= {
         "out_proj": torch.mm(sent.t(), dxz[:d].t()), "dt_proj": torch.mm(delta, s[:r].t()), "A_log": dA,
         "D": dD, "dt_bias": dbias, "state": dstate, "out_bias": None if w.out_bias is None else sent.sum(0),

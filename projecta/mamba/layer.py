@@ -133,7 +133,7 @@ def run(
         if not keep:
             return module.run(hidden, weights, conv, ssm)[0], None, None
         output, last, *x = module.run(hidden, weights, conv, ssm, min(kept, hidden.shape[1]))
-        x = x[0].to(hidden.dtype) if x else hidden.new_empty(len(hidden), layer.A_log.shape[0], 0)
+        x = x[0] if x else hidden.new_empty(len(hidden), layer.A_log.shape[0], 0)
         return output, x if x.shape[-1] == kept else last_inputs(x, kept, conv, None), last
     x, z = layer.in_proj(hidden).chunk(2, -1)
     u = convolve(layer, x, conv, backend, cu_seqlens)
@@ -144,25 +144,22 @@ def run(
 
 def run_piece(
     layer: Any, hidden: Tensor, where: parallel.Context, backend: str, state: Any = (None, None),
-    cu_seqlens: Tensor | None = None, deferred: bool = True,
+    cu_seqlens: Tensor | None = None, drop: bool = True,
 ) -> tuple[Tensor, Any, Any]:  # fmt: skip
     """As `run`, for this rank's piece of a sequence; the first rank takes `state`. See `projecta.parallel`.
 
-    cu_seqlens: of the piece, as `parallel.split_packed` gives it. deferred: the caller drops the states.
+    cu_seqlens: of the piece, as `parallel.split_packed` gives it. drop: the caller does not need the states.
     """
     (d, n), kept = layer.A_log.shape, layer.conv1d.kernel_size[0] - 1
     where.check_alike(hidden, kept if where.schedule == "gather" else 0)
     if where.schedule == "gather":
         return _run_gathered(layer, hidden, where, backend, state, kept)
     b = len(hidden)
-    found = parallel.received(where, hidden.device, (b, d, kept), (b, d, n))
-    state = state if found is None else found
-    if deferred and cu_seqlens is None and hidden.shape[1] >= kept > 0:
+    if drop and cu_seqlens is None and hidden.shape[1] >= kept > 0:
         module, weights = fused(layer, hidden, backend)
-        if module is not None:  # what is sent and received meanwhile costs no time
-            output, ssm, conv = module.run(hidden, weights, *state, kept, where.settle)
-            return parallel.hand_on(where, output, conv, ssm, deferred=True), conv, ssm
-    where.settle()
+        if module is not None:  # it sends and receives while it computes
+            return module.run(hidden, weights, *state, where=where)[0], None, None
+    found = parallel.received(where, hidden.device, (b, d, kept), (b, d, n))
     if found is not None:
         state = found[0].to(hidden.dtype), found[1]
     own = cu_seqlens
