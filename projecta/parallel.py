@@ -131,7 +131,6 @@ class Context:
         self.group, self.schedule = group, schedule
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._sent: deque[tuple[Any, Tensor]] = deque()  # what is under way, and its memory
-        self._arriving: deque[Any] = deque()
         self.before, self.after = self._peer(-1), self._peer(1)  # global ranks; None at the ends
         self.noted: list[Any] | None = None  # what was received, for a computation again
         self.replayed: list[Any] | None = None
@@ -146,26 +145,31 @@ class Context:
             return None
         return other if self.group is None else dist.get_global_rank(self.group, other)
 
-    def send(self, t: Tensor, to: int | None) -> None:
-        if self.replayed is not None:
+    def send(self, t: Tensor, back: bool = False) -> None:
+        """Hand a float32 tensor on to the rank after, or `back` to the one before; to nobody at the ends."""
+        to = self.before if back else self.after
+        if to is None or self.replayed is not None:
             return
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
+        t = t.detach().contiguous()
         self._sent.append((self._call("sending", dist.isend, t, to, self.group), t))
 
-    def receive(self, into: Tensor, source: int | None) -> Tensor:
-        """`into`, which holds what has arrived after `wait()`."""
+    def receive(self, shape: tuple[int, ...], device: torch.device, back: bool = False) -> Tensor | None:
+        """What the rank before sends, or with `back` the one after; None at the ends.
+
+        On a GPU it is asked for where it is needed: a kernel that waits takes a processor from others.
+        """
+        source = self.after if back else self.before
+        if source is None:
+            return None
 
         def call() -> Tensor:
-            self._arriving.append(dist.irecv(into, source, self.group))
-            return into
+            t = torch.empty(shape, dtype=torch.float32, device=device)
+            dist.recv(t, source, self.group)
+            return t
 
         return self._once("receiving", call)
-
-    def wait(self) -> None:
-        """Let what is computed next wait for the first of what is to arrive."""
-        if self._arriving:
-            self._call("receiving", self._arriving.popleft().wait)
 
     def gather(self, t: Tensor) -> Tensor:
         """Every rank's `t`, stacked."""
@@ -227,48 +231,18 @@ class Context:
         _alike.add(kind)
 
 
-class Exchange:
-    """Float32 tensors that a layer takes from one neighbour, and others that it hands on to the other one.
-
-    They go from the rank before to the rank after; gradients (`back`) in reverse. The layer computes
-    meanwhile: it asks for all that it takes, and waits for each where it needs it.
-    """
-
-    def __init__(self, where: Context, back: bool = False):
-        self._where, ends = where, (where.before, where.after)
-        self._source, self._target = ends[::-1] if back else ends
-
-    def receive(self, device: torch.device, *shapes: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-        """Tensors that are filled in this order, each after a `wait()`; None where there is no neighbour."""
-        if self._source is None:
-            return (None,) * len(shapes)
-        into = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
-        return tuple(self._where.receive(t, self._source) for t in into)
-
-    def wait(self) -> None:
-        self._where.wait()
-
-    def send(self, t: Tensor) -> None:
-        if self._target is not None:
-            self._where.send(t.detach().contiguous(), self._target)
-
-
 class _Receive(torch.autograd.Function):
     """What the rank before sends. `anchor` is part of the graph."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, shapes: list[tuple[int, ...]], where: Context) -> Any:
-        ctx.where, exchange = where, Exchange(where)
-        found = exchange.receive(anchor.device, *shapes)
-        for _ in found:
-            exchange.wait()
-        return found
+        ctx.where = where
+        return tuple(where.receive(shape, anchor.device) for shape in shapes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        exchange = Exchange(ctx.where, back=True)
         for grad in reversed(grads):
-            exchange.send(grad)
+            ctx.where.send(grad, back=True)
         return None, None, None
 
 
@@ -279,15 +253,12 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, where: Context, output: Tensor, *sent: Tensor) -> Tensor:
         ctx.where, ctx.shapes, ctx.device = where, [t.shape for t in sent], output.device
         for t in sent:
-            Exchange(where).send(t)
+            where.send(t)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        exchange = Exchange(ctx.where, back=True)
-        found = exchange.receive(ctx.device, *reversed(ctx.shapes))
-        for _ in found:
-            exchange.wait()
+        found = [ctx.where.receive(shape, ctx.device, back=True) for shape in reversed(ctx.shapes)]
         return None, grad, *reversed(found)
 
 

@@ -12,6 +12,7 @@ import argparse
 import copy
 import csv
 import datetime
+import gc
 import json
 import os
 import socket
@@ -35,8 +36,8 @@ LENGTHS = {"130m": (131_072, 262_144, 524_288, 1_048_576), "2.8b": (131_072, 262
 PIECES = (32_768, 65_536)  # also measured on one GPU, for the prediction
 LONGEST_PIECE = 262_144  # that the memory of one GPU holds
 STACKS = (1, 2, 4, 8)  # layers, for the choice of the schedule
-# The model of the time, from profiles of one GPU and a first run with two: the part of a layer for which a rank
-# waits, the processor's and the GPU's time for one layer's messages in one direction, and the all-reduce.
+# The model of the time, from profiles of one GPU and first runs with two: the part of a layer for which a
+# rank waits, the time of a layer's messages in one direction, and the rate of the all-reduce.
 CHAIN, MESSAGE_MS, REDUCE_GB_S = 0.5, 0.05, 60
 Row = dict[str, Any]
 
@@ -66,8 +67,8 @@ class Stack(nn.Module):
 def predicted_ms(piece_ms: float, layers: int, ranks: int, gradients_gb: float) -> float:
     """Milliseconds of a step by schedule "pass".
 
-    piece_ms: one GPU's step on a sequence as long as a rank's piece. The last rank waits for `CHAIN` of a layer
-    for each rank before it, in both directions, since the rest of a layer needs no state.
+    piece_ms: one GPU's step on a sequence as long as a rank's piece. The last rank waits for `CHAIN` of a
+    layer for each rank before it, in both directions, since the rest of a layer needs no state.
     """
     work = piece_ms * (layers + CHAIN * (ranks - 1)) / layers
     return work + 2 * layers * MESSAGE_MS + gradients_gb / REDUCE_GB_S * 1e3
@@ -207,6 +208,7 @@ def rows_of_world(models: list[str], size: int) -> list[Row]:
         except torch.OutOfMemoryError:
             found = {"step_ms": "", "peak_mib": "out of memory"}
         rows.append(row | {"schedule": schedule or ""} | found)
+        gc.collect()
         torch.cuda.empty_cache()
         if dist.get_rank() == 0:
             print(rows[-1], flush=True)
@@ -220,7 +222,7 @@ def rows_of_world(models: list[str], size: int) -> list[Row]:
             if too_long and (size > 1 or length > 2 * LONGEST_PIECE):
                 continue
             for schedule in schedules:
-                if schedule != "gather" or length == LENGTHS[model][0]:
+                if schedule != "gather" or (length == LENGTHS[model][0] and not again):
                     measure(model, width, layers, again, length, schedule)
         for row in rows:
             if row["model"] == model:

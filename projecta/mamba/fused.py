@@ -25,7 +25,7 @@ from projecta.conv import WIDEST
 from projecta.conv import triton as conv
 from projecta.conv._operator import Grads as ConvGrads
 from projecta.conv._operator import Inputs as ConvInputs
-from projecta.parallel import Context, Exchange
+from projecta.parallel import Context
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import launch as scan
 
@@ -197,12 +197,14 @@ class _Pass:
         B, C = (s.as_strided(shape, strides, i * b * l) for i in (r, r + n))
         return s[:r], B, C
 
-    def scan_inputs(self, u: Tensor, s: Tensor, state: Tensor | None) -> tuple[Inputs, Tensor]:
-        """The arguments of the scan, and delta (d, b l), before its bias."""
-        (dt, B, C), w = self.split(s), self.weights
-        delta = torch.mm(w.dt_proj, dt)
+    def delta(self, s: Tensor) -> Tensor:
+        """(d, b l), before the bias."""
+        return torch.mm(self.weights.dt_proj, s[: self.rank])
+
+    def scan_inputs(self, u: Tensor, s: Tensor, delta: Tensor, state: Tensor | None) -> Inputs:
+        (_, B, C), w = self.split(s), self.weights
         rows = (_rows(u, self.b, self.l), _rows(delta, self.b, self.l))
-        return Inputs(*rows, w.A_log, B, C, w.D, self.z, w.dt_bias, state), delta
+        return Inputs(*rows, w.A_log, B, C, w.D, self.z, w.dt_bias, state)
 
 
 def _forward(
@@ -211,34 +213,32 @@ def _forward(
     """The outputs; and what the backward pass needs: xz, s, the saved states and what was received."""
     (b, l, m), w = hidden.shape, Weights(*weights)
     columns = hidden.reshape(b * l, m).t()
-    exchange, received = None if call.where is None else Exchange(call.where), (None, None)
-    if exchange is not None:
-        (d, n), kept = w.A_log.shape, w.conv.shape[-1] - 1
-        received = exchange.receive(hidden.device, (b, d, kept), (b, d, n))
-        if received[0] is not None:
-            conv_start, state = received
+    where, kept, received = call.where, w.conv.shape[-1] - 1, [None, None]
     if w.in_bias is None:
         xz = torch.mm(w.in_proj, columns)
     else:
         xz = torch.addmm(w.in_bias[:, None], w.in_proj, columns)
     made = _Pass(xz, w, b, l, call.records)
-    if exchange is not None:
-        exchange.send(made.x[..., l - kept :].float())
-        exchange.wait()
+    if where is not None:
+        where.send(made.x[..., l - kept :].float())
+        received[0] = where.receive((b, made.d, kept), hidden.device)
+        conv_start = conv_start if received[0] is None else received[0]
     u = made.convolved(conv_start)
     s = torch.mm(w.x_proj, u)
-    inputs, _ = made.scan_inputs(u, s, state)
+    delta = made.delta(s)
+    if where is not None:
+        received[1] = where.receive((b, made.d, made.n), hidden.device)
+        state = state if received[1] is None else received[1]
+    inputs = made.scan_inputs(u, s, delta, state)
     y, last = torch.empty_like(u), u.new_empty(b, made.d, made.n, dtype=torch.float32)
     saved = u.new_empty(scan.saved_states(inputs, b, call.every) if call.every else 0, dtype=torch.float32)
     rows = _rows(y, b, l)
-    if exchange is not None:
-        exchange.wait()
     repeated(
         call.records, "scan", inputs[:9], (rows, last, saved),
         lambda: scan.forward_pass(inputs, True, rows, last, saved, False, log_A=True),
     )  # fmt: skip
-    if exchange is not None:
-        exchange.send(last)
+    if where is not None:
+        where.send(last)
     if w.out_bias is None:
         out = torch.mm(y.t(), w.out_proj.t())
     else:
@@ -256,11 +256,7 @@ def _backward(
     (grad_output, grad_last, *grad_x), (xz, s, saved, *received) = grads, kept
     (hidden, conv_start, state), w = given[:3], Weights(*given[3:])
     b, l, m = hidden.shape
-    exchange, last_x = None, grad_x[0] if grad_x else None
-    if call.where is not None:
-        exchange = Exchange(call.where, back=True)
-        shapes = (b, *w.A_log.shape), (b, w.A_log.shape[0], w.conv.shape[-1] - 1)
-        grad_last, last_x = exchange.receive(hidden.device, *shapes)
+    last_x = grad_x[0] if grad_x else None
     if received[0] is not None:
         conv_start, state = received
     made, flat, dxz = _Pass(xz, w, b, l, call.records), hidden.reshape(b * l, m), torch.empty_like(xz)
@@ -268,13 +264,13 @@ def _backward(
         grad_output = torch.zeros_like(hidden)
     found: dict[str, Tensor | None] = {}
     sent = grad_output.reshape(b * l, m)
-    du = _scan_backward(made, sent, grad_last, s, saved, conv_start, state, dxz, found, exchange)
+    du = _scan_backward(made, sent, grad_last, s, saved, conv_start, state, dxz, found, call.where)
     dstart = _conv_backward(made, du, conv_start, dxz, found)
     del du  # before the largest products
-    if exchange is not None:
-        if received[0] is not None:
-            exchange.send(dstart)
-        exchange.wait()
+    if call.where is not None:
+        if dstart is not None:
+            call.where.send(dstart, back=True)
+        last_x = call.where.receive((b, made.d, w.conv.shape[-1] - 1), hidden.device, back=True)
     if last_x is not None:
         _rows(dxz, b, l, 0, made.d)[..., l - last_x.shape[-1] :] += last_x
     found["in_proj"] = torch.mm(dxz, flat)
@@ -308,20 +304,21 @@ def _conv_backward(
 
 def _scan_backward(
     made: _Pass, sent: Tensor, grad_last: Tensor | None, s: Tensor, saved: Tensor, conv_start: Tensor | None,
-    state: Tensor | None, dxz: Tensor, found: dict[str, Tensor | None], exchange: Exchange | None,
+    state: Tensor | None, dxz: Tensor, found: dict[str, Tensor | None], where: Context | None,
 ) -> Tensor:  # fmt: skip
     """The gradient of u (d, b l); dz goes to `dxz`, gradients of the weights and of the state to `found`."""
     w, d, r, b, l = made.weights, made.d, made.rank, made.b, made.l
     u = made.convolved(conv_start)
-    inputs, delta = made.scan_inputs(u, s, state)
+    delta = made.delta(s)
+    inputs = made.scan_inputs(u, s, delta, state)
     grad_y, ds = torch.mm(w.out_proj.t(), sent.t()), torch.empty_like(s)
     rows, dx, (_, dB, dC) = _rows(grad_y, b, l), _rows(dxz, b, l, 0, d), made.split(ds)
     dA, dD, dbias, dstate = (
         None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)
     )  # fmt: skip
     grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz, b, l, d, d), dbias, dstate)  # type: ignore[arg-type]
-    if exchange is not None:
-        exchange.wait()
+    if where is not None:
+        grad_last = where.receive((b, d, made.n), sent.device, back=True)
     if grad_last is not None:
         grad_last = grad_last.contiguous()
     repeated(  # y takes the place of dx until dx is computed
@@ -329,8 +326,8 @@ def _scan_backward(
         (saved, dx, *grads[2:9]),
         lambda: scan.backward_pass(rows, grad_last, saved, inputs, True, grads, dx, log_A=True),
     )  # fmt: skip
-    if exchange is not None and dstate is not None:
-        exchange.send(dstate)
+    if where is not None and dstate is not None:
+        where.send(dstate, back=True)
     found |= {
         "out_proj": torch.mm(sent.t(), dxz[:d].t()), "dt_proj": torch.mm(delta, s[:r].t()), "A_log": dA,
         "D": dD, "dt_bias": dbias, "state": dstate, "out_bias": None if w.out_bias is None else sent.sum(0),
