@@ -5,6 +5,7 @@ The text is that of Python's own library, 262,144 bytes by default. Every rank p
 """
 
 import argparse
+import os
 import sysconfig
 import time
 from pathlib import Path
@@ -40,9 +41,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--schedule", choices=parallel.SCHEDULES, default="pass")
     arguments = parser.parse_args()
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     rank = dist.get_rank()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)  # the same weights on every rank
     model = ByteModel(arguments.width, arguments.layers).to(device)
     text = b"".join(p.read_bytes() for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
@@ -55,10 +59,10 @@ def main() -> None:
             logits = model(inputs)
             total = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="sum")
             loss = parallel.mean_loss(total, answers.numel())
-            optimiser.zero_grad()
             loss.backward()
         parallel.average_gradients(model.parameters())
         optimiser.step()
+        optimiser.zero_grad()
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         seconds = time.perf_counter() - start

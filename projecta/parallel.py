@@ -4,8 +4,8 @@ Each rank of a group holds a contiguous piece of the sequence, the first rank th
 from the rank before it the last d_conv - 1 inputs, and the state of the scan: d_inner d_state numbers for
 each sequence, whatever its length. Two schedules hand on the state:
 
-    "pass"     from rank to rank, as soon as it is known. Rank r runs layer i while rank r + 1 runs layer
-               i - 1, so L layers on P ranks have an efficiency of L / (L + P - 1), and no work is done twice.
+    "pass"     from rank to rank, as soon as it is known. Rank r runs layer i while rank r + 1 finishes layer
+               i - 1: a stack of L layers fills the ranks once, and no work is done twice.
     "gather"   every rank scans from zero for its end state and its sum of steps; one all-gather; each rank
                folds those before it, h_r = exp(A S_{r-1}) h_{r-1} + e_{r-1}, and scans from there. For single
                layers and short stacks.
@@ -78,15 +78,17 @@ def context_of(layer: nn.Module, own: "Context | None" = None) -> "Context | Non
 
 
 def choose_schedule(layers: int, ranks: int) -> str:
-    """The faster schedule for a stack of layers.
+    """The faster schedule for a stack of layers, where 1 is the time of all ranks working at once.
 
-    "pass" takes (layers + ranks - 1) / layers of the time that all ranks working at once would take, and
-    "gather" `GATHER_COST`, since it scans twice.
+    "pass"     1 + WAIT (ranks - 1) / layers
+    "gather"   GATHER_COST
     """
-    return "pass" if layers + ranks - 1 <= GATHER_COST * layers else "gather"
+    return "pass" if 1 + WAIT * (ranks - 1) / layers <= GATHER_COST else "gather"
 
 
-GATHER_COST = 1.5
+# Measured on NVIDIA H200: see docs/parallel.md.
+WAIT = 0.68  # the part of a layer's time for which a rank waits for the one before; the rest needs no state
+GATHER_COST = 2.1
 
 
 def checkpoint_contexts() -> tuple[Any, Any]:

@@ -253,6 +253,85 @@ def gpu_models() -> str:
     return table(["model", "pass", "mamba-ssm", "projecta", "mamba-ssm / projecta"], rows)
 
 
+def _alone_ms(model: str, layers: str, tokens: int) -> float:
+    """One GPU's step on a sequence of so many tokens."""
+    (row,) = (
+        r
+        for r in read("parallel.csv")
+        if (r["model"], r["layers"], r["tokens"], r["ranks"]) == (model, layers, str(tokens), "1")
+    )
+    return float(row["step_ms"])
+
+
+def _modelled_ms(
+    piece_ms: float, layers: int, ranks: int, schedule: str, gigabytes: float, rate: float
+) -> float:
+    """The model of docs/parallel.md: a step of `ranks`, each with a piece that takes one GPU `piece_ms`."""
+    from projecta.parallel import GATHER_COST, WAIT
+
+    cost = GATHER_COST if schedule == "gather" else DRAG * (1 + WAIT * (ranks - 1) / layers)
+    return piece_ms * cost + 2 * gigabytes * (ranks - 1) / ranks / rate * 1e3
+
+
+DRAG = 1.03  # a rank that receives states: its kernels read them, and its copies wait for the network
+LINK_GB_S = {"host": 150, "network": 40}  # of an all-reduce: measured, assumed
+
+
+def parallel_steps() -> str:
+    """Training steps of one sequence over several GPUs."""
+    rows = []
+    for r in read("parallel.csv"):
+        whole = r["layers"] == str(LAYERS[r["model"]])
+        if not whole or int(r["tokens"]) < 131_072:
+            continue
+        modelled = ""
+        if r["schedule"] == "pass":
+            piece = _alone_ms(r["model"], r["layers"], int(r["tokens"]) // int(r["ranks"]))
+            sizes = int(r["layers"]), int(r["ranks"])
+            modelled = ms(_modelled_ms(piece, *sizes, "pass", float(r["gradients_gb"]), LINK_GB_S["host"]))
+        known = r["step_ms"] != ""
+        rows.append([
+            r["model"], f"{int(r['tokens']):,}", r["ranks"], r["schedule"], ms(r["step_ms"]) if known else "",
+            modelled, r["speedup"], f"{float(r['rate']):.0%}" if known else "",
+            f"{float(r['peak_mib']) / 1024:.1f} GiB" if known else r["peak_mib"],
+        ])  # fmt: skip
+    head = [
+        "layers of",
+        "tokens",
+        "GPUs",
+        "schedule",
+        "step",
+        "model",
+        "speedup",
+        "rate of a GPU",
+        "memory of a GPU",
+    ]
+    return table(head, rows)
+
+
+LAYERS = {"130m": 24, "2.8b": 64}
+
+
+def parallel_outlook() -> str:
+    """What the model says of more GPUs, at 262,144 tokens for each."""
+    rows = []
+    gigabytes = {r["model"]: float(r["gradients_gb"]) for r in read("parallel.csv") if int(r["layers"]) > 8}
+    for model, layers in LAYERS.items():
+        piece = _alone_ms(model, str(layers), 262_144)
+        for ranks in (4, 8, 64, 1024):
+            rate = LINK_GB_S["host" if ranks <= 8 else "network"]
+            share = [
+                piece / _modelled_ms(piece, layers, ranks, schedule, gigabytes[model], rate)
+                for schedule in ("pass", "gather")
+            ]
+            rows.append([model, ranks, f"{ranks * 262_144:,}", *(f"{s:.0%}" for s in share)])
+    text = (
+        f"Averaging moves twice the gradients, at {LINK_GB_S['host']} GB/s within a host of 8 GPUs (measured), and"
+        f" at {LINK_GB_S['network']} GB/s between hosts (assumed).\n\n"
+    )
+    return text + table(["layers of", "GPUs", "tokens", '"pass": rate of a GPU', '"gather"'], rows)
+
+
 def _fidelity(preset: str, keep: str, images: str) -> str:
     rows = {
         "input": "norm, drop, block 0",
@@ -424,6 +503,8 @@ FIGURES: dict[str, Callable[[], str]] = {
         gpu_block,
         gpu_profile,
         gpu_models,
+        parallel_steps,
+        parallel_outlook,
         vtp,
         fidelity,
         zero_shot,

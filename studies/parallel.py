@@ -1,11 +1,11 @@
 """One sequence over several GPUs of a host: training steps of stacks of Mamba layers by `projecta.parallel`.
 
-`python -m studies.parallel [FOLDER] [--models 130m,2.8b]` runs world sizes 1, 2, 4, ... up to the GPUs there
-are, over NCCL, and writes parallel.csv: a row for each model, length, world size and schedule. A step is
-forward, backward, averaging of gradients and AdamW, in bfloat16. "speedup" and "memory" compare with one GPU
-on the same sequence, "rate" with one GPU's tokens a second on a sequence as long as a rank's piece, or on the
-longest that it trains. Before it is timed, a small stack is compared with one GPU in float32, and FSDP2 over
-a mesh of 2 x 2 in bfloat16.
+`python -m studies.parallel [FOLDER] [--models 130m,2.8b] [--worlds 1,2,4]` runs world sizes 1, 2, 4, ... up
+to the GPUs there are, over NCCL, and writes parallel.csv: a row for each model, length, world size and
+schedule. A step is forward, backward, averaging of gradients and AdamW, in bfloat16. "speedup" and "memory"
+compare with one GPU on the same sequence, "rate" with one GPU's tokens a second on a sequence as long as a
+rank's piece, or on the longest that it trains. Before it is timed, a small stack is compared with one GPU in
+float32, and FSDP2 over a mesh of 2 x 2 in bfloat16.
 """
 
 import argparse
@@ -33,12 +33,9 @@ from projecta.regress.store.provenance import record_provenance
 # d_model, layers, whether layers are computed again in the backward pass
 MODELS = {"130m": (768, 24, False), "2.8b": (2560, 64, True)}
 LENGTHS = {"130m": (131_072, 262_144, 524_288, 1_048_576), "2.8b": (131_072, 262_144, 1_048_576)}
-PIECES = (32_768, 65_536)  # also measured on one GPU, for the prediction
+PIECES = (32_768, 65_536)  # also measured on one GPU, to compare pieces with
 LONGEST_PIECE = 262_144  # that the memory of one GPU holds
 STACKS = (1, 2, 4, 8)  # layers, for the choice of the schedule
-# The model of the time, from profiles of one GPU and first runs with two: the part of a layer for which a
-# rank waits, the time of a layer's messages in one direction, and the rate of the all-reduce.
-CHAIN, MESSAGE_MS, REDUCE_GB_S = 0.5, 0.05, 60
 Row = dict[str, Any]
 
 
@@ -62,16 +59,6 @@ class Stack(nn.Module):
             else:
                 x = layer(x)
         return x
-
-
-def predicted_ms(piece_ms: float, layers: int, ranks: int, gradients_gb: float) -> float:
-    """Milliseconds of a step by schedule "pass".
-
-    piece_ms: one GPU's step on a sequence as long as a rank's piece. The last rank waits for `CHAIN` of a
-    layer for each rank before it, in both directions, since the rest of a layer needs no state.
-    """
-    work = piece_ms * (layers + CHAIN * (ranks - 1)) / layers
-    return work + 2 * layers * MESSAGE_MS + gradients_gb / REDUCE_GB_S * 1e3
 
 
 def train_step(model: nn.Module, optimiser: Any, x: Tensor, where: parallel.Context | None) -> Tensor:
@@ -265,11 +252,6 @@ def compare_rows(rows: list[Row]) -> None:
         if same is not None:
             row["speedup"] = round(same["step_ms"] / row["step_ms"], 3)
             row["memory"] = round(row["peak_mib"] / same["peak_mib"], 3)
-        piece = alone.get((row["model"], row["layers"], row["tokens"] // row["ranks"]))
-        if piece is not None and row["schedule"] == "pass":
-            row["predicted_ms"] = round(
-                predicted_ms(piece["step_ms"], row["layers"], row["ranks"], row["gradients_gb"]), 1
-            )
         # one GPU on a sequence as long as the piece of a rank, or the nearest shorter one
         lengths = [key[2] for key in alone if key[:2] == (row["model"], row["layers"])]
         near = [length for length in lengths if length <= row["tokens"] / row["ranks"]]
@@ -279,8 +261,8 @@ def compare_rows(rows: list[Row]) -> None:
 
 
 COLUMNS = (
-    "model", "layers", "d_model", "tokens", "ranks", "schedule", "step_ms", "predicted_ms", "peak_mib",
-    "gradients_gb", "message_ms", "speedup", "memory", "rate",
+    "model", "layers", "d_model", "tokens", "ranks", "schedule", "step_ms", "peak_mib", "gradients_gb",
+    "message_ms", "speedup", "memory", "rate",
 )  # fmt: skip
 
 

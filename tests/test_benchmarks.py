@@ -44,6 +44,8 @@ def test_every_benchmark_runs(suite, kind, method, monkeypatch):
         assert _misses(suite) == prepared, "setup prepares another call than the one that is timed"
         if prepared != before:  # else an earlier test has prepared the call
             assert compiled == ready, "the timed call compiles"
+    if hasattr(instance, "teardown"):
+        instance.teardown(*chosen)
     if method.startswith("track_"):
         assert np.isfinite(value)
         assert value >= 0

@@ -362,4 +362,5 @@ def test_accelerate_takes_a_group(alone):
 
 
 def test_a_short_stack_gathers():
-    assert [parallel.choose_schedule(layers, 4) for layers in (1, 2, 24)] == ["gather", "gather", "pass"]
+    assert [parallel.choose_schedule(layers, 4) for layers in (1, 2, 24)] == ["gather", "pass", "pass"]
+    assert [parallel.choose_schedule(24, ranks) for ranks in (8, 64)] == ["pass", "gather"]

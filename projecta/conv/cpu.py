@@ -337,7 +337,8 @@ def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> N
     if grads.bias is not None:
         grads.bias.copy_(sums[-1])
     if grads.start is not None:
-        grads.start.copy_(reference.start_gradient(grad_y, *inputs, silu))
+        x, weight, bias, start, bounds = inputs
+        grads.start.copy_(reference.start_gradient(grad_y, x, weight, bias, start, bounds, silu))  # type: ignore[arg-type]
 
 
 causal_conv = define("conv_cpu", forward_pass, backward_pass)

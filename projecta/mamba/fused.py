@@ -213,7 +213,8 @@ def _forward(
     """The outputs; and what the backward pass needs: xz, s, the saved states and what was received."""
     (b, l, m), w = hidden.shape, Weights(*weights)
     columns = hidden.reshape(b * l, m).t()
-    where, kept, received = call.where, w.conv.shape[-1] - 1, [None, None]
+    where, kept = call.where, w.conv.shape[-1] - 1
+    received: list[Tensor | None] = [None, None]
     if w.in_bias is None:
         xz = torch.mm(w.in_proj, columns)
     else:

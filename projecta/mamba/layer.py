@@ -184,7 +184,7 @@ def _run_gathered(
     delta, bias, B, C = select(layer, u)
     A, D, span = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D), parallel.sum_of_steps(delta, bias)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
-    options = {"delta_softplus": True, "return_last_state": True, "backend": backend}
+    options: dict[str, Any] = {"delta_softplus": True, "return_last_state": True, "backend": backend}
     end = selective_scan(u, delta, A, B, C, None, None, bias, initial_state=ssm, **options)[1]
     start = parallel.folded_state(where, end, span, A)
     start = start if ssm is None else start + ssm

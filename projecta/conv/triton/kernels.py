@@ -55,7 +55,7 @@ def _window(
             value = tl.where(t >= t_start, value, 0.0)
         if i >= BEFORE + V or not WHOLE:
             value = tl.where(t < t_end, value, 0.0)
-        if start is not None and i < BEFORE + V:
+        if start is not None and i < (BEFORE if WHOLE else BEFORE + V):
             place = t - t_start + start_step
             value += load_one(start + place, real & (t < t_start) & (place >= 0))
         values = values + (value,)
