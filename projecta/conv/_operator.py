@@ -82,7 +82,7 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
             return [grad.zero_() for grad in grads]
         given = (None if t is None else grad for t, grad in zip(inputs, grads, strict=False))
         with without_autocast(x):
-            backward(grad_y, inputs, silu, Grads(*given))
+            backward(grad_y, inputs, silu, Grads(*given))  # type: ignore[arg-type]
         return grads
 
     conv_op = register(name, conv, lambda x, *rest: torch.empty_like(x))
