@@ -24,8 +24,11 @@ _MODULE_OF = {
     "accelerate": "projecta.mamba",
     "Plan": "projecta.vtp",
 }
-_MODULES = ("compat", "conv", "low_rank", "mamba", "mrss", "parallel", "regress", "s4d", "scan", "vtp")
-_EXTRA = {"torch": "scan", "numpy": "scan"}  # the extra that installs each package
+_MODULES = (
+    "compat", "conv", "low_rank", "mamba", "mrss", "parallel", "regress", "s4d", "scan", "vision_mamba",
+    "vtp",
+)  # fmt: skip
+_EXTRA = {"torch": "scan", "numpy": "scan", "transformers": "models"}  # the extra that installs each package
 
 __all__ = [
     "BackendUnavailable",

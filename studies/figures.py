@@ -326,8 +326,8 @@ def parallel_outlook() -> str:
             ]
             rows.append([model, ranks, f"{ranks * 262_144:,}", *(f"{s:.0%}" for s in share)])
     text = (
-        f"Averaging moves twice the gradients, at {LINK_GB_S['host']} GB/s within a host of 8 GPUs (measured),"
-        f" and at {LINK_GB_S['network']} GB/s between hosts (assumed).\n\n"
+        f"Averaging moves twice the gradients, at {LINK_GB_S['host']} GB/s within a host of 8 GPUs"
+        f" (measured), and at {LINK_GB_S['network']} GB/s between hosts (assumed).\n\n"
     )
     return text + table(["layers of", "GPUs", "tokens", '"pass": rate of a GPU', '"gather"'], rows)
 

@@ -26,6 +26,7 @@ ARROWS = {  # part of the package: the parts that it may import
     "parallel": {"_checks"},
     "mamba": {"_backends", "_checks", "_operators", "_triton", "conv", "mrss", "parallel", "scan"},
     "compat": {"_checks", "conv", "mamba", "scan"},
+    "vision_mamba": {"_checks", "conv", "mamba", "mrss", "scan"},
     "low_rank": {"_checks"},
     "s4d": {"_checks", "_operators", "scan"},
     "vtp": {"_checks"},

@@ -44,7 +44,7 @@ def flat(t: Tensor) -> np.ndarray:
         raise AssertionError(
             f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
         )
-    return np.asarray(_Memory(t))
+    return np.asarray(_Memory(t)) if t.numel() else np.empty(0, _KINDS[t.dtype])
 
 
 def memory(t: Tensor, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:

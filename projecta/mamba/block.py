@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from projecta import parallel
 from projecta._checks import Checker
-from projecta.mamba.layer import check_backend, check_piece, fused, run, run_piece, step_layer
+from projecta.mamba.layer import check_backend, check_piece, draw_steps, fused, run, run_piece, step_layer
 from projecta.mrss import Bands, MrssState, check_bands
 
 
@@ -99,18 +99,13 @@ class MambaBlock(nn.Module):
             kept._no_weight_decay = True  # type: ignore[attr-defined]  # the mark that trainers of Mamba read
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **to)
 
-        scale = dt_scale / math.sqrt(self.dt_rank)
         with torch.no_grad():
-            if dt_init == "random":
-                self.dt_proj.weight.uniform_(-scale, scale)
-            else:
-                self.dt_proj.weight.fill_(scale)
-            spread = math.log(dt_max) - math.log(dt_min)
-            steps = torch.exp(torch.rand(self.d_inner, device=device) * spread + math.log(dt_min))
-            steps = steps.clamp(min=dt_init_floor)
-            if mrss is not None:
-                steps = steps.sort(descending=True).values
-            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus's inverse
+            weight, bias_of_steps = draw_steps(
+                self.d_inner, self.dt_rank, dt_min, dt_max, dt_init_floor, dt_init, dt_scale, device,
+                ordered=mrss is not None,
+            )  # fmt: skip
+            self.dt_proj.weight.copy_(weight)
+            self.dt_proj.bias.copy_(bias_of_steps)
             self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 
     def initial_state(self, batch: int) -> State:

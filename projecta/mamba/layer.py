@@ -11,6 +11,7 @@ figure 3. Both layer classes use the same weight names, so one set of functions 
 (b, l, d_inner) in memory; the scan takes transposed views.
 """
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -39,6 +40,24 @@ def check_piece(
     check.that(bands is None, "mrss", "be None within parallel.context", bands)
     plain = cu_seqlens is None or where.schedule == "pass"
     check.that(plain, "cu_seqlens", 'be None with schedule "gather"', "a packed row", 'Take "pass".')
+
+
+def draw_steps(
+    d: int, rank: int, least: float, most: float, floor: float = 1e-4, kind: str = "random",
+    scale: float = 1.0, device: Any = None, ordered: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight (d, rank) and bias (d,) of dt_proj at initialisation: steps log-uniform from `least` to `most`.
+
+    ordered: the largest steps come first, for MRSS.
+    """
+    weight = torch.full((d, rank), scale / math.sqrt(rank), device=device)
+    if kind == "random":
+        weight = weight * (2 * torch.rand(d, rank, device=device) - 1)
+    spread = math.log(most) - math.log(least)
+    steps = torch.exp(torch.rand(d, device=device) * spread + math.log(least)).clamp(min=floor)
+    if ordered:
+        steps = steps.sort(descending=True).values
+    return weight, steps + torch.log(-torch.expm1(-steps))  # softplus's inverse
 
 
 def activate(layer: Any, x: Tensor) -> Tensor:

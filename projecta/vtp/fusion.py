@@ -3,8 +3,8 @@
 All fusions have the form X' = D^-1 A X. `owner` is the token into which each token is merged, A holds the
 masses, and its row sums D are the masses of the remaining tokens. `drop` merges nothing. `mean` merges all
 pruned tokens into one (as EViT, arXiv 2202.07800, with equal weights), `cluster` into the nearest of a few,
-`squeeze` into the nearest of all kept ones. `bipartite` merges the most similar pairs, whatever their scores
-(as ToMe, arXiv 2210.09461). All fusions leave the same number of tokens.
+`squeeze` into the nearest of all kept ones, `next` into the kept one that follows. `bipartite` merges the
+most similar pairs, whatever their scores (as ToMe, arXiv 2210.09461). All leave the same number of tokens.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from projecta.vtp.scores import wide_dtype
 
-FUSIONS = ("drop", "mean", "cluster", "squeeze", "bipartite")
+FUSIONS = ("drop", "mean", "cluster", "squeeze", "next", "bipartite")
 
 
 class Pruned(NamedTuple):
@@ -38,8 +38,13 @@ def unit(tokens: Tensor) -> Tensor:
     return torch.nn.functional.normalize(tokens.detach().to(wide_dtype(tokens.dtype)), dim=-1)
 
 
-def keep_highest(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix: int, takers: int) -> Pruned:
-    """Keep the highest scores; merge each pruned patch into the nearest of the `takers` lowest ones kept."""
+def keep_highest(
+    tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix: int, takers: int, follow: bool = False
+) -> Pruned:
+    """Keep the highest scores; merge each pruned patch into the nearest of the `takers` lowest ones kept.
+
+    follow: merge each into the kept one that follows it, and those after the last one into that.
+    """
     b, t, _ = tokens.shape
     order = scores.argsort(dim=-1, descending=True, stable=True) + prefix
     first = torch.arange(prefix, device=tokens.device).expand(b, prefix)
@@ -50,11 +55,15 @@ def keep_highest(tokens: Tensor, mass: Tensor, scores: Tensor, kept: int, prefix
         return Pruned(take(tokens, index), index, mass.gather(1, index), place)
     rest, open = order[:, kept - prefix :], order[:, kept - prefix - takers : kept - prefix]
     pruned = take(tokens, rest)
-    if takers == 1:
-        nearest = torch.zeros_like(rest)
+    if follow:
+        patches = index[:, prefix:].contiguous()
+        into = (prefix + torch.searchsorted(patches, rest.contiguous())).clamp(max=kept - 1)
     else:
-        nearest = (unit(pruned) @ unit(take(tokens, open)).mT).argmax(-1)
-    into = place.gather(1, open).gather(1, nearest)  # (b, pruned): index among the kept
+        if takers == 1:
+            nearest = torch.zeros_like(rest)
+        else:
+            nearest = (unit(pruned) @ unit(take(tokens, open)).mT).argmax(-1)
+        into = place.gather(1, open).gather(1, nearest)  # (b, pruned): index among the kept
     owner = place.scatter(1, rest, into)
     fused, masses = _fuse(take(tokens, index), mass.gather(1, index), pruned, mass.gather(1, rest), into)
     return Pruned(fused, index, masses, owner)

@@ -44,6 +44,16 @@ class Costs(NamedTuple):
 VIT_B16 = Costs()
 
 
+class ScanCosts(NamedTuple):
+    """The operations of a tower of scans: for each token and block, and for none."""
+
+    per_token: int
+    fixed: int = 0
+
+    def of(self, schedule: tuple[int, ...]) -> int:
+        return self.fixed + self.per_token * sum(schedule)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A pruning plan: the tokens to prune, and the blocks before which they are pruned.
@@ -54,16 +64,21 @@ class Plan:
             the embedding.
         score: the patches with the highest score are kept: "norm", ||x||_2; "distance", ||x - mean(x)||_2;
             "random", one fixed order for every image; "grid", spread evenly over the image (a checkerboard at
-            0.5); from the attention of block `at`, computed in advance: "cls", the class token's attention to
-            a patch; "value", the same times ||v||; "received", the attention of all tokens to it; "probe",
-            that of SigLIP's pooling head; or a function of the patches (b, p, c) that returns (b, p).
-        fuse: "drop" the others, or merge them by "mean", "cluster", "squeeze" or "bipartite" (see `fusion`).
+            0.5); "similarity", how little a patch resembles the one before it; from the attention of block
+            `at`, computed in advance: "cls", the class token's attention to a patch; "value", the same times
+            ||v||; "received", the attention of all tokens to it; "probe", that of SigLIP's pooling head; from
+            a scan: "delta", the mean step size in block `at`; or a function of the patches (b, p, c) that
+            returns (b, p).
+        fuse: "drop" the others, or merge them by "mean", "cluster", "squeeze", "next" or "bipartite" (see
+            `fusion`).
         mass: add log(mass) to the logits of later attention, so that a token counts for all tokens in it.
         multiple_of: round the tokens that remain, class token included, up to a multiple of this.
         semantics: `keep` is the fraction of the patches that remains at the end ("tokens"), of the patches
             that each stage sees ("stage"), or of the tower's FLOPs ("flops").
         centres: number of tokens into which others are merged, for "cluster".
         seed: seed of the random score.
+        forget: in a tower of scans, the state of a kept token also forgets for those that are missing before
+            it, as if their steps were its own. Towers with attention have no such state.
 
     Raises:
         ValueError: a value is out of its range. TypeError: a value is of the wrong type.
@@ -87,6 +102,7 @@ class Plan:
     semantics: str = "tokens"
     centres: int = 8
     seed: int = 0
+    forget: bool = True
 
     def __post_init__(self):
         check = Checker("Plan")
@@ -105,7 +121,9 @@ class Plan:
             value = getattr(self, name)
             check.that(isinstance(value, int), name, "be an integer", repr(value), error=TypeError)
             check.that(value >= least, name, f"be at least {least}", value)
-        check.that(isinstance(self.mass, bool), "mass", "be True or False", repr(self.mass), error=TypeError)
+        for name in ("mass", "forget"):
+            value = getattr(self, name)
+            check.that(isinstance(value, bool), name, "be True or False", repr(value), error=TypeError)
         if not callable(self.score):
             check.one_of("score", self.score, (*SCORES, *MODEL_SCORES))
         check.one_of("fuse", self.fuse, FUSIONS)
@@ -139,7 +157,9 @@ class Plan:
         """Number of `tokens` that remain, prefix included, if `keep` is a fraction of the patches."""
         return self._round(self.keep * (tokens - prefix), tokens, prefix)
 
-    def schedule(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> tuple[int, ...]:
+    def schedule(
+        self, tokens: int, blocks: int, prefix: int = 1, costs: Costs | ScanCosts = VIT_B16
+    ) -> tuple[int, ...]:
         """Number of tokens that each block sees.
 
         Raises:
@@ -179,7 +199,7 @@ class Plan:
         kept = prefix + max(1, math.ceil(patches - 1e-9))  # 0.7 * 10 is slightly above 7
         return min(tokens, math.ceil(kept / self.multiple_of) * self.multiple_of)
 
-    def describe(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs = VIT_B16) -> str:
+    def describe(self, tokens: int, blocks: int, prefix: int = 1, costs: Costs | ScanCosts = VIT_B16) -> str:
         """The plan's keep ratio in each of the three semantics, and the tokens per block.
 
         Examples:
@@ -250,7 +270,8 @@ class Plan:
         if seen is not None:
             limits = torch.finfo if scores.is_floating_point() else torch.iinfo
             scores = scores.masked_fill(~seen, limits(scores.dtype).min)
-        return keep_highest(tokens, mass, scores, kept, prefix, self._open(kept - prefix))
+        takers, follow = self._open(kept - prefix), self.fuse == "next"
+        return keep_highest(tokens, mass, scores, kept, prefix, takers, follow)
 
     def _score(self, patches: Tensor, view: View) -> Tensor:
         if callable(self.score):
@@ -262,4 +283,6 @@ class Plan:
 
     def _open(self, kept: int) -> int:
         """Number of kept patches into which others are merged: those with the lowest scores."""
-        return {"drop": 0, "mean": 1, "cluster": min(self.centres, kept), "squeeze": kept}[self.fuse]
+        return {"drop": 0, "mean": 1, "cluster": min(self.centres, kept), "squeeze": kept, "next": kept}[
+            self.fuse
+        ]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker, fail, host
-from projecta.vtp.plan import Costs, Plan
+from projecta.vtp.fusion import take
+from projecta.vtp.plan import Costs, Plan, ScanCosts
 from projecta.vtp.scores import MODEL_SCORES, attention_scores
 from projecta.vtp.towers import (
     MASKABLE,
@@ -25,6 +26,7 @@ from projecta.vtp.towers import (
     find_tower,
     is_averaged,
     probe_scores,
+    scan_costs,
     split_heads,
     width_of_mlp,
 )
@@ -39,10 +41,11 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
     """Prune the tokens of a vision tower by `plan` from now on, until the handle's `remove()`.
 
     Args:
-        model: a CLIP, ViT, DINOv2 or SigLIP model of transformers 5: the tower, or a model of its family that
-            contains it (CLIPModel, CLIPVisionModelWithProjection, ViTForImageClassification...) and whose
-            head does not need every patch. A deep copy of a pruned model (or one that was saved and loaded)
-            is pruned too; `prune` of the copy replaces its plan by the given one.
+        model: a CLIP, ViT, DINOv2 or SigLIP model of transformers 5, or `projecta.vision_mamba`: the tower,
+            or a model of its family that contains it (CLIPModel, CLIPVisionModelWithProjection,
+            ViTForImageClassification...) and whose head does not need every patch. A deep copy of a pruned
+            model (or one that was saved and loaded) is pruned too; `prune` of the copy replaces its plan by
+            the given one.
         plan: the tokens to prune, and the blocks before which they are pruned.
 
     Returns:
@@ -83,6 +86,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         )  # fmt: skip
         pruning.remove()
     check_score(check, family, tower, blocks[plan.stages[0]], plan.score)
+    check.that(not (plan.mass and family.scans), "plan.mass", "be False in a tower without attention", True)
     attention = tower.config._attn_implementation
     check.that(
         not plan.mass or attention in MASKABLE, "plan.mass",
@@ -138,7 +142,11 @@ class Pruning:
         self._patch, self._grid = (high, wide), (rows // high, columns // wide)
         self._patches = self._grid[0] * self._grid[1]
         embedding = 2 * self._patches * config.num_channels * high * wide * config.hidden_size
-        self._costs = Costs(config.hidden_size, width_of_mlp(family, blocks[0]), embedding)
+        self._costs: Costs | ScanCosts
+        if family.scans:
+            self._costs = scan_costs(tower, blocks[0], embedding)
+        else:
+            self._costs = Costs(config.hidden_size, width_of_mlp(family, blocks[0]), embedding)
         self._tower, self.has_handle = tower, True
         self._last: _Call | None = None
         self._thread, self._traced = threading.local(), None
@@ -167,6 +175,11 @@ class Pruning:
         self.plan = plan
         for block in self._blocks:
             _outdate_compiled(block)
+
+    @property
+    def scans(self) -> bool:
+        """Whether the tower is one of scans, whose tokens stand in a sequence."""
+        return self._family.scans
 
     @property
     def keep(self) -> float:
@@ -246,7 +259,7 @@ class Pruning:
     def enter_block(
         self, call: _Call | None, i: int, block: nn.Module, tokens: Tensor, mask: Any
     ) -> tuple[Tensor, Any]:
-        """The tokens that block i sees, and the mask of its attention."""
+        """The tokens that block i sees, and the mask of its attention, or in a tower of scans their order."""
         stages, prefix = self.plan.stages, self._family.prefix
         behind = [s for s, at in enumerate(stages) if at <= i]
         if not behind:
@@ -257,13 +270,52 @@ class Pruning:
         if call is None:
             fail("prune", f"block {i}", f"run after block {stages[0]} of the same pass", "a separate call")
         stage, prunes = behind[-1], self.tokens[-1] < self._patches + prefix
+        if self._family.scans:
+            return (
+                self._prune_sequence(call, stage, block, tokens, mask)
+                if stages[stage] == i
+                else (tokens, mask)
+            )
         if stages[stage] == i:
             tokens = self._prune(call, stage, block, tokens, mask if prunes else None)
         if not prunes:
             return tokens, mask
         return tokens, self._mask(call.found[stage], mask, tokens)
 
-    def _prune(self, call: _Call, stage: int, block: nn.Module, tokens: Tensor, mask: Any) -> Tensor:
+    def _prune_sequence(
+        self, call: _Call, stage: int, block: Any, tokens: Tensor, order: Any
+    ) -> tuple[Tensor, Any]:
+        """Prune tokens that stand in an order: with the class token first, and back into their order."""
+        (b, t, _), given, places = tokens.shape, tokens, order.places
+        if places is None:
+            places = torch.arange(t, device=tokens.device).expand(b, t)
+        scores = None
+        if self.plan.score == "delta":
+            scores = block.mixer.steps(block.norm(tokens.detach()), order).detach()
+        if order.class_at is not None:
+            first = places.masked_fill(places == order.class_at, -1).argsort(-1)
+            tokens = take(tokens, first)
+            scores = None if scores is None else scores.gather(1, first)[:, 1:]
+        tokens = self._prune(call, stage, block, tokens, None, scores)
+        if tokens.shape[1] == t:
+            return given, order
+        kept = call.found[stage].kept  # 0: the class token, then the patches
+        if order.class_at is not None:
+            patch = kept - 1
+            kept = torch.where(kept == 0, order.class_at, patch + (patch >= order.class_at))
+        places, back = kept.sort(-1)
+        mass = call.found[stage].mass.gather(1, back) if self.plan.fuse != "drop" else None
+        return take(tokens, back), order.keep(places, self.plan.forget, mass)
+
+    def _prune(
+        self,
+        call: _Call,
+        stage: int,
+        block: nn.Module,
+        tokens: Tensor,
+        mask: Any,
+        scores: Tensor | None = None,
+    ) -> Tensor:
         prefix, t = self._family.prefix, tokens.shape[1]
         before = call.found[stage - 1] if stage else None
         visible, mass, places = None, None, None
@@ -274,7 +326,10 @@ class Pruning:
             visible = _visible(mask).expand(len(tokens), -1) if before is None else before.mass > 0
         count = self._count(stage, t)
         scored = count < t and self.plan.fuse != "bipartite"  # merging pairs needs no score
-        scores = self._scores(call, block, tokens, mass, visible) if scored else None
+        if not scored:
+            scores = None
+        elif scores is None:
+            scores = self._scores(call, block, tokens, mass, visible)
         pruned = self.plan.apply(
             tokens, prefix, count=count, scores=scores, mass=mass, visible=visible, places=places,
             grid=call.grid or self._grid,
@@ -375,21 +430,22 @@ class _Hook:
         _ = block.pruning_version  # compiled code depends on it: see `_outdate_compiled`
         kwargs = dict(kwargs)
         call = kwargs.pop(_CALL, None)
-        given = dict(zip(("hidden_states", "attention_mask"), args, strict=False))
+        second = "order" if self.pruning.scans else "attention_mask"
+        given = dict(zip(("hidden_states", second), args, strict=False))
         named = given | kwargs
         for name, value in [*kwargs.items(), *((f"argument {i}", args[i]) for i in range(2, len(args)))]:
-            if name not in ("hidden_states", "attention_mask") and isinstance(value, Tensor):
+            if name not in ("hidden_states", second) and isinstance(value, Tensor):
                 rule = f"be None: projecta does not know this argument of {host('transformers')}"
                 fail("prune", name, rule, f"a tensor {tuple(value.shape)}", error=TypeError)
         tokens, mask = self.pruning.enter_block(
-            call, self.i, block, named["hidden_states"], named.get("attention_mask")
+            call, self.i, block, named["hidden_states"], named.get(second)
         )
-        changed = {"hidden_states": tokens, "attention_mask": mask}
+        changed = {"hidden_states": tokens, second: mask}
         args = (*(changed[name] for name in given), *args[2:])
         if "hidden_states" in kwargs:
             kwargs["hidden_states"] = tokens
-        if "attention_mask" in kwargs or (mask is not None and "attention_mask" not in given):
-            kwargs["attention_mask"] = mask
+        if second in kwargs or (mask is not None and second not in given):
+            kwargs[second] = mask
         return args, kwargs
 
 

@@ -38,6 +38,13 @@ def _score_distance(patches: Tensor, view: View) -> Tensor:
     return torch.linalg.vector_norm(wide - mean, dim=-1)
 
 
+def _score_similarity(patches: Tensor, view: View) -> Tensor:
+    """How little each patch resembles the one before it, 1 - cos; the first has the highest score, 2."""
+    units = torch.nn.functional.normalize(patches.to(wide_dtype(patches.dtype)), dim=-1)
+    unlike = 1 - (units[:, 1:] * units[:, :-1]).sum(-1)
+    return torch.cat([unlike.new_full((len(unlike), 1), 2), unlike], 1)
+
+
 def _score_random(patches: Tensor, view: View) -> Tensor:
     """A hash of the index: the same on every device, without a copy to the device."""
     x = torch.arange(1, patches.shape[1] + 1, device=patches.device) * 0x9E3779B1 + view.seed * 0x85EBCA77
@@ -63,11 +70,13 @@ def _score_grid(patches: Tensor, view: View) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Tensor, View], Tensor]] = {
-    "norm": _score_norm, "distance": _score_distance, "random": _score_random, "grid": _score_grid
+    "norm": _score_norm, "distance": _score_distance, "similarity": _score_similarity,
+    "random": _score_random, "grid": _score_grid,
 }  # fmt: skip
 
 
-MODEL_SCORES = ("cls", "value", "received", "probe")  # the caller computes them by `attention_scores`
+# The caller computes them: "delta" from a scan's steps, the others by `attention_scores`.
+MODEL_SCORES = ("cls", "value", "received", "probe", "delta")
 
 
 def attention_scores(

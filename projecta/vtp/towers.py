@@ -1,4 +1,4 @@
-"""The vision towers that can be pruned: the names of the parts of CLIP, ViT, DINOv2 and SigLIP."""
+"""The vision towers that can be pruned: the names of the parts of CLIP, ViT, DINOv2, SigLIP, Vision Mamba."""
 
 import gc
 import sys
@@ -7,37 +7,44 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from projecta._checks import Checker, fail, host
+from projecta.vtp.plan import ScanCosts
 from projecta.vtp.scores import MODEL_SCORES, attention_scores
 
 
 class Family(NamedTuple):
     """The names of the parts of a vision tower that pruning needs."""
 
-    module: str  # in transformers.models
+    module: str  # that defines it
     models: tuple[str, ...]  # supported classes: the heads do not need every patch; the tower is first
     blocks: str
     norm: str  # before attention
-    attention: str
+    attention: str  # or the mixer, in a tower of scans
     prefix: int
+    scans: bool = False  # whether tokens stand in a sequence, not in a set
 
 
 FAMILIES = (
     Family(
-        "clip.modeling_clip",
+        "transformers.models.clip.modeling_clip",
         ("CLIPVisionModel", "CLIPModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
         "encoder.layers", "layer_norm1", "self_attn", 1,
     ),
     Family(
-        "vit.modeling_vit", ("ViTModel", "ViTForImageClassification"), "layers", "layernorm_before",
-        "attention", 1,
+        "transformers.models.vit.modeling_vit", ("ViTModel", "ViTForImageClassification"), "layers",
+        "layernorm_before", "attention", 1,
     ),
     Family(
-        "dinov2.modeling_dinov2", ("Dinov2Model", "Dinov2ForImageClassification"), "encoder.layer", "norm1",
-        "attention", 1,
+        "transformers.models.dinov2.modeling_dinov2", ("Dinov2Model", "Dinov2ForImageClassification"),
+        "encoder.layer", "norm1", "attention", 1,
     ),
     Family(
-        "siglip.modeling_siglip", ("SiglipVisionModel", "SiglipModel", "SiglipForImageClassification"),
-        "encoder.layers", "layer_norm1", "self_attn", 0,
+        "transformers.models.siglip.modeling_siglip",
+        ("SiglipVisionModel", "SiglipModel", "SiglipForImageClassification"), "encoder.layers",
+        "layer_norm1", "self_attn", 0,
+    ),
+    Family(
+        "projecta.vision_mamba", ("VisionMambaModel", "VisionMambaForImageClassification"), "layers", "norm",
+        "mixer", 1, True,
     ),
 )  # fmt: skip
 
@@ -52,7 +59,7 @@ MASKABLE = ("sdpa", "eager")  # attention that takes a mask as a tensor
 def find_tower(check: Checker, model: nn.Module) -> tuple[Family, Any]:
     """The family and the one tower in the model."""
     for family in FAMILIES:
-        module = sys.modules.get("transformers.models." + family.module)
+        module = sys.modules.get(family.module)
         kinds = [] if module is None else [c for c in type(model).__mro__ if c.__module__ == module.__name__]
         if not kinds:
             continue
@@ -64,7 +71,8 @@ def find_tower(check: Checker, model: nn.Module) -> tuple[Family, Any]:
         kind = getattr(module, family.models[0])
         towers = [m for m in model.modules() if isinstance(m, kind)]
         if len(towers) == 1:
-            return family, towers[0]
+            bare = family.scans and towers[0].embeddings.cls_token is None
+            return (family._replace(prefix=0) if bare else family), towers[0]
     supported = ", ".join(family.models[0] for family in FAMILIES)
     check.that(
         False, "model", f"be or hold one of {supported}, in a model of its family", type(model).__name__,
@@ -75,6 +83,11 @@ def find_tower(check: Checker, model: nn.Module) -> tuple[Family, Any]:
 
 def check_score(check: Checker, family: Family, tower: Any, block: Any, score: Any) -> None:
     """Check that the tower has the parts that a score reads."""
+    if family.scans or score == "delta":
+        known = not isinstance(score, str) or score == "delta" or score not in MODEL_SCORES
+        rule = "be of tokens alone or 'delta'" if family.scans else "not be 'delta', the step of a scan"
+        check.that(family.scans and known, "plan.score", f"{rule}, in this tower", repr(score))
+        return
     head = getattr(tower, "head", None)
     check.that(
         score not in ("cls", "value") or family.prefix > 0, "plan.score",
@@ -94,6 +107,14 @@ def check_score(check: Checker, family: Family, tower: Any, block: Any, score: A
         kind = f"{type(attention).__name__} of {host('transformers')}"
         rule = f"not need q_proj, k_proj and v_proj: {kind} lacks them"
         check.that(whole, "plan.score", rule, repr(score))
+
+
+def scan_costs(tower: Any, block: Any, embedding: int) -> ScanCosts:
+    """The costs of a tower of scans: its maps, and 9 operations for each state of each direction."""
+    maps = [m for m in block.modules() if hasattr(m, "in_features") or isinstance(m, nn.Conv1d)]
+    weights = sum(m.weight.numel() for m in maps)
+    states = sum(direction.A_log.numel() for direction in block.mixer.directions)
+    return ScanCosts(2 * weights + 9 * states, embedding)
 
 
 def is_averaged(tower: nn.Module) -> bool:

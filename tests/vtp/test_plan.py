@@ -219,12 +219,13 @@ ERRORS = {
     "score": (
         {"score": "magic"},
         ValueError,
-        "score must be one of 'norm', 'distance', 'random', 'grid', 'cls', 'value', 'received', 'probe'; got 'magic'.",
+        "score must be one of 'norm', 'distance', 'similarity', 'random', 'grid', 'cls', 'value', 'received', "
+        "'probe', 'delta'; got 'magic'.",
     ),
     "fuse": (
         {"fuse": "melt"},
         ValueError,
-        "fuse must be one of 'drop', 'mean', 'cluster', 'squeeze', 'bipartite'; got 'melt'.",
+        "fuse must be one of 'drop', 'mean', 'cluster', 'squeeze', 'next', 'bipartite'; got 'melt'.",
     ),
     "at list": ({"at": [3, 6]}, TypeError, "at must be an integer or a tuple of integers; got [3, 6]."),
     "at none": ({"at": ()}, ValueError, "at must name one block or several, ascending; got ()."),
