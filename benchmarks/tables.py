@@ -44,6 +44,7 @@ def sections():
             Custom("scan_roofline", "Roofline", roofline_rows, roofline_note, roofline_chart),
         )),
         block_section(),
+        vision_section(),
         Section("models", "Models, beside what transformers does by itself", (
             Lines("model_time", "mamba-130m's shape in transformers: time", "time_ms", 1e3, "model", {
                 "mamba.ModelPrefill.time_prefill": "prefill",
@@ -143,6 +144,21 @@ def block_section():
             ),
         ),
     )
+
+
+def vision_section():
+    """Attention and scans by image size."""
+    from projecta.regress.site.tables import Lines, Section
+
+    time = {
+        "vision.Vision.time_forward": "small, batch 8", "vision.FullVision.time_forward": "small, batch 1",
+        "vision.FullVisionBase.time_forward": "base, batch 1",
+    }  # fmt: skip
+    memory = {"vision.VisionPeak.track_peak_forward": "small, batch 8"}
+    return Section("vision", "Vision towers: attention and scans, by keep ratio", (
+        Lines("vision_time", "ViT and Vision Mamba: time", "time_ms", 1e3, "case", time, x="pixels"),
+        Lines("vision_memory", "ViT and Vision Mamba: peak memory", "memory_mib", 1.0, "case", memory, x="pixels"),
+    ))  # fmt: skip
 
 
 def vtp_rows(source) -> list[dict[str, Any]]:

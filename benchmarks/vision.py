@@ -10,8 +10,8 @@ import torch
 from benchmarks import common
 
 WIDTHS = {"small": (384, 1536, 6), "base": (768, 3072, 12)}  # of ViT-S/16 and ViT-B/16: c, MLP, heads
-TOWERS = ("attention", "scans")
-SIZES, KEEPS = (224, 384), (1.0, 0.7, 0.5)
+CASES = tuple(f"{tower} {keep}" for tower in ("attention", "scans") for keep in (1.0, 0.7, 0.5))
+SIZES = (224, 384)
 LONG_SIZES = (224, 384, 512, 1024)
 BATCH = 8
 VERSION = common.version(__file__)
@@ -38,8 +38,9 @@ def _tower(kind: str, size: str):
 
 
 @functools.cache
-def _call(kind: str, size: str, pixels: int, keep: float, batch: int):
+def _call(case: str, size: str, pixels: int, batch: int):
     """A forward pass, whose first tokens are checked against float64 where that is quick."""
+    kind, keep = case.split()[0], float(case.split()[1])
     prune, Plan = common.require("projecta.vtp", "prune"), common.require("projecta.vtp", "Plan")
     model, images = _tower(kind, size), common.photographs(batch, pixels)
     options = {"interpolate_pos_encoding": True} if kind == "attention" else {}
@@ -59,45 +60,59 @@ def _call(kind: str, size: str, pixels: int, keep: float, batch: int):
         got = run(images=images[:1])
         wide = run(model.double(), images[:1].double())
         model.float()
-        common.check_close(f"{kind} {keep}", got, wide, 1e-3)
+        common.check_close(case, got, wide, 1e-3)
     return run
 
 
 class _Vision(common.Suite):
-    param_names = ("tower", "size", "pixels", "keep")
-    params = (TOWERS, ("small",), SIZES, KEEPS)
+    param_names = ("case", "pixels")
+    params = (CASES, SIZES)
     version = VERSION
 
 
 class Vision(_Vision):
-    """A batch of 8 images."""
+    """Towers of the small size, a batch of 8 images."""
 
-    def setup(self, tower, size, pixels, keep):
-        _call(tower, size, pixels, keep, BATCH)
+    def setup(self, case, pixels):
+        _call(case, "small", pixels, BATCH)
 
-    def time_forward(self, tower, size, pixels, keep):
-        _call(tower, size, pixels, keep, BATCH)()
+    def time_forward(self, case, pixels):
+        _call(case, "small", pixels, BATCH)()
 
 
 class VisionPeak(_Vision):
     unit = "MiB"
 
-    def setup(self, tower, size, pixels, keep):
+    def setup(self, case, pixels):
         common.return_freed_memory()
 
-    def track_peak_forward(self, tower, size, pixels, keep):
-        return common.peak_mib(_call(tower, size, pixels, keep, BATCH))
+    def track_peak_forward(self, case, pixels):
+        return common.peak_mib(_call(case, "small", pixels, BATCH))
 
 
 class FullVision(_Vision):
-    """One image, up to 1,024 pixels a side."""
+    """One image of up to 1,024 pixels a side."""
 
-    params = (TOWERS, ("small", "base"), LONG_SIZES, KEEPS)
+    params = (CASES, LONG_SIZES)
     timeout = 300.0
 
-    def setup(self, tower, size, pixels, keep):
+    def setup(self, case, pixels):
         common.require_full()
-        _call(tower, size, pixels, keep, 1)
+        _call(case, "small", pixels, 1)
 
-    def time_forward(self, tower, size, pixels, keep):
-        _call(tower, size, pixels, keep, 1)()
+    def time_forward(self, case, pixels):
+        _call(case, "small", pixels, 1)()
+
+
+class FullVisionBase(_Vision):
+    """The base size, one image."""
+
+    params = (CASES, LONG_SIZES)
+    timeout = 600.0
+
+    def setup(self, case, pixels):
+        common.require_full()
+        _call(case, "base", pixels, 1)
+
+    def time_forward(self, case, pixels):
+        _call(case, "base", pixels, 1)()
