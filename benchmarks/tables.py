@@ -157,7 +157,7 @@ def vision_section():
     memory = {"vision.VisionPeak.track_peak_forward": "small, batch 8"}
     return Section("vision", "Vision towers: attention and scans, by keep ratio", (
         Lines("vision_time", "ViT and Vision Mamba: time", "time_ms", 1e3, "case", time, x="pixels"),
-        Lines("vision_memory", "ViT, Vision Mamba: peak memory", "memory_mib", 1.0, "case", memory, x="pixels"),
+        Lines("vision_memory", "The same: peak memory", "memory_mib", 1.0, "case", memory, x="pixels"),
     ))  # fmt: skip
 
 

@@ -8,13 +8,12 @@ each sequence, whatever its length. Two schedules hand on the state:
                i - 1: a stack of L layers fills the ranks once, and no work is done twice.
     "gather"   every rank scans from zero for its end state and its sum of steps; one all-gather; each rank
                folds those before it, h_r = exp(A S_{r-1}) h_{r-1} + e_{r-1}, and scans from there. For single
-               layers and short stacks.
+               layers and very many ranks.
 
 The backward pass goes the same way in reverse. States travel in float32. All ranks call the same layers.
 """
 
 import contextlib
-import copy
 import threading
 import weakref
 from collections import deque
@@ -67,7 +66,7 @@ def context_of(layer: nn.Module, own: "Context | None" = None) -> "Context | Non
     if where is None and layer not in _layers:
         return None
     again = torch._C._current_graph_task_id() != -1  # called by a backward pass
-    if again and (where is None or where.replayed is None):
+    if again and not _is_repeated():
         raise RuntimeError(
             "parallel: a layer is computed again in the backward pass, where no other rank sends. Give"
             " torch.utils.checkpoint use_reentrant=False and context_fn=parallel.checkpoint_contexts."
@@ -100,23 +99,31 @@ def checkpoint_contexts() -> tuple[Any, Any]:
         >>> checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts).shape
         torch.Size([1, 2])
     """
-    where = current()
-    if where is None:
-        return contextlib.nullcontext(), contextlib.nullcontext()
-    first, again = copy.copy(where), copy.copy(where)
-    first.noted = again.replayed = []
-    return _entered(first), _entered(again)
+    where, received = current(), list[Any]()
+    return _entered(where, _Notes(received, False)), _entered(where, _Notes(received, True))
+
+
+class _Notes:
+    """What a part of a model received at first, for when it is computed again."""
+
+    def __init__(self, received: list[Any], again: bool):
+        self.received, self.again, self.position = received, again, 0
 
 
 @contextlib.contextmanager
-def _entered(where: "Context") -> Iterator[None]:
-    before = getattr(_thread, "current", None)
-    _thread.current = where
-    where.position = 0
+def _entered(where: "Context | None", notes: _Notes) -> Iterator[None]:
+    before = current(), getattr(_thread, "notes", None)
+    _thread.current, _thread.notes, notes.position = where, notes, 0
     try:
         yield
     finally:
-        _thread.current = before
+        _thread.current, _thread.notes = before
+
+
+def _is_repeated() -> bool:
+    """Whether this thread computes again what it has received before."""
+    notes = getattr(_thread, "notes", None)
+    return notes is not None and notes.again
 
 
 class Context:
@@ -134,9 +141,6 @@ class Context:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._sent: deque[tuple[Any, Tensor]] = deque()  # what is under way, and its memory
         self.before, self.after = self._peer(-1), self._peer(1)  # global ranks; None at the ends
-        self.noted: list[Any] | None = None  # what was received, for a computation again
-        self.replayed: list[Any] | None = None
-        self.position = 0  # of the next one
 
     def __deepcopy__(self, memo: dict) -> "Context":
         return self
@@ -150,7 +154,7 @@ class Context:
     def send(self, t: Tensor, back: bool = False) -> None:
         """Hand a float32 tensor on to the rank after, or `back` to the one before; to nobody at the ends."""
         to = self.before if back else self.after
-        if to is None or self.replayed is not None:
+        if to is None or _is_repeated():
             return
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
@@ -184,12 +188,13 @@ class Context:
         return self._once("gathering", call)
 
     def _once(self, what: str, call: Callable[[], Tensor]) -> Tensor:
-        if self.replayed is not None:
-            self.position += 1
-            return self.replayed[self.position - 1]
+        notes = getattr(_thread, "notes", None)
+        if _is_repeated():
+            notes.position += 1
+            return notes.received[notes.position - 1]
         received = self._call(what, call)
-        if self.noted is not None:
-            self.noted.append(received)
+        if notes is not None:
+            notes.received.append(received)
         return received
 
     def finish(self) -> None:
@@ -214,7 +219,7 @@ class Context:
             "torch": torch.__version__, "gradients": torch.is_grad_enabled(), "schedule": self.schedule,
         }  # fmt: skip
         kind = (id(self.group or dist.group.WORLD), self.size, *own.values())
-        if kind in _alike or self.replayed is not None:
+        if kind in _alike or _is_repeated():
             return
         every: list[Any] = [None] * self.size
         self._call("comparing", dist.all_gather_object, every, (own, hidden.shape[1]), self.group)

@@ -62,26 +62,28 @@ def captions(template: str) -> torch.Tensor:
     return torch.tensor([tokenise(template.format(name)) for name in NAMES])
 
 
+VISION = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "image_size": SIZE, "patch_size": 4,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": END + 1, "max_position_embeddings": 8, "eos_token_id": END, "bos_token_id": 0,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
 def build(seed: int):
     """A CLIP of 64 patches: 6 blocks of width 64 for images, 2 of 64 for text."""
     from transformers import CLIPConfig, CLIPModel
 
-    vision = {
-        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "image_size": SIZE, "patch_size": 4,
-    }  # fmt: skip
-    text = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "vocab_size": END + 1, "max_position_embeddings": 8, "eos_token_id": END, "bos_token_id": 0,
-        "pad_token_id": 0,
-    }  # fmt: skip
     torch.manual_seed(seed)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=64))
 
 
-def train(seed: int):
+def train(model, seed: int):
     """Contrastive training: images against captions of all classes, classes against images of the batch."""
-    model, (images, labels) = build(seed).train(), load("train")
+    model, (images, labels) = model.train(), load("train")
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=STEPS)
     draw = torch.Generator().manual_seed(seed)
@@ -123,7 +125,7 @@ def main() -> None:
     found: dict[tuple[str, float], list[float]] = {}
     flops: dict[tuple[str, float], float] = {}
     for seed in SEEDS:
-        model = train(seed)
+        model = train(build(seed), seed)
         full = accuracy(model, images, labels)
         found.setdefault(("full", 1.0), []).append(full)
         print(f"seed {seed}: {full:.2f} %", flush=True)

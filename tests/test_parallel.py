@@ -113,14 +113,34 @@ def checkpointed(rank, size, schedule):
     return _compare(rank, size, _blocks(), run, _sequence(), schedule)
 
 
-def transformers_model(rank, size, schedule):
+def _language_model():
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=20, hidden_size=WIDTH, num_hidden_layers=2, state_size=4)
-    model = MambaForCausalLM(config)
+    return MambaForCausalLM(config), torch.randint(0, 20, (BATCH, LENGTH))
+
+
+def transformers_group(rank, size, schedule):
+    """The group is the model's own, and its layers are computed again in the backward pass."""
+    model, ids = _language_model()
+    whole, (first, last) = copy.deepcopy(model), _pieces(size, schedule)[rank]
+    accelerate(model, group=dist.group.WORLD)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "context_fn": parallel.checkpoint_contexts})
+    logits = model.train()(ids[:, first:last], use_cache=False).logits
+    logits.square().sum().backward()
+    accelerate(whole)
+    wanted = whole(ids, use_cache=False).logits
+    wanted.square().sum().backward()
+    parallel.average_gradients(model.parameters())
+    pairs = zip(model.parameters(), whole.parameters(), strict=True)
+    return max(_error(logits, wanted[:, first:last]), *(_error(size * p.grad, q.grad) for p, q in pairs))
+
+
+def transformers_model(rank, size, schedule):
+    model, ids = _language_model()
     accelerate(model)
-    ids = torch.randint(0, 20, (BATCH, LENGTH))
     return _compare(rank, size, model, lambda m, x: m(x, use_cache=False).logits, ids, schedule)
 
 
@@ -177,9 +197,9 @@ def helpers(rank, size, schedule):
 
 CASES = {
     f"{job.__name__} {schedule}": (job, schedule)
-    for job in (blocks, checkpointed, transformers_model, states, packed, helpers)
+    for job in (blocks, checkpointed, transformers_model, transformers_group, states, packed, helpers)
     for schedule in parallel.SCHEDULES
-    if (job, schedule) not in ((packed, "gather"), (helpers, "gather"))
+    if schedule == "pass" or job not in (packed, helpers, transformers_group)
 }
 
 

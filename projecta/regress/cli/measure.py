@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from projecta._checks import fail
 from projecta.regress.cli.errors import (
     BROKEN,
     NOT_MEASURED,
@@ -15,6 +16,7 @@ from projecta.regress.cli.errors import (
     project_at,
 )
 from projecta.regress.cli.results import write_pages, write_report
+from projecta.regress.errors import UsageError
 
 
 @click.command()
@@ -113,23 +115,42 @@ _file = click.Path(dir_okay=False, path_type=Path)
 @click.option("--markdown", type=_file, help="Write a comment for a pull request to this file.")
 @click.option("--plot", type=_file, help="Draw the pairs to this PNG file.")
 @click.option("--always", is_flag=True, help="Measure even if both commits install identical files.")
+@click.option(
+    "--command", "commands", multiple=True, metavar="COMMAND",
+    help="Judge this shell command, run in each commit's files, instead of asv suites. May be repeated.",
+)  # fmt: skip
+@click.option("--build", metavar="COMMAND", help="With --command: what makes a commit's files ready, once.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+    metavar="SECONDS", help="With --command: the longest that one run may take.",
+)  # fmt: skip
 @one_line
 def gate(
     base: str, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
     memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None, always: bool,
+    commands: tuple[str, ...], build: str | None, timeout: float,
 ) -> None:  # fmt: skip
     """Say whether HEAD is slower or needs more memory than BASE.
 
     Exit codes: 0 PASS, 1 REGRESSED, 2 usage, 3 BROKEN, 4 NOT MEASURED, 5 INCONCLUSIVE.
 
     Example: projecta gate main HEAD --tolerance 0.05
+
+    Example: projecta gate main HEAD --build make --command "./tool input.txt"
     """
     from rich.console import Console
 
     from projecta.regress.gate import output, statistics
 
+    project = None
+    if commands:
+        from projecta.regress.project.commands import command_project
+
+        project = command_project(Path.cwd(), commands, build, timeout)
+    elif build is not None:
+        fail("projecta gate", "--build", "be given with --command", repr(build), error=UsageError)
     design = statistics.Design(tolerance=tolerance, memory_tolerance=memory_tolerance)
-    result, _ = _run_gate(machine, base, head, regex, design, budget, always=always)
+    result, _ = _run_gate(machine, base, head, regex, design, budget, always=always, project=project)
     Console().print(output.table(result))
     click.echo(output.sentence(result))
     if as_json:
@@ -182,7 +203,7 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
 
 def _run_gate(
     machine: str | None, base: str, head: str, regex: str | None, design: Any, budget: float,
-    pairs: int | None = None, always: bool = False,
+    pairs: int | None = None, always: bool = False, project: Any = None,
 ) -> tuple[Any, dict[str, tuple[str, float, int]]]:  # fmt: skip
     """Measure base and head in pairs; return the result, and the known noise of this machine."""
     from rich.console import Console
@@ -201,8 +222,8 @@ def _run_gate(
     def log(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
-    root = find_root(Path.cwd())
-    project = project_at(root)
+    root = find_root(Path.cwd()) if project is None else project.folder
+    project = project_at(root) if project is None else project
     name = machine_name(machine)
     commits = {side: find_commit(project.repository, word) for side, word in (("base", base), ("head", head))}
     pattern = gate_pattern(root) if regex is None else check_pattern(regex)

@@ -63,6 +63,10 @@ class Project:
                 reason = f"{name!r}: {type(error).__name__}: {error}"
                 cannot("import a plugin of asv.conf.json", reason)
 
+    def prepare(self, tree: Path) -> str:
+        """Make a commit's files, which are run where they lie, ready; return the reason if that fails."""
+        return ""
+
     @property
     def report(self) -> Path:
         """Where `projecta report` writes by default, beside asv's results; git ignores it."""

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from projecta.regress.errors import cannot
+from projecta.regress.project.commands import TREE
 from projecta.regress.project.config import Project
 from projecta.regress.run.case import Case, higher_is_better
 
@@ -62,6 +63,9 @@ class Build:
             raise BuildFailed(f"{self.commit[:8]} does not build: {lines[-1].strip()[:300]}") from None
         self.variables = self._variables()
         if self.existing:
+            reason = self.project.prepare(_worktree(self.project, self.commit).resolve())
+            if reason:
+                raise BuildFailed(f"{self.commit[:8]} does not build: {reason}")
             self._check_that_it_is_the_commit()
 
     def _check_that_it_is_the_commit(self) -> None:
@@ -95,7 +99,7 @@ class Build:
             package = tree / (getattr(self.config, "repo_subdir", "") or "")
             roots = dict.fromkeys(root / src for root in (inside, package, tree) for src in ("src", ""))
             places = os.pathsep.join(str(place) for place in roots if place.is_dir())
-            own |= {"PYTHONPATH": places, "ASV_PYTHONPATH": places}
+            own |= {"PYTHONPATH": places, "ASV_PYTHONPATH": places, TREE: str(tree.resolve())}
         else:
             own["PATH"] = os.pathsep.join([str(Path(self.python).parent), own.get("PATH", "")])
         return own | {"ASV": "true", "ASV_PROJECT": self.config.project, "ASV_COMMIT": self.commit}

@@ -1,0 +1,88 @@
+"""CLIPs of equal size whose image tower is a ViT or a Vision Mamba: zero-shot accuracy, full and pruned.
+
+`python -m studies.joint` trains both on Fashion-MNIST for each seed, with the same text tower, images and
+steps, and writes joint_zero_shot.csv. `studies.zero_shot` says where the images come from.
+"""
+
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import VisionTextDualEncoderModel as DualEncoder
+
+from projecta.mrss import BANDS
+from projecta.regress.store.provenance import record_provenance
+from projecta.vision_mamba import VisionMambaConfig, VisionMambaModel
+from projecta.vtp import Plan, prune
+from studies.zero_shot import JUDGED, SEEDS, SIZE, TEXT, VISION, accuracy, load, train
+
+TOWERS = ("ViT", "Vision Mamba", "Vision Mamba, MRSS")
+LAYERS = 7  # of Vision Mamba: as many weights as 6 blocks of the ViT
+PLANS = {
+    "norm, drop": {"score": "norm"},
+    "grid, drop": {"score": "grid"},
+    "similarity, drop": {"score": "similarity"},
+    "delta, drop, block 2": {"score": "delta", "at": 2},
+    "distance, drop, block 2": {"score": "distance", "at": 2},
+    "distance, next, block 2": {"score": "distance", "at": 2, "fuse": "next"},
+    "distance, squeeze, block 2": {"score": "distance", "at": 2, "fuse": "squeeze"},
+    "bipartite, block 2": {"at": 2, "fuse": "bipartite"},
+}
+
+
+def build(tower: str, seed: int) -> DualEncoder:
+    torch.manual_seed(seed)
+    text = CLIPTextModel(CLIPTextConfig(**TEXT))
+    if tower == "ViT":
+        vision = CLIPVisionModel(CLIPVisionConfig(**VISION))
+    else:
+        sizes = {"hidden_size": 64, "num_hidden_layers": LAYERS, "image_size": SIZE, "patch_size": 4}
+        mrss = BANDS if "MRSS" in tower else None
+        vision = VisionMambaModel(VisionMambaConfig(**sizes, mrss=mrss))
+    model = DualEncoder(vision_model=vision, text_model=text)
+    return model
+
+
+def plans_of(tower: str) -> dict[str, dict]:
+    """The plans by row; a Vision Mamba runs each with and without the steps of missing tokens."""
+    if tower == "ViT":
+        return {name: plan for name, plan in PLANS.items() if plan.get("score") != "delta"}
+    both = {f"{name}, steps left out": {**plan, "forget": False} for name, plan in PLANS.items()}
+    return PLANS | both
+
+
+def main() -> None:
+    images, labels = (t[:JUDGED] for t in load("t10k"))
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for seed in SEEDS:
+        for tower in TOWERS:
+            start = time.perf_counter()
+            model = build(tower, seed)
+            weights = sum(p.numel() for p in model.vision_model.parameters())
+            model = train(model, seed)
+            full = accuracy(model, images, labels)
+            found.setdefault((tower, "full", 1.0), []).append(full)
+            seconds = time.perf_counter() - start
+            print(f"seed {seed}, {tower}, {weights} weights, {seconds:.0f} s: {full:.2f}", flush=True)
+            for name, plan in plans_of(tower).items():
+                for keep in (0.7, 0.5):
+                    with prune(model.vision_model, Plan(keep=keep, **plan)):
+                        after = accuracy(model, images, labels)
+                    found.setdefault((tower, name, keep), []).append(after)
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "results/joint_zero_shot.csv")
+    with path.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["tower", "plan", "keep", "accuracy", "least", "most", "change"])
+        for (tower, name, keep), values in found.items():
+            change = [v - f for v, f in zip(values, found[tower, "full", 1.0], strict=True)]
+            numbers = (statistics.mean(values), min(values), max(values), statistics.mean(change))
+            out.writerow([tower, name, keep, *(f"{v:.2f}" for v in numbers)])
+    record_provenance([path], "nox -s fidelity")
+
+
+if __name__ == "__main__":
+    main()
