@@ -188,7 +188,7 @@ class Context:
         return self._once("gathering", call)
 
     def _once(self, what: str, call: Callable[[], Tensor]) -> Tensor:
-        notes = getattr(_thread, "notes", None)
+        notes: Any = getattr(_thread, "notes", None)
         if _is_repeated():
             notes.position += 1
             return notes.received[notes.position - 1]

@@ -416,6 +416,36 @@ def zero_shot() -> str:
     return table(["plan", "keep", "FLOPs", "accuracy", "change in points (worst to best seed)"], rows)
 
 
+def vision_time() -> str:
+    """Attention and scans by image size, on a CPU."""
+    known = {
+        (r["pass"], r["case"], int(r["pixels"])): float(r["time_ms"])
+        for r in read("vision_time.csv")
+    }  # fmt: skip
+    rows = []
+    for kind in dict.fromkeys(kind for kind, _, _ in known):
+        for pixels in sorted({p for k, _, p in known if k == kind}):
+            full = [known[kind, f"{tower} 1.0", pixels] for tower in ("attention", "scans")]
+            half = known[kind, "scans 0.5", pixels]
+            rows.append(
+                [kind, pixels, *map(ms, full), f"{full[0] / full[1]:.2f}", f"{half / full[1] - 1:+.0%}"]
+            )
+    head = ["size, images", "pixels", "ViT", "Vision Mamba", "ViT / Vision Mamba", "with keep 0.5"]
+    return table(head, rows)
+
+
+def joint_zero_shot() -> str:
+    """Zero-shot accuracy of small CLIPs with either tower."""
+    rows = [
+        [
+            r["tower"], r["plan"], r["keep"], f"{float(r['accuracy']):.1f}",
+            f"{float(r['least']):.1f} to {float(r['most']):.1f}", f"{float(r['change']):+.1f}",
+        ]
+        for r in read("joint_zero_shot.csv")
+    ]  # fmt: skip
+    return table(["image tower", "plan", "keep", "accuracy, %", "seeds", "change"], rows)
+
+
 def mrss_accuracy() -> str:
     """Small models with the full scan, and the change with MRSS."""
     found = read("mrss_accuracy.csv")
@@ -508,6 +538,8 @@ FIGURES: dict[str, Callable[[], str]] = {
         vtp,
         fidelity,
         zero_shot,
+        vision_time,
+        joint_zero_shot,
         mrss_accuracy,
         mrss_time,
         gate_rates,

@@ -70,7 +70,10 @@ for name in sys.argv[1:]:
 
 @pytest.mark.parametrize(
     "pages",
-    [["README.md", "docs/mamba.md", "docs/mrss.md", "docs/pruning.md"], ["docs/compat.md"]],
+    [
+        ["README.md", "docs/mamba.md", "docs/mrss.md", "docs/pruning.md", "docs/vision_mamba.md"],
+        ["docs/compat.md"],
+    ],
     ids=["pages", "compat"],
 )
 def test_examples_print_their_comments(pages):

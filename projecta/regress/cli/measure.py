@@ -98,7 +98,7 @@ _file = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", required=False)
 @click.argument("head", default="HEAD")
 @machine_option
 @bench_option
@@ -124,11 +124,15 @@ _file = click.Path(dir_okay=False, path_type=Path)
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
     metavar="SECONDS", help="With --command: the longest that one run may take.",
 )  # fmt: skip
+@click.option(
+    "--report", "show", is_flag=True,
+    help="Measure nothing: show how often this machine's gates were wrong about code that did not change.",
+)  # fmt: skip
 @one_line
 def gate(
-    base: str, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
+    base: str | None, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
     memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None, always: bool,
-    commands: tuple[str, ...], build: str | None, timeout: float,
+    commands: tuple[str, ...], build: str | None, timeout: float, show: bool,
 ) -> None:  # fmt: skip
     """Say whether HEAD is slower or needs more memory than BASE.
 
@@ -149,6 +153,11 @@ def gate(
         project = command_project(Path.cwd(), commands, build, timeout)
     elif build is not None:
         fail("projecta gate", "--build", "be given with --command", repr(build), error=UsageError)
+    if show:
+        _show_rates(machine, project)
+        return
+    if base is None:
+        fail("projecta gate", "BASE", "be given, without --report", "nothing", error=UsageError)
     design = statistics.Design(tolerance=tolerance, memory_tolerance=memory_tolerance)
     result, _ = _run_gate(machine, base, head, regex, design, budget, always=always, project=project)
     Console().print(output.table(result))
@@ -201,6 +210,19 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
         sys.exit(BROKEN)
 
 
+def _show_rates(machine: str | None, project: Any) -> None:
+    """The verdicts of this machine's gates so far."""
+    from rich.console import Console
+
+    from projecta.regress.gate import record
+    from projecta.regress.project.config import find_root
+    from projecta.regress.project.machine import machine_name
+    from projecta.regress.store.journal import Journal
+
+    with Journal(project_at(find_root(Path.cwd())) if project is None else project) as journal:
+        Console().print(record.report(journal.gates(machine_name(machine))), highlight=False)
+
+
 def _run_gate(
     machine: str | None, base: str, head: str, regex: str | None, design: Any, budget: float,
     pairs: int | None = None, always: bool = False, project: Any = None,
@@ -208,7 +230,7 @@ def _run_gate(
     """Measure base and head in pairs; return the result, and the known noise of this machine."""
     from rich.console import Console
 
-    from projecta.regress.gate import output
+    from projecta.regress.gate import output, record
     from projecta.regress.gate.session import judge_environments
     from projecta.regress.project.config import check_pattern, find_root, gate_pattern
     from projecta.regress.project.git import find_commit
@@ -235,6 +257,8 @@ def _run_gate(
         except BuildFailed as error:
             click.echo(f"BROKEN: {error}", err=True)
             sys.exit(BROKEN)
+        if pairs is None:
+            record.keep(journal, name, result)
         if pairs is None and regex is None:  # the project's own gate: its verdict stands on the site
             (project.results / name).mkdir(parents=True, exist_ok=True)
             output.write_json(result, project.results / name / output.LAST)

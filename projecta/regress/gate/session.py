@@ -104,6 +104,7 @@ class Result:
     seconds: float
     state: dict[str, Any]
     warnings: list[str]
+    contents: dict[str, str] = field(default_factory=dict)  # digests of both sides, by side; "" if unknown
 
     @property
     def verdict(self) -> str:
@@ -154,8 +155,8 @@ def run_session(
     for line in warned:
         log(f"warning: {line}")
     start = time.monotonic()
-    same = builds["base"].contents() if pairs is None and not always and rows else ""
-    if same and same == builds["head"].contents():
+    contents = {side: builds[side].contents() for side in SIDES} if pairs is None and rows else {}
+    if contents and not always and contents["base"] and contents["base"] == contents["head"]:
         log("base and head install identical files: nothing to measure")
         for row in rows:
             row.decide(statistics.PASS, "identical: both install the same files")
@@ -188,7 +189,7 @@ def run_session(
         _keep_noise(journal, host, rows, facts)
     return Result(
         builds["base"].commit, builds["head"].commit, host, design, rows + gone, time.monotonic() - start,
-        now, warned,
+        now, warned, contents,
     )  # fmt: skip
 
 
@@ -253,7 +254,13 @@ def judge_environments(
         seconds=sum(result.seconds for result in results),
         warnings=list(dict.fromkeys(line for result in results for line in result.warnings)),
         design=replace(first.design, error=len(results) * first.design.error),
+        contents={side: _joined([result.contents.get(side, "") for result in results]) for side in SIDES},
     )  # fmt: skip
+
+
+def _joined(digests: Sequence[str]) -> str:
+    """The digests of all environments as one; "" if any is unknown."""
+    return "+".join(digests) if all(digests) else ""
 
 
 def _goes_on(row: Row, pairs: int | None) -> bool:

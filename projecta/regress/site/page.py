@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from projecta.regress.gate import output
+from projecta.regress.gate import output, record
 from projecta.regress.project.config import Project
 from projecta.regress.site import changepoints, charts, tables
 from projecta.regress.site.changepoints import Series, Step
@@ -65,6 +65,7 @@ class Page:
     sections: list[Section]
     cards: list[tuple[str, dict[str, str]]]
     histories: list[dict[str, str]]
+    rates: list[dict[str, Any]] = field(default_factory=list)  # see `gate.record`
 
 
 def write_pages(
@@ -133,6 +134,7 @@ def _page(
         _day(newest[0].date) if newest else "", _verdict(project.results / machine / output.LAST),
         changes[:SHOWN], max(0, len(changes) - SHOWN), sections, cards,
         _histories(series, steps, read_noise(project, machine), headline),
+        record.read_rates(project.results / machine),
     )  # fmt: skip
 
 

@@ -45,6 +45,9 @@ create table if not exists noise (
     machine text not null, label text not null, version text not null, spread real not null,
     pairs integer not null, at text not null, provenance integer references provenance,
     primary key (machine, label));
+create table if not exists gates (
+    id integer primary key, machine text not null, at text not null, base text not null, head text not null,
+    contents text not null, verdict text not null, verdicts text not null, seconds real not null);
 """
 
 
@@ -57,6 +60,18 @@ class Run:
     params: Combination
     outcome: Outcome
     at: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate. contents: digests of both sides, by side. verdicts: of the benchmarks that it measured."""
+
+    base: str
+    head: str
+    contents: dict[str, str]
+    verdict: str
+    verdicts: list[str]
+    seconds: float
 
 
 class Journal:
@@ -220,6 +235,28 @@ class Journal:
         ).fetchone()
         facts = {} if row is None else json.loads(row[0])
         return {name: facts[name] for name in LASTING if name in facts}
+
+    def keep_gate(self, machine: str, gate: Gate) -> None:
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        contents, verdicts = json.dumps(gate.contents), json.dumps(gate.verdicts)
+        row = [machine, at, gate.base, gate.head, contents, gate.verdict, verdicts, gate.seconds]
+        self.base.execute(
+            "insert into gates (machine, at, base, head, contents, verdict, verdicts, seconds)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?)",
+            row,
+        )
+
+    def gates(self, machine: str) -> list[Gate]:
+        """The machine's gates, oldest first."""
+        rows = self.base.execute(
+            "select base, head, contents, verdict, verdicts, seconds from gates"
+            " where machine = ? order by id",
+            [machine],
+        )
+        return [
+            Gate(base, head, json.loads(contents), verdict, json.loads(verdicts), seconds)
+            for base, head, contents, verdict, verdicts, seconds in rows
+        ]
 
     def keep_noise(
         self, machine: str, label: str, version: str, spread: float, pairs: int, provenance: int
