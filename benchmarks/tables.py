@@ -151,7 +151,8 @@ def vision_section():
     from projecta.regress.site.tables import Lines, Section
 
     time = {
-        "vision.Vision.time_forward": "small, batch 8", "vision.FullVision.time_forward": "small, batch 1",
+        "vision.Vision.time_forward": "small, batch 1", "vision.FullVision.time_forward": "small, batch 1",
+        "vision.FullVisionBatch.time_forward": "small, batch 8",
         "vision.FullVisionBase.time_forward": "base, batch 1",
     }  # fmt: skip
     memory = {"vision.VisionPeak.track_peak_forward": "small, batch 8"}

@@ -11,8 +11,7 @@ from benchmarks import common
 
 WIDTHS = {"small": (384, 1536, 6), "base": (768, 3072, 12)}  # of ViT-S/16 and ViT-B/16: c, MLP, heads
 CASES = tuple(f"{tower} {keep}" for tower in ("attention", "scans") for keep in (1.0, 0.7, 0.5))
-SIZES = (224, 384)
-LONG_SIZES = (224, 384, 512, 1024)
+LONG_SIZES, BATCH_SIZES = (384, 512, 1024), (224, 384)
 BATCH = 8
 VERSION = common.version(__file__)
 
@@ -66,21 +65,23 @@ def _call(case: str, size: str, pixels: int, batch: int):
 
 class _Vision(common.Suite):
     param_names = ("case", "pixels")
-    params = (CASES, SIZES)
+    params = (CASES, (224,))
     version = VERSION
 
 
 class Vision(_Vision):
-    """Towers of the small size, a batch of 8 images."""
+    """Towers of the small size, one image."""
 
     def setup(self, case, pixels):
-        _call(case, "small", pixels, BATCH)
+        _call(case, "small", pixels, 1)
 
     def time_forward(self, case, pixels):
-        _call(case, "small", pixels, BATCH)()
+        _call(case, "small", pixels, 1)()
 
 
 class VisionPeak(_Vision):
+    """A batch of 8 images."""
+
     unit = "MiB"
 
     def setup(self, case, pixels):
@@ -91,7 +92,7 @@ class VisionPeak(_Vision):
 
 
 class FullVision(_Vision):
-    """One image of up to 1,024 pixels a side."""
+    """Larger images."""
 
     params = (CASES, LONG_SIZES)
     timeout = 300.0
@@ -104,10 +105,19 @@ class FullVision(_Vision):
         _call(case, "small", pixels, 1)()
 
 
-class FullVisionBase(_Vision):
-    """The base size, one image."""
+class FullVisionBatch(FullVision):
+    params = (CASES, BATCH_SIZES)
 
-    params = (CASES, LONG_SIZES)
+    def setup(self, case, pixels):
+        common.require_full()
+        _call(case, "small", pixels, BATCH)
+
+    def time_forward(self, case, pixels):
+        _call(case, "small", pixels, BATCH)()
+
+
+class FullVisionBase(FullVision):
+    params = (CASES, (224, *LONG_SIZES))
     timeout = 600.0
 
     def setup(self, case, pixels):

@@ -434,18 +434,6 @@ def vision_time() -> str:
     return table(head, rows)
 
 
-def joint_zero_shot() -> str:
-    """Zero-shot accuracy of small CLIPs with either tower."""
-    rows = [
-        [
-            r["tower"], r["plan"], r["keep"], f"{float(r['accuracy']):.1f}",
-            f"{float(r['least']):.1f} to {float(r['most']):.1f}", f"{float(r['change']):+.1f}",
-        ]
-        for r in read("joint_zero_shot.csv")
-    ]  # fmt: skip
-    return table(["image tower", "plan", "keep", "accuracy, %", "seeds", "change"], rows)
-
-
 def mrss_accuracy() -> str:
     """Small models with the full scan, and the change with MRSS."""
     found = read("mrss_accuracy.csv")
@@ -539,7 +527,6 @@ FIGURES: dict[str, Callable[[], str]] = {
         fidelity,
         zero_shot,
         vision_time,
-        joint_zero_shot,
         mrss_accuracy,
         mrss_time,
         gate_rates,

@@ -1,6 +1,6 @@
 """CLIPs of equal size whose image tower is a ViT or a Vision Mamba: zero-shot accuracy, full and pruned.
 
-`python -m studies.joint` trains both on Fashion-MNIST for each seed, with the same text tower, images and
+`python -m studies.joint [SEEDS]` trains both on Fashion-MNIST for each seed (0,1,2), with the same text tower, images and
 steps, and writes joint_zero_shot.csv. `studies.zero_shot` says where the images come from.
 """
 
@@ -17,11 +17,10 @@ from transformers import VisionTextDualEncoderModel as DualEncoder
 from projecta.regress.store.provenance import record_provenance
 from projecta.vision_mamba import VisionMambaConfig, VisionMambaModel
 from projecta.vtp import Plan, prune
-from studies.zero_shot import SEEDS, SIZE, TEXT, VISION, accuracy, load, train
+from studies.zero_shot import JUDGED, SEEDS, SIZE, TEXT, VISION, accuracy, load, train
 
 TOWERS = ("ViT", "Vision Mamba")
 LAYERS = 7  # of Vision Mamba: as many weights as 6 blocks of the ViT
-STEPS, JUDGED = 350, 2000  # of training; images
 PLANS = {
     "grid, drop, block 0": {"score": "grid"},
     "norm, drop, block 0": {"score": "norm"},
@@ -62,14 +61,15 @@ def write(path: Path, found: dict[tuple[str, str, float], list[float]]) -> None:
 
 def main() -> None:
     images, labels = (t[:JUDGED] for t in load("t10k"))
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "results/joint_zero_shot.csv")
+    seeds = tuple(map(int, sys.argv[1].split(","))) if len(sys.argv) > 1 else SEEDS
+    path = Path("results/joint_zero_shot.csv")
     found: dict[tuple[str, str, float], list[float]] = {}
-    for seed in SEEDS:
+    for seed in seeds:
         for tower in TOWERS:
             start = time.perf_counter()
             model = build(tower, seed)
             weights = sum(p.numel() for p in model.vision_model.parameters())
-            model = train(model, seed, STEPS)
+            model = train(model, seed)
             full = accuracy(model, images, labels)
             found.setdefault((tower, "full", 1.0), []).append(full)
             seconds = time.perf_counter() - start
@@ -79,8 +79,8 @@ def main() -> None:
                     with prune(model.vision_model, Plan(keep=keep, **plan)):
                         after = accuracy(model, images, labels)
                     found.setdefault((tower, name, keep), []).append(after)
-        write(path, found)  # after each seed
-    record_provenance([path], "python -m studies.joint")
+        write(path, found)
+        record_provenance([path], "python -m studies.joint")
 
 
 if __name__ == "__main__":

@@ -81,13 +81,13 @@ def build(seed: int):
     return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=64))
 
 
-def train(model, seed: int, steps: int = STEPS):
+def train(model, seed: int):
     """Contrastive training: images against captions of all classes, classes against images of the batch."""
     model, (images, labels) = model.train(), load("train")
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=STEPS)
     draw = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+    for step in range(STEPS):
         rows = torch.randint(len(images), (BATCH,), generator=draw)
         x, y = images[rows], labels[rows]
         flip = torch.rand(BATCH, generator=draw) < 0.5

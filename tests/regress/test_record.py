@@ -48,7 +48,7 @@ def test_gates_are_kept_and_reported(workplace):
     code, text = run("gate", "--report")
     assert code == 0
     assert "Gates on this machine: none." in text
-    assert "`projecta gate HEAD HEAD --always` does" in text
+    assert "`projecta gate HEAD HEAD --always` does" in " ".join(text.split())
     assert run("gate", "HEAD", "HEAD", "--bench", "size")[0] == 0  # identical: measures nothing
     assert run("gate", "HEAD", "HEAD", "--bench", "size", "--always")[0] == 0
     code, text = run("gate", "--report")
