@@ -10,6 +10,10 @@ from projecta.regress.store.journal import Gate
 from tests.regress import foreign
 from tests.regress.foreign import commit, run
 
+SUITE = """
+    def track_size():
+        return 3.0
+"""
 SAME = {"base": "x", "head": "x"}
 
 
@@ -42,7 +46,7 @@ def test_rates_have_the_published_bounds():
 
 
 def test_gates_are_kept_and_reported(workplace):
-    foreign.make(workplace)
+    foreign.make(workplace, SUITE)
     commit(workplace, "one")
     commit(workplace, "two")
     code, text = run("gate", "--report")
