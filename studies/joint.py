@@ -1,6 +1,6 @@
 """CLIPs of equal size whose image tower is a ViT or a Vision Mamba: zero-shot accuracy, full and pruned.
 
-`python -m studies.joint [SEEDS]` trains both on Fashion-MNIST for each seed (0,1,2), with the same text tower,
+`python -m studies.joint [SEEDS]` trains both on Fashion-MNIST for each seed (0,1,2) with the same text tower,
 images and steps, and writes joint_zero_shot.csv. `studies.zero_shot` says where the images come from.
 """
 
