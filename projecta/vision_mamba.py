@@ -158,7 +158,7 @@ class Order(NamedTuple):
         return kept if self.columns is None else kept.with_columns(places.device)
 
     def factors(self, axis: str, way: int) -> Tensor | None:
-        """(b, 1, t): 1 + the tokens missing before each, in a direction's order; None: all are there."""
+        """(b, t, 1): 1 + the tokens missing before each, in a direction's order; None: all are there."""
         if self.places is None or not self.forget:
             return None
         places = self.places
@@ -169,7 +169,7 @@ class Order(NamedTuple):
             gap = places - torch.cat([ends, places[:, :-1]], 1)
         else:
             gap = torch.cat([places[:, 1:], ends], 1) - places
-        return gap[:, None].float()
+        return gap[..., None].float()
 
     def of_class(self, tokens: Tensor) -> Tensor:
         """The class token (b, c) of (b, t, c), or the mean of all."""
@@ -247,42 +247,34 @@ class VisionMambaMixer(nn.Module):
             delta, bias, B, C = select(direction, u)
             A, D = -torch.exp(as_wide(direction.A_log)), as_wide(direction.D)
             factor = order.factors(axis, way)
-            if factor is not None:
-                factor = factor.expand(-1, len(A), -1)
+            if factor is not None:  # h_t = exp(f s A) h_{t-1} + s B u: a step of f s, and B / f
+                wide = as_wide(delta) if bias is None else as_wide(delta) + as_wide(bias)
+                delta, bias = F.softplus(wide) * factor.to(wide.dtype), None
+                B = B / factor.to(B.dtype)
             rows = (t.transpose(1, 2) for t in (u, delta, B, C, _ordered(z, axis, order)))
-            parts.append((*rows, A, D, bias, factor))
+            parts.append((*rows, A, D, bias))
+        softplus = factor is None
         if len(parts) > 1 and self.bands is None:
-            y = self._call([*map(_together, zip(*parts, strict=True), _AXES)], way)
-            each = y.chunk(len(parts), 2)
+            y = self._run(way, softplus, *map(_together, zip(*parts, strict=True), _AXES))
+            each = y.chunk(len(parts), 1)
         else:
-            each = tuple(self._call(part, way) for part in parts)
+            each = tuple(self._run(way, softplus, *part) for part in parts)
+        each = tuple(y.transpose(1, 2) for y in each)
         restored = [_restored(y, self.ways[k][0], order) for y, k in zip(each, chosen, strict=True)]
         return restored[0] if len(restored) == 1 else restored[0] + restored[1]
 
-    def _call(self, part: Any, way: int) -> Tensor:
-        """y (b, t, d) of one scan. A `factor` f makes a token's step f times as long for the state alone:
-        h_t = exp(f s A) h_{t-1} + s B u, that is a step of f s and an input of u / f."""
-        u, delta, B, C, z, A, D, bias, factor = part
-        if factor is None:
-            return self._run(way, u, delta, A, B, C, D, z, bias, True).transpose(1, 2)
-        factor = factor.to(as_wide(delta).dtype)
-        steps = F.softplus(as_wide(delta) + as_wide(bias)[:, None]) * factor
-        y = self._run(way, u / factor.to(u.dtype), steps, A, B, C, None, None, None, False)
-        y = (as_wide(y) + D[:, None] * u) * F.silu(as_wide(z))
-        return y.to(u.dtype).transpose(1, 2)
-
-    def _run(self, way: int, u, delta, A, B, C, D, z, bias, softplus: bool) -> Any:
+    def _run(self, way: int, softplus: bool, u, delta, B, C, z, A, D, bias) -> Any:
         if self.bands is None:
             return selective_scan(
                 u, delta, A, B, C, D, z, bias, softplus, reverse=way < 0, backend=self.backend
             )
         if way < 0:
-            u, delta, B, C, z = (None if t is None else t.flip(-1) for t in (u, delta, B, C, z))
+            u, delta, B, C, z = (t.flip(-1) for t in (u, delta, B, C, z))
         y: Any = mrss_scan(u, delta, A, B, C, D, z, bias, softplus, bands=self.bands, backend=self.backend)
         return y.flip(-1) if way < 0 else y
 
 
-_AXES = (1, 1, None, None, 1, 0, 0, 0, 1)  # of the channels in each argument; None: a group for each part
+_AXES = (1, 1, None, None, 1, 0, 0, 0)  # of the channels in each argument; None: a group for each part
 
 
 def _together(tensors: tuple, axis: int | None) -> Tensor | None:
