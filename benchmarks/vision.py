@@ -63,26 +63,26 @@ def _call(case: str, size: str, pixels: int, batch: int):
     return run
 
 
-class _Vision(common.Suite):
+class Vision(common.Suite):
+    """Towers of the small size, one image."""
+
     param_names = ("case", "pixels")
     params = (CASES, (224,))
     version = VERSION
-
-
-class Vision(_Vision):
-    """Towers of the small size, one image."""
+    size, batch = "small", 1
 
     def setup(self, case, pixels):
-        _call(case, "small", pixels, 1)
+        _call(case, self.size, pixels, self.batch)
 
     def time_forward(self, case, pixels):
-        _call(case, "small", pixels, 1)()
+        _call(case, self.size, pixels, self.batch)()
 
 
-class VisionPeak(_Vision):
+class VisionPeak(common.Suite):
     """A batch of 8 images."""
 
-    unit = "MiB"
+    param_names, params = Vision.param_names, Vision.params
+    version = VERSION
 
     def setup(self, case, pixels):
         common.return_freed_memory()
@@ -91,7 +91,7 @@ class VisionPeak(_Vision):
         return common.peak_mib(_call(case, "small", pixels, BATCH))
 
 
-class FullVision(_Vision):
+class FullVision(Vision):
     """Larger images."""
 
     params = (CASES, LONG_SIZES)
@@ -99,30 +99,15 @@ class FullVision(_Vision):
 
     def setup(self, case, pixels):
         common.require_full()
-        _call(case, "small", pixels, 1)
-
-    def time_forward(self, case, pixels):
-        _call(case, "small", pixels, 1)()
+        super().setup(case, pixels)
 
 
 class FullVisionBatch(FullVision):
     params = (CASES, BATCH_SIZES)
-
-    def setup(self, case, pixels):
-        common.require_full()
-        _call(case, "small", pixels, BATCH)
-
-    def time_forward(self, case, pixels):
-        _call(case, "small", pixels, BATCH)()
+    batch = BATCH
 
 
 class FullVisionBase(FullVision):
     params = (CASES, (224, *LONG_SIZES))
     timeout = 600.0
-
-    def setup(self, case, pixels):
-        common.require_full()
-        _call(case, "base", pixels, 1)
-
-    def time_forward(self, case, pixels):
-        _call(case, "base", pixels, 1)()
+    size = "base"

@@ -19,6 +19,7 @@ middle. The four directions are those of Liu et al., "VMamba: Visual State Space
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -120,15 +121,17 @@ class Order(NamedTuple):
 
     grid: rows and columns of patches. class_at: place of the class token among all tokens; None: there is
     none. places: (b, t), the place of each token among all, ascending; None: all are there. columns: (1 or b,
-    t), the tokens in the order of the columns, if a direction needs it. forget: whether a token's state also
-    forgets for the tokens that are missing before it. mass: (b, t), the tokens merged in each, if any were.
+    t), the tokens in the order of the columns, and back: the inverse, if a direction needs them. factors: by
+    axis and way, (b, t, 1), how often a state forgets at each token in that order: 1 + the tokens missing
+    before it; empty: once. mass: (b, t), the tokens merged in each, if any were.
     """
 
     grid: tuple[int, int]
     class_at: int | None
     places: Tensor | None = None
     columns: Tensor | None = None
-    forget: bool = True
+    back: Tensor | None = None
+    factors: Mapping[tuple[str, int], Tensor] = MappingProxyType({})
     mass: Tensor | None = None
 
     @property
@@ -149,21 +152,25 @@ class Order(NamedTuple):
 
     def with_columns(self, device: torch.device) -> "Order":
         table = self.column_places(device)
-        at = table[None] if self.places is None else table[self.places]
-        return self._replace(columns=at.argsort(-1))
+        columns = (table[None] if self.places is None else table[self.places]).argsort(-1)
+        return self._replace(columns=columns, back=columns.argsort(-1))
 
     def keep(self, places: Tensor, forget: bool, mass: Tensor | None = None) -> "Order":
-        """The order of the tokens at `places` (b, t'), ascending, of these."""
-        kept = self._replace(places=places, forget=forget, mass=mass)
-        return kept if self.columns is None else kept.with_columns(places.device)
+        """The order of the tokens at `places` (b, t'), ascending, of these.
 
-    def factors(self, axis: str, way: int) -> Tensor | None:
-        """(b, t, 1): 1 + the tokens missing before each, in a direction's order; None: all are there."""
-        if self.places is None or not self.forget:
-            return None
-        places = self.places
-        if axis == "columns":
-            places = self.column_places(places.device)[places].sort(-1).values
+        forget: a token's state also forgets for the tokens that are missing before it.
+        """
+        kept, orders = self._replace(places=places, mass=mass), {"rows": places}
+        if self.columns is not None:
+            kept = kept.with_columns(places.device)
+            orders["columns"] = self.column_places(places.device)[places].sort(-1).values
+        factors = {
+            (axis, way): self._gaps(own, way) for axis, own in orders.items() for way in (1, -1) if forget
+        }
+        return kept._replace(factors=factors)
+
+    def _gaps(self, places: Tensor, way: int) -> Tensor:
+        """(b, t, 1): 1 + the places that are missing before each, on the way."""
         ends = places.new_full((len(places), 1), -1 if way > 0 else self.tokens)
         if way > 0:
             gap = places - torch.cat([ends, places[:, :-1]], 1)
@@ -246,7 +253,7 @@ class VisionMambaMixer(nn.Module):
             u = direction.convolve(_ordered(x, axis, order), way, self.backend)
             delta, bias, B, C = select(direction, u)
             A, D = -torch.exp(as_wide(direction.A_log)), as_wide(direction.D)
-            factor = order.factors(axis, way)
+            factor = order.factors.get((axis, way))
             if factor is not None:  # h_t = exp(f s A) h_{t-1} + s B u: a step of f s, and B / f
                 wide = as_wide(delta) if bias is None else as_wide(delta) + as_wide(bias)
                 delta, bias = F.softplus(wide) * factor.to(wide.dtype), None
@@ -297,8 +304,8 @@ def _ordered(t: Tensor, axis: str, order: Order) -> Tensor:
 def _restored(t: Tensor, axis: str, order: Order) -> Tensor:
     if axis == "rows":
         return t
-    assert order.columns is not None
-    return t.gather(1, order.columns.argsort(-1)[..., None].expand(len(t), -1, t.shape[2]))
+    assert order.back is not None
+    return t.gather(1, order.back[..., None].expand(len(t), -1, t.shape[2]))
 
 
 class VisionMambaLayer(GradientCheckpointingLayer):

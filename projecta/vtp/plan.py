@@ -45,7 +45,7 @@ VIT_B16 = Costs()
 
 
 class ScanCosts(NamedTuple):
-    """The operations of a tower of scans: for each token and block, and for none."""
+    """The operations of a tower of scans: those of one token in one block, and those of the embedding."""
 
     per_token: int
     fixed: int = 0

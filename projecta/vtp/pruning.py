@@ -271,11 +271,9 @@ class Pruning:
             fail("prune", f"block {i}", f"run after block {stages[0]} of the same pass", "a separate call")
         stage, prunes = behind[-1], self.tokens[-1] < self._patches + prefix
         if self._family.scans:
-            return (
-                self._prune_sequence(call, stage, block, tokens, mask)
-                if stages[stage] == i
-                else (tokens, mask)
-            )
+            if stages[stage] != i:
+                return tokens, mask
+            return self._prune_sequence(call, stage, block, tokens, mask)
         if stages[stage] == i:
             tokens = self._prune(call, stage, block, tokens, mask if prunes else None)
         if not prunes:

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from projecta.regress.errors import cannot
-from projecta.regress.project.config import Project
+from projecta.regress.project.config import Project, find_top
 
 TREE = "PROJECTA_TREE"  # the environment variable that names a commit's folder
 _SUITE = '''"""Whole commands. Written by `projecta gate --command`."""
@@ -102,9 +101,4 @@ class CommandProject(Project):
 
 def command_project(folder: Path, commands: Sequence[str], build: str | None, timeout: float) -> Project:
     """The project of commands of the git repository around `folder`."""
-    done = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--show-toplevel"], capture_output=True, text=True
-    )
-    if done.returncode:
-        cannot("find the repository", f"{folder} is not inside one", "Change to the project's folder.")
-    return CommandProject(Path(done.stdout.strip()), commands, build, timeout)
+    return CommandProject(find_top(folder, "find the repository"), commands, build, timeout)

@@ -15,16 +15,19 @@ from projecta.regress.errors import UsageError, cannot
 
 def find_root(folder: Path) -> Path:
     """The folder of the asv project around `folder`: the nearest with an asv.conf.json, or git's top."""
+    top, here = find_top(folder, "find the project"), folder.resolve()
+    around = [place for place in (here, *here.parents) if place == top or top in place.parents]
+    return next((place for place in around if (place / "asv.conf.json").is_file()), top)
+
+
+def find_top(folder: Path, aim: str) -> Path:
+    """git's top around `folder`; `aim` says what cannot be done if there is none."""
     done = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--show-toplevel"], capture_output=True, text=True
     )
     if done.returncode:
-        cannot(
-            "find the project", f"{folder} is not inside a git repository", "Change to the project's folder."
-        )
-    top, here = Path(done.stdout.strip()), folder.resolve()
-    around = [place for place in (here, *here.parents) if place == top or top in place.parents]
-    return next((place for place in around if (place / "asv.conf.json").is_file()), top)
+        cannot(aim, f"{folder} is not inside a git repository", "Change to the project's folder.")
+    return Path(done.stdout.strip())
 
 
 class Project:

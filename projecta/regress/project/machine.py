@@ -5,6 +5,7 @@ import platform
 import re
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,17 @@ def _gpu() -> str | None:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return one_line_of(done.stdout) if done.returncode == 0 else None
+
+
+def one_line_of(gpus: str) -> str | None:
+    """GPUs, a line each, in one line; equal ones are counted.
+
+    >>> one_line_of("H200, 580\\nH200, 580\\n"), one_line_of("T4, 535\\n"), one_line_of("")
+    ('2 x H200, 580', 'T4, 535', None)
+    """
+    counts = Counter(line.strip() for line in gpus.splitlines() if line.strip())
+    return "; ".join(f"{count} x {gpu}" if count > 1 else gpu for gpu, count in counts.items()) or None
 
 
 def machine_name(name: str | None) -> str:
