@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,13 +100,15 @@ class Ranks:
 
 @contextlib.contextmanager
 def _importable():
-    """New processes do not run the main module of this one, which may be a harness read from a pipe."""
-    main = sys.modules["__main__"]
+    """New processes find this module as asv's importer does, and do not run this one's main module."""
+    main, folder = sys.modules["__main__"], str(Path(__file__).parents[1])
     hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
     main.__spec__ = None
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
+        sys.path.remove(folder)
         vars(main).update(hidden)
 
 
