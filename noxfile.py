@@ -1,5 +1,7 @@
-"""Sessions: bench (main job), tests, lint, docs, build, compat, browser, quick. Studies: against, fidelity,
-accuracy, rates. The workflows also call preflight, pull, gate, push and publish; rehearse runs these locally.
+"""Sessions: bench (main job), tests, lint, docs, build, compat, browser, quick.
+
+Studies: against, fidelity, accuracy, rates, histories. The workflows also call preflight, pull, gate, push and
+publish; rehearse runs these locally.
 """
 
 import os
@@ -21,6 +23,7 @@ PINNED = ["torch==2.13.0", "numba==0.68.1", "transformers==5.23.0", "scikit-imag
 REAL = ["onnx==1.23.2", "onnxruntime==1.32.0"]
 DOCS = ["mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8"]
 MAMBA_SSM, CAUSAL_CONV1D = "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"
+OTAVA = "apache-otava==0.8.0"
 BROWSER = ["playwright>=1.50", "axe-playwright-python>=0.1.4"]
 # Triton's interpreter and compiler need no GPU.
 TRITON = "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -182,6 +185,15 @@ def accuracy(session: nox.Session) -> None:
     session.install(*PINNED, *EXTRAS["gate"], *EXTRAS["dev"], "scikit-learn>=1.5")
     install_project(session)
     session.run("python", "-m", "studies.accuracy", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def histories(session: nox.Session) -> None:
+    """Precision and recall of change points beside asv's and otava's; -- FOLDER judges other series."""
+    session.install(*EXTRAS["gate"])
+    session.install("--no-deps", OTAVA)  # its analysis needs numpy only; the rest pulls cloud services
+    install_project(session)
+    session.run("python", "-m", "studies.histories", *session.posargs)
 
 
 @nox.session(reuse_venv=True)

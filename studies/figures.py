@@ -498,6 +498,32 @@ def gate_rates() -> str:
     )
 
 
+def histories() -> str:
+    """Change points: precision and recall on histories whose steps are known, by judge."""
+    rows = []
+    found = read("histories.csv")
+    for name in dict.fromkeys(r["judge"] for r in found):
+        own = {r["kind"]: r for r in found if r["judge"] == name}
+        false = sum(int(r["found"]) - int(r["right"]) for kind, r in own.items() if r["true steps"] == "0")
+        recall = [f"{int(own[f'step of {p} %']['right'])}" for p in (2, 3, 5, 10)]
+        gone, whole = own["step that goes away"], own["all"]
+        rows.append(
+            [name, whole["precision"], whole["recall"], *recall, f"{gone['right']} of {gone['true steps']}",
+             false, whole["ms a history"]]
+        )  # fmt: skip
+    steps = [f"{p} %, of {found[0]['histories']}" for p in (2, 3, 5, 10)]
+    head = [
+        "change points by",
+        "precision",
+        "recall",
+        *steps,
+        "goes away",
+        "false, of 200",
+        "ms",
+    ]
+    return table(head, rows)
+
+
 def provenance() -> str:
     """Where each file under results/ comes from."""
     rows = []
@@ -530,6 +556,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         mrss_accuracy,
         mrss_time,
         gate_rates,
+        histories,
         provenance,
     )
 }

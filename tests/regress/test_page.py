@@ -95,6 +95,28 @@ def test_steps_up_and_down_name_their_commit():
     assert not fast[0].worse  # higher is better
 
 
+def test_a_step_that_goes_away_says_so():
+    def one(i):
+        return (1.1 if 20 <= i < 32 else 1.0) * (1 + 0.004 * (i * 7 % 5 - 2))
+
+    points = tuple(Point(f"c{i}", i, one(i)) for i in range(60))
+    up, down = changepoints.steps(Series("x", (), "seconds", points))
+    assert (up.last, up.commit, up.gone) == ("c19", "c20", "c32")
+    assert (down.commit, down.gone) == ("c32", "")
+    assert min(up.confidence, down.confidence) > 0.99
+
+
+def test_a_drift_has_no_commit():
+    points = tuple(Point(f"c{i}", i, 1 + 0.001 * i + 0.002 * (i * 7 % 5 - 2)) for i in range(100))
+    assert changepoints.steps(Series("x", (), "seconds", points)) == []
+
+
+def test_values_that_are_not_positive_have_steps_too():
+    points = tuple(Point(f"c{i}", i, float(i % 2) + 5 * (i >= 20)) for i in range(40))
+    (step,) = changepoints.steps(Series("x", (), "", points))
+    assert (step.commit, step.before, step.after) == ("c20", 0.5, 5.5)
+
+
 def test_noise_is_no_step():
     draw, found = random.Random(0), 0
     for _ in range(50):

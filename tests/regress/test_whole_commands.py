@@ -65,7 +65,7 @@ def test_what_fails_says_why(tool):
     assert code == 3
     assert "does not build: `make other` ended with 2" in text
     assert run("gate", "HEAD^", "HEAD", "--build", "make") == (
-        2, "projecta gate: --build must be given with --command; got 'make'.\n"
+        2, "projecta gate: --build must be given with --command or --pytest; got 'make'.\n"
     )  # fmt: skip
 
 

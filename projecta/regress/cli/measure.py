@@ -119,10 +119,16 @@ _file = click.Path(dir_okay=False, path_type=Path)
     "--command", "commands", multiple=True, metavar="COMMAND",
     help="Judge this shell command, run in each commit's files, instead of asv suites. May be repeated.",
 )  # fmt: skip
-@click.option("--build", metavar="COMMAND", help="With --command: what makes a commit's files ready, once.")
+@click.option(
+    "--pytest", "tests", multiple=True, metavar="PATH", type=click.Path(exists=True, path_type=Path),
+    help="Judge the tests in this file or folder that use pytest-benchmark's fixture. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--build", metavar="COMMAND", help="With --command, --pytest: what makes a commit's files ready, once."
+)
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
-    metavar="SECONDS", help="With --command: the longest that one run may take.",
+    metavar="SECONDS", help="With --command, --pytest: the longest that one run may take.",
 )  # fmt: skip
 @click.option(
     "--report", "show", is_flag=True,
@@ -132,7 +138,7 @@ _file = click.Path(dir_okay=False, path_type=Path)
 def gate(
     base: str | None, head: str, machine: str | None, regex: str | None, budget: float, tolerance: float,
     memory_tolerance: float, as_json: Path | None, markdown: Path | None, plot: Path | None, always: bool,
-    commands: tuple[str, ...], build: str | None, timeout: float, show: bool,
+    commands: tuple[str, ...], tests: tuple[Path, ...], build: str | None, timeout: float, show: bool,
 ) -> None:  # fmt: skip
     """Say whether HEAD is slower or needs more memory than BASE.
 
@@ -141,18 +147,14 @@ def gate(
     Example: projecta gate main HEAD --tolerance 0.05
 
     Example: projecta gate main HEAD --build make --command "./tool input.txt"
+
+    Example: projecta gate main HEAD --pytest tests/benchmarks
     """
     from rich.console import Console
 
     from projecta.regress.gate import output, statistics
 
-    project = None
-    if commands:
-        from projecta.regress.project.commands import command_project
-
-        project = command_project(Path.cwd(), commands, build, timeout)
-    elif build is not None:
-        fail("projecta gate", "--build", "be given with --command", repr(build), error=UsageError)
+    project = _project_without_asv(commands, tests, build, timeout)
     if show:
         _show_rates(machine, project)
         return
@@ -169,6 +171,24 @@ def gate(
     if plot:
         output.draw(result).savefig(plot, dpi=120)
     sys.exit(statistics.EXIT_CODES[result.verdict])
+
+
+def _project_without_asv(
+    commands: tuple[str, ...], tests: tuple[Path, ...], build: str | None, timeout: float
+) -> Any:
+    """The project of --command or --pytest; None without them."""
+    from projecta.regress.project.commands import command_project, tests_project
+
+    if commands and tests:
+        fail("projecta gate", "--pytest", "not be given with --command", str(tests[0]), error=UsageError)
+    if commands:
+        return command_project(Path.cwd(), commands, build, timeout)
+    if tests:
+        return tests_project(Path.cwd(), tests, build, timeout)
+    if build is not None:
+        rule = "be given with --command or --pytest"
+        fail("projecta gate", "--build", rule, repr(build), error=UsageError)
+    return None
 
 
 @click.command()

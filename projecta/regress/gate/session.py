@@ -11,11 +11,13 @@ from typing import Any
 from projecta.regress.gate import statistics
 from projecta.regress.gate.statistics import Design, Judgement
 from projecta.regress.project import machine
+from projecta.regress.project.commands import TestsProject
 from projecta.regress.project.config import Project
 from projecta.regress.run.build import Build, BuildFailed, cases, environment_labels, find_environments
 from projecta.regress.run.case import FAILURES, SKIPPED, Case, Outcome, select
 from projecta.regress.run.launch import Worker
 from projecta.regress.run.pair import measure_pair
+from projecta.regress.run.tests import TestsBuild
 from projecta.regress.store.journal import Journal
 
 FLOORS = {"MiB": 0.25, "bytes": 2**18}  # differences of peaks that the allocator alone makes, by unit
@@ -242,10 +244,11 @@ def judge_environments(
     for i, label in enumerate(labels):
         if label:
             log(f"environment {i + 1} of {len(labels)}: {label}")
+        kind: Any = TestsBuild if isinstance(project, TestsProject) else Build
         builds = {
-            "base": Build(project, commits["base"], "base", which=i),
-            "head": Build(project, commits["head"], which=i),
-        }  # fmt: skip
+            "base": kind(project, commits["base"], "base", which=i),
+            "head": kind(project, commits["head"], which=i),
+        }
         seconds = 60 * budget / len(labels)
         results.append(run_session(builds, pattern, share, seconds, journal, host, log, pairs, label, always))
     first = results[0]

@@ -1,16 +1,20 @@
-"""Whole commands as benchmarks: a generated asv project, for any repository with something to run.
+"""Projects of repositories without asv: whole commands, or tests that use pytest-benchmark's fixture.
 
-Each commit is checked out into a folder of its own, built there once, and the commands run in it. A generated
-suite gives their time and the peak memory of the process and its children.
+Each commit is checked out into a folder of its own, built there once, and run there. For commands a generated
+suite gives the time, and the peak memory of the process and its children. Tests are those of the working
+tree, as asv's suites are.
 """
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from projecta._checks import fail
+from projecta.regress.errors import UsageError
 from projecta.regress.project.config import Project, find_top
 
 TREE = "PROJECTA_TREE"  # the environment variable that names a commit's folder
@@ -61,17 +65,15 @@ class Command:
 '''
 
 
-class CommandProject(Project):
-    """The project of some commands of the repository at `top`; `build` makes a commit ready to run them."""
+class TreeProject(Project):
+    """The repository at `top`, run in its commits' files; `build` makes a commit ready."""
 
-    def __init__(self, top: Path, commands: Sequence[str], build: str | None, timeout: float):
-        folder = top / ".asv" / "commands"
-        suites = folder / "suites"
-        suites.mkdir(parents=True, exist_ok=True)
+    def __init__(self, top: Path, name: str, build: str | None, suites: Mapping[str, str]):
+        folder = top / ".asv" / name
+        (folder / "suites").mkdir(parents=True, exist_ok=True)
         (folder / ".gitignore").write_text("*\n")
-        (suites / "__init__.py").write_text("")
-        text = _SUITE.format(commands=list(commands), tree=TREE, timeout=timeout)
-        (suites / "commands.py").write_text(text)
+        for file, text in {"__init__.py": "", **suites}.items():
+            (folder / "suites" / file).write_text(text)
         branch = subprocess.run(
             ["git", "-C", str(top), "rev-parse", "--abbrev-ref", "HEAD"], capture_output=True, text=True
         ).stdout.strip()
@@ -82,7 +84,7 @@ class CommandProject(Project):
         }  # fmt: skip
         (folder / "asv.conf.json").write_text(json.dumps(settings, indent=1))
         super().__init__(folder)
-        self._build, self._limit = build, timeout
+        self.top, self._build = top, build
 
     def prepare(self, tree: Path) -> str:
         """Build a commit's folder, unless that was done; return the reason if it fails."""
@@ -99,6 +101,41 @@ class CommandProject(Project):
         return ""
 
 
+class TestsProject(TreeProject):
+    """The project of the tests at some paths of a repository."""
+
+    __test__ = False  # not pytest's to collect
+
+    def __init__(self, top: Path, paths: Sequence[Path], build: str | None, timeout: float):
+        super().__init__(top, "pytest", build, {})
+        self.tests = tuple(path.resolve().relative_to(top.resolve()) for path in paths)
+        self.timeout = timeout
+
+    def prepare(self, tree: Path) -> str:
+        """Put the working tree's tests in the place of the commit's, and build it."""
+        for path in self.tests:
+            source, target = self.top / path, tree / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, target)
+        return super().prepare(tree)
+
+
 def command_project(folder: Path, commands: Sequence[str], build: str | None, timeout: float) -> Project:
     """The project of commands of the git repository around `folder`."""
-    return CommandProject(find_top(folder, "find the repository"), commands, build, timeout)
+    top = find_top(folder, "find the repository")
+    suite = _SUITE.format(commands=list(commands), tree=TREE, timeout=timeout)
+    return TreeProject(top, "commands", build, {"commands.py": suite})
+
+
+def tests_project(folder: Path, paths: Sequence[Path], build: str | None, timeout: float) -> Project:
+    """The project of the tests at `paths`, in the git repository around `folder`."""
+    top = find_top(folder, "find the repository").resolve()
+    for path in paths:
+        if not path.resolve().is_relative_to(top) or path.resolve() == top:
+            rule = "be a file or folder of tests below the repository's top"
+            fail("projecta gate", "--pytest", rule, str(path), error=UsageError)
+    return TestsProject(top, paths, build, timeout)

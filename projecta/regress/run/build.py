@@ -21,6 +21,8 @@ from projecta.regress.project.commands import TREE
 from projecta.regress.project.config import Project
 from projecta.regress.run.case import Case, higher_is_better
 
+WORKER = Path(__file__).with_name("worker.py")  # started in the environment of a commit
+
 
 class BuildFailed(RuntimeError):
     """asv could not build or install a commit."""
@@ -63,7 +65,7 @@ class Build:
             raise BuildFailed(f"{self.commit[:8]} does not build: {lines[-1].strip()[:300]}") from None
         self.variables = self._variables()
         if self.existing:
-            reason = self.project.prepare(_worktree(self.project, self.commit).resolve())
+            reason = self.project.prepare(worktree(self.project, self.commit).resolve())
             if reason:
                 raise BuildFailed(f"{self.commit[:8]} does not build: {reason}")
             self._check_that_it_is_the_commit()
@@ -74,8 +76,8 @@ class Build:
         The interpreter is asked where each module that the suites import comes from. One that the commit's
         files have too, or that the project's distribution installed, must come from the files.
         """
-        tree = _worktree(self.project, self.commit).resolve()
-        names = sorted({*_imported(self.folder), self.config.project.replace("-", "_")} - {self.folder.name})
+        tree = worktree(self.project, self.commit).resolve()
+        names = sorted({*self.imports(), self.config.project.replace("-", "_")} - {self.folder.name})
         words = [self.python, "-c", _ORIGINS, normalised(self.config.project), *names]
         done = subprocess.run(words, capture_output=True, text=True, env=self.variables, cwd=tree.parent)
         for name, (origin, installed) in json.loads(done.stdout or "{}").items():
@@ -88,13 +90,17 @@ class Build:
                     "environment_type virtualenv in asv.conf.json."
                 )
 
+    def imports(self) -> set[str]:
+        """The top-level modules that the suites import."""
+        return imported(self.folder.rglob("*.py"))
+
     def _variables(self) -> dict[str, str]:
         own = os.environ | self.environment.env_vars | {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
         own.setdefault("PYTHONHASHSEED", "0")  # parameters from a set: in one order in all processes
         for name in ("PYTHONPATH", "ASV_PYTHONPATH"):
             own.pop(name, None)
         if self.existing:
-            tree = _worktree(self.project, self.commit)
+            tree = worktree(self.project, self.commit)
             inside = tree / self.project.inside  # the project's folder, if it lies in the repository
             package = tree / (getattr(self.config, "repo_subdir", "") or "")
             roots = dict.fromkeys(root / src for root in (inside, package, tree) for src in ("src", ""))
@@ -109,6 +115,11 @@ class Build:
         if self.existing:
             return getattr(self.environment, "_executable", sys.executable)
         return str(self.environment.find_executable("python"))
+
+    @property
+    def worker_arguments(self) -> list[str]:
+        """What a worker process is started with, after its socket."""
+        return ["asv", str(self.folder), str(int(self.forks))]
 
     @property
     def forks(self) -> bool:
@@ -274,10 +285,10 @@ def other_packages(installed: Iterable[Sequence[str]], project: str, built: Path
     return found
 
 
-def _imported(folder: Path) -> set[str]:
-    """The top-level modules that the suites import, wherever in their code."""
+def imported(files: Iterable[Path]) -> set[str]:
+    """The top-level modules that files import, wherever in their code."""
     found = set()
-    for path in folder.rglob("*.py"):
+    for path in files:
         try:
             nodes = list(ast.walk(ast.parse(path.read_bytes())))
         except (SyntaxError, ValueError):  # asv says why it cannot be imported
@@ -372,7 +383,7 @@ def cases(benchmarks: dict[str, dict[str, Any]]) -> list[Case]:
     ]  # fmt: skip
 
 
-def _worktree(project: Project, commit: str) -> Path:
+def worktree(project: Project, commit: str) -> Path:
     """Check the commit out into a folder that later builds reuse."""
     tree = project.results.parent.resolve() / "trees" / commit
     if not tree.is_dir():

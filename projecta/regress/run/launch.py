@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from projecta.regress.run.build import Build
+from projecta.regress.run.build import WORKER, Build
 from projecta.regress.run.case import (
     FAILED,
     TIMED_OUT,
@@ -30,8 +30,6 @@ from projecta.regress.run.case import (
     too_long,
 )
 from projecta.regress.run.group import Guard, end_group
-
-_SCRIPT = Path(__file__).with_name("worker.py")
 
 
 class Worker:
@@ -93,10 +91,7 @@ class Worker:
         self._folder = Path(tempfile.mkdtemp(prefix="projecta-"))
         own, other = socket.socketpair()
         with (self._folder / "printed").open("wb") as out, other:
-            words = [
-                self.build.python, str(_SCRIPT), str(self.build.folder), str(other.fileno()),
-                str(int(self.build.forks)),
-            ]  # fmt: skip
+            words = [self.build.python, str(WORKER), str(other.fileno()), *self.build.worker_arguments]
             self._process = self.guard.start(words, out, self._folder, self.build.variables, [other.fileno()])
         self._socket, self._incoming, self._outgoing = own, own.makefile("r"), own.makefile("w")
 

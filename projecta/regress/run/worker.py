@@ -1,8 +1,14 @@
-"""Worker process. It runs asv's benchmark code, and takes paired timing samples only when asked.
+"""Worker process. It runs benchmarks by the code of asv or pytest, and takes timing samples only when asked.
 
-A file of its own, started by its path in the environment that asv built: projecta may not be installed there.
-Orders arrive over a socket, one JSON object a line. With `forks` = 1 the process imports the suites once and
-runs each order in a fork; with 0 it runs one order itself and ends.
+A file of its own, started by its path in the environment of a commit: projecta may not be installed there.
+
+    worker.py SOCKET asv FOLDER FORKS      asv's suites in a folder. With FORKS = 1 the process imports them
+                                           once and runs each order in a fork; with 0 it runs one and ends
+    worker.py SOCKET pytest TREE PATH...   the tests in a commit's files that use pytest-benchmark's fixture;
+                                           each order runs in a fork of the process that has collected them
+    worker.py - pytest TREE PATH...        only list these tests, as JSON
+
+Orders arrive over a socket, one JSON object a line:
 
     {"cache": ...}                    run the benchmark's setup_cache
     {"name": ..., "paired": false}    run the benchmark as asv does
@@ -10,12 +16,25 @@ runs each order in a fork; with 0 it runs one order itself and ends.
                                       and answer {"sampled": true}, until {"seconds": 0}
 """
 
+from __future__ import annotations  # the environment's Python may be older than projecta's
+
+import functools
+import gc
+import hashlib
+import importlib.util
+import inspect
 import json
 import os
 import socket
 import sys
 import time
+import timeit
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+LEAST = 0.005  # seconds of a sample of a test: its calls are repeated for so long
 
 
 class Link:
@@ -33,11 +52,27 @@ class Link:
         self._outgoing.flush()
 
 
-def sample_on_request(benchmark: Any, link: Link) -> None:
-    """Make a timing benchmark take its samples when the other end asks for them.
+def take_samples(take: Callable[[], float], link: Link) -> list[float]:
+    """Samples, taken when the other end asks for them.
 
     The first of several samples of a request is left out: it refills the caches that the other process used.
     """
+    link.send({"ready": True})
+    samples = []
+    while (seconds := link.receive().get("seconds", 0)) > 0:
+        end = time.monotonic() + seconds
+        requested = [take()]
+        if requested[0] < seconds / 4:
+            requested.clear()
+        while not requested or time.monotonic() < end:
+            requested.append(take())
+        link.send({"sampled": True})
+        samples += requested
+    return samples
+
+
+def sample_on_request(benchmark: Any, link: Link) -> None:
+    """Make asv's timing benchmark take its samples when the other end asks for them."""
     measure = benchmark.benchmark_timing
 
     def timing(
@@ -45,18 +80,7 @@ def sample_on_request(benchmark: Any, link: Link) -> None:
         min_run_count: int,
     ) -> tuple[list[float], int]:  # fmt: skip
         first, number = measure(timer, 1, 1, 0.0, warmup_time, number, 1)
-        link.send({"ready": True})
-        samples = []
-        while (seconds := link.receive().get("seconds", 0)) > 0:
-            end = time.monotonic() + seconds
-            requested = [timer.timeit(number)]
-            if requested[0] < seconds / 4:
-                requested.clear()
-            while not requested or time.monotonic() < end:
-                requested.append(timer.timeit(number))
-            link.send({"sampled": True})
-            samples += requested
-        return samples or first, number
+        return take_samples(lambda: timer.timeit(number), link) or first, number
 
     benchmark.benchmark_timing = timing
 
@@ -82,13 +106,13 @@ def run(folder: str, order: dict[str, Any], link: Link) -> None:
     runner._run((folder, order["name"], json.dumps(order["settings"]), "None", order["result"]))
 
 
-def run_in_fork(folder: str, order: dict[str, Any], link: Link) -> int:
+def run_in_fork(work: Callable[[], None]) -> int:
     """Run one order in a fork; return its exit status."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            run(folder, order, link)
+            work()
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -101,13 +125,137 @@ def run_in_fork(folder: str, order: dict[str, Any], link: Link) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main() -> None:
-    folder, number, forks = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1"
+class Tests:
+    """A pytest plugin that serves orders for the tests with pytest-benchmark's fixture.
+
+    Args:
+        link: where orders come from; None to list the tests only.
+    """
+
+    def __init__(self, link: Link | None):
+        self.link = link
+        self.found: dict[str, str] = {}  # a digest of the source by the id of a test
+        self.broken = ""  # why a file could not be collected
+        self.samples: list[float] = []
+        self.number = 1
+        self.raised: BaseException | None = None
+        self.skipped, self.failed = "", False
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.broken:
+            print(report.longreprtext)
+            words = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            self.broken = f"{report.nodeid}: {words[-1] if words else report.longreprtext.splitlines()[-1]}"
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if "benchmark" in getattr(item, "fixturenames", ())]
+        for item in items:
+            text = inspect.getsource(getattr(item.function, "__wrapped__", item.function))
+            self.found[item.nodeid] = hashlib.sha256(text.encode()).hexdigest()
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        if self.link is None:
+            return True
+        items = {item.nodeid: item for item in session.items}
+        while order := self.link.receive():
+            if "cwd" in order:  # a request for samples may be left over from an order that has ended
+                work = functools.partial(self.run, items[order["name"]], Path(order["result"]))
+                self.link.send({"ended": run_in_fork(work)})
+        return True
+
+    def pytest_runtest_makereport(self, call: Any) -> None:
+        self.raised = self.raised or (call.excinfo and call.excinfo.value)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.skipped and not self.skipped:
+            own = getattr(report, "wasxfail", None)
+            self.skipped = own if own is not None else str(report.longrepr[2])
+        self.failed = self.failed or report.failed
+
+    def run(self, item: Any, result: Path) -> None:
+        """Run a test, and write the samples that its fixture took."""
+        from pytest_benchmark.fixture import BenchmarkFixture
+
+        call, pedantic = BenchmarkFixture.__call__, BenchmarkFixture.pedantic
+        methods: Any = BenchmarkFixture
+        methods.__call__ = lambda own, *args, **kwargs: self.call(own, call, *args, **kwargs)
+        methods.pedantic = lambda own, *args, **kwargs: self.pedantic(own, pedantic, *args, **kwargs)
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+        if self.failed:
+            if self.raised is not None:
+                traceback.print_exception(type(self.raised), self.raised, self.raised.__traceback__)
+            raise SystemExit(1)
+        if self.skipped:
+            print(f"asv: skipped: Skipped({self.skipped!r})")
+            result.write_text("NaN")
+        elif not self.samples:
+            print("RuntimeError: the test did not call its fixture `benchmark`")
+            raise SystemExit(1)
+        else:
+            result.write_text(json.dumps({"samples": self.samples, "number": self.number}))
+
+    def sample(self, once: Callable[[int], float], number: int) -> None:
+        """Take samples: `once` gives the seconds of so many calls."""
+        assert self.link is not None
+        self.number = number
+        self.samples = [seconds / number for seconds in take_samples(lambda: once(number), self.link)]
+
+    # Both run the plain method first. As benchmarks are disabled, it calls the function once.
+    def call(self, fixture: Any, plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of `benchmark(function, ...)`."""
+        found = plain(fixture, function, *args, **kwargs)
+        timer = timeit.Timer(lambda: function(*args, **kwargs), gc.enable)
+        number = 1
+        while timer.timeit(number) < LEAST:
+            number *= 2
+        self.sample(timer.timeit, number)
+        return found
+
+    def pedantic(
+        self, fixture: Any, plain: Any, target: Any, args: Sequence[Any] = (), kwargs: Any = None,
+        setup: Any = None, teardown: Any = None, rounds: int = 1, warmup_rounds: int = 0, iterations: int = 1,
+    ) -> Any:  # fmt: skip
+        """In place of `benchmark.pedantic(target, ...)`: the caller's iterations, as many rounds as asked."""
+        rest = {"rounds": rounds, "warmup_rounds": warmup_rounds, "iterations": iterations}
+        found = plain(fixture, target, args, kwargs, setup, teardown, **rest)
+
+        def once(number: int) -> float:
+            own_args, own_kwargs = (setup and setup()) or (args, kwargs or {})
+            seconds = timeit.Timer(lambda: target(*own_args, **own_kwargs), gc.enable).timeit(number)
+            if teardown is not None:
+                teardown(*own_args, **own_kwargs)
+            return seconds
+
+        self.sample(once, iterations)
+        return found
+
+
+def serve_tests(link: Link | None, tree: str, paths: list[str]) -> int:
+    """Collect tests, and list them or serve orders for them; return the exit status."""
+    import pytest
+
+    os.chdir(tree)
+    sys.path.insert(0, tree)  # as `python -m pytest` does
+    plugin = Tests(link)
+    words = [
+        "-s", "-q", "--rootdir", tree, "-p", "no:cacheprovider", "--benchmark-disable",
+        "--continue-on-collection-errors",
+    ]  # fmt: skip
+    for module, option in (("xdist", "-n0"), ("pytest_cov", "--no-cov")):
+        if importlib.util.find_spec(module):
+            words.append(option)
+    code = pytest.main([*words, *paths], plugins=[plugin])
+    if link is None:
+        print(json.dumps({"tests": plugin.found, "broken": plugin.broken}))
+    return int(code) if link is not None or code == pytest.ExitCode.USAGE_ERROR else 0
+
+
+def serve_suites(link: Link, folder: str, forks: bool) -> None:
+    """Serve orders for asv's suites."""
     from asv_runner._aux import update_sys_path
     from asv_runner.discovery import disc_benchmarks
 
     update_sys_path(folder)
-    link = Link(socket.socket(fileno=number))
     if not forks:
         run(folder, link.receive(), link)
         return
@@ -115,7 +263,17 @@ def main() -> None:
         pass
     while order := link.receive():
         if "cwd" in order:  # a request for samples may be left over from an order that has ended
-            link.send({"ended": run_in_fork(folder, order, link)})
+            link.send({"ended": run_in_fork(functools.partial(run, folder, order, link))})
+
+
+def main() -> None:
+    number, kind, folder, *rest = sys.argv[1:]
+    sys.path.remove(str(Path(__file__).parent))  # its modules are not the benchmarks' to import
+    link = None if number == "-" else Link(socket.socket(fileno=int(number)))
+    if kind == "pytest":
+        sys.exit(serve_tests(link, folder, rest))
+    assert link is not None
+    serve_suites(link, folder, rest == ["1"])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def _template() -> Any:
         "cell": tables.cell,
         "amount": output.amount,
         "percent": lambda x: f"{100 * x:+.1f} %",
+        "certainty": lambda x: f"{100 * x:.1f} %" if x < 0.9995 else "> 99.9 %",
     }
+    environment.globals["least"] = f"{changepoints.LEAST:.0%}".replace("%", " %")
     return environment.get_template("page.html")
 
 
@@ -157,7 +159,8 @@ def _change(step: Step, link: str) -> dict[str, Any]:
         "benchmark": step.series.label, "page": _history_of(step.series),
         "change": step.change, "worse": step.worse, "before": step.before, "after": step.after,
         "unit": step.series.unit, "commit": step.commit, "link": f"{link}{step.commit}" if link else "",
-        "day": _day(step.date), "cause": step.cause,
+        "day": _day(step.date), "cause": step.cause, "last": step.last, "gone": step.gone,
+        "confidence": step.confidence,
     }  # fmt: skip
 
 
