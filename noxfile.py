@@ -1,7 +1,7 @@
 """Sessions: bench (main job), tests, lint, docs, build, compat, browser, quick.
 
-Studies: against, fidelity, accuracy, rates, histories. The workflows also call preflight, pull, gate, push and
-publish; rehearse runs these locally.
+Studies: against, fidelity, accuracy, rates, histories. The workflows also call preflight, pull, gate, push
+and publish; rehearse runs these locally.
 """
 
 import os

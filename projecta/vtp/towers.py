@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -119,12 +120,17 @@ def scan_costs(tower: Any, block: Any, embedding: int) -> ScanCosts:
 
 def is_averaged(tower: nn.Module) -> bool:
     """Whether any model in memory averages the tower's patches in its classifier."""
-    return any(
-        issubclass(type(thing), nn.Module)
-        and any(kind.__name__ in _AVERAGING for kind in type(thing).__mro__)
-        and any(child is tower for child in vars(thing).get("_modules", {}).values())
+    kinds = {k for k in _subclasses(nn.Module) if any(base.__name__ in _AVERAGING for base in k.__mro__)}
+    return bool(kinds) and any(
+        type(thing) in kinds and any(child is tower for child in vars(thing).get("_modules", {}).values())
         for thing in gc.get_objects()
     )
+
+
+def _subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _subclasses(below)
 
 
 def probe_scores(

@@ -129,7 +129,7 @@ def borders(values: Sequence[float]) -> dict[int, float]:
     >>> list(borders([1.0, 1.1, 0.9, 1.05, 0.95, 2.0, 2.1, 1.9, 2.05, 1.95, 2.0]))
     [5]
     """
-    from asv.step_detect import solve_potts
+    from asv.step_detect import solve_potts_approx
 
     if len(values) < 2 * SIZE:
         return {}
@@ -139,7 +139,7 @@ def borders(values: Sequence[float]) -> dict[int, float]:
         size = statistics.median(abs(value) for value in values) or 1.0
         x = [value / size for value in values]
     noise = 1.05 * statistics.median(abs(b - a) for a, b in itertools.pairwise(x))  # 1.4826 / sqrt(2)
-    ends, _, _ = solve_potts(x, [1] * len(x), PENALTY * max(noise, 1e-9), min_size=SIZE)
+    ends, _, _ = solve_potts_approx(x, [1] * len(x), PENALTY * max(noise, 1e-9), min_size=SIZE)
     cuts = [0, *ends]
     while len(cuts) > 2:
         tested = [(*_test(x, *cuts[i : i + 3]), i + 1) for i in range(len(cuts) - 2)]
