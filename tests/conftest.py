@@ -31,9 +31,24 @@ def pytest_collection_modifyitems(items):
     """One worker runs what compiles numba kernels: two would compile them twice."""
     for item in items:
         path = str(item.path)
-        rooms = ("tests/scan", "tests/conv", "tests/mamba", "tests/test_mrss", "tests/test_s4d")
+        rooms = (
+            "tests/scan",
+            "tests/conv",
+            "tests/mamba",
+            "tests/test_mrss",
+            "tests/test_s4d",
+            "test_parallel",
+        )
         if any(room in path for room in rooms) and "interpreter" not in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("numba"))
+
+
+@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
+def pytest_groups_hold(config, items):
+    """xdist marks the tests of a group in their ids, with the pytest that it was made for."""
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError(f"pytest {pytest.__version__} does not keep the groups of pytest-xdist")
 
 
 def pytest_generate_tests(metafunc):

@@ -75,12 +75,14 @@ def _error(got, wanted):
     return float((got.detach() - wanted.detach()).abs().max() / wanted.detach().abs().max().clamp_min(1e-6))
 
 
-def _compare(rank, size, model, run, x, schedule, dtype=torch.float64):
+def _compare(rank, size, model, run, x, schedule, whole=None):
     """The largest error of output and gradients of one piece against one process with the whole sequence.
 
-    In float64 what is left is the rounding of the states, which travel as float32."""
-    model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
-    whole = copy.deepcopy(model)
+    In float64, unless the model of one process is given: what is left is the rounding of the states, which
+    travel as float32."""
+    if whole is None:
+        model, x = model.double(), x.double() if x.is_floating_point() else x
+        whole = copy.deepcopy(model)
     wanted = run(whole, x)
     weight = torch.linspace(-1, 1, wanted.numel()).view_as(wanted)
     (wanted * weight).sum().backward()
@@ -206,30 +208,41 @@ CASES = {
 }
 
 
-def _all(rank, size):
+SIZES = (1, 2, 3, 4)
+
+
+def _every_size(rank, size, ports):
+    """Every case in groups of the first 1, 2... ranks: the processes start once."""
+    dist.destroy_process_group()
     found = {}
-    for name, (job, schedule) in CASES.items():
-        try:
-            found[name] = job(rank, size, schedule)
-        except Exception:
-            found[name] = traceback.format_exc()
+    for ranks, port in zip(SIZES, ports, strict=True):
+        if rank >= ranks:
+            continue
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+        for name, (job, schedule) in CASES.items():
+            try:
+                found[name, ranks] = job(rank, ranks, schedule)
+            except Exception:
+                found[name, ranks] = traceback.format_exc()
+        dist.destroy_process_group()
     return found
 
 
 @functools.cache
-def _results(size):
-    return launch(_all, size)
+def _results():
+    return launch(_every_size, max(SIZES), ports=[_port() for _ in SIZES])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_as_one_process(case, size):
     if "transformers" in case:
         pytest.importorskip("transformers")
-    for rank, found in _results(size).items():
-        assert isinstance(found, dict), found
-        assert isinstance(found[case], float), found[case]
-        assert found[case] < CLOSE, (rank, found[case])
+    found = _results()
+    assert all(isinstance(own, dict) for own in found.values()), found
+    errors = [found[rank][case, size] for rank in range(size)]
+    assert all(isinstance(error, float) and error < CLOSE for error in errors), errors
 
 
 def _fused(rank, size):
@@ -243,7 +256,7 @@ def _fused(rank, size):
         x = model[0](x)
         return checkpoint(model[1], x, use_reentrant=False, context_fn=parallel.checkpoint_contexts)
 
-    return _compare(rank, size, model, run, _sequence(), "pass", torch.float32)
+    return _compare(rank, size, model, run, _sequence(), "pass", _blocks(backend="cpu"))
 
 
 def test_the_node_of_the_gpu(monkeypatch):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated"
 )  # torch warns at a dual number
 BANDS = ((0.5, 1), (0.5, 4))
-FIXED = {n: t.double() for n, t in make_scan(b=1, d=16, l=8, n=4, without=("z", "initial_state")).items()}
+FIXED = make_scan(b=1, d=16, l=8, n=4, without=("z", "initial_state"))
 U = FIXED.pop("u")
 SCANS = {
     "selective_scan, vectorised": lambda u: selective_scan(u, **FIXED, backend="vectorised"),
