@@ -191,7 +191,7 @@ def _check_others():
 
     for n, l in ((4, 16), (33, 16), (33, 11)):  # mixed dtypes: the narrowest one decides the word
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
-            mixed = make_scan(n=n, l=l)
+            mixed = make_scan(b=1, d=2, n=n, l=l)
             mixed |= {name: mixed[name].to(dtype) for name in ("delta", "z")}
             truth = run_with_gradients(selective_scan, mixed, backend="reference")
             got = run_with_gradients(selective_scan, mixed, backend="triton")
