@@ -27,6 +27,7 @@ def pytest_ignore_collect(collection_path, config):
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """One worker runs what compiles numba kernels: two would compile them twice."""
     for item in items:

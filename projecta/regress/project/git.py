@@ -48,7 +48,9 @@ def find_commit(root: Path, revision: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
     if done.returncode:
         rule = "name a commit of this repository"
-        fail("projecta gate", "a revision", rule, repr(revision), error=UsageError)
+        shallow = run_git(root, "rev-parse", "--is-shallow-repository").strip() == "true"
+        remedy = "The clone is shallow: fetch the rest with git fetch --unshallow." if shallow else ""
+        fail("projecta gate", "a revision", rule, repr(revision), remedy, error=UsageError)
     return done.stdout.strip()
 
 

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from projecta.regress.errors import cannot
@@ -53,16 +53,24 @@ class Build:
         return not self.environment.can_install_project()
 
     def make(self) -> None:
-        """Create the environment if it is missing, and install the commit; BuildFailed with the reason."""
+        """Create the environment if it is missing, and install the commit.
+
+        Raises:
+            UsageError: the environment cannot be created, for example because its tool is missing.
+            BuildFailed: the commit cannot be installed.
+        """
         from asv.util import ProcessError, UserError
 
         try:
             with _asv_in(self.project.folder):
                 self.environment.create()
+        except (UserError, ProcessError, OSError) as error:
+            _no_environment(self.config, _last_line(error))
+        try:
+            with _asv_in(self.project.folder):
                 self.environment.install_project(self.config, self.repo, self.commit)
         except (UserError, ProcessError, OSError) as error:
-            lines = str(getattr(error, "stderr", "") or error).strip().splitlines() or ["no reason given"]
-            raise BuildFailed(f"{self.commit[:8]} does not build: {lines[-1].strip()[:300]}") from None
+            raise BuildFailed(f"{self.commit[:8]} does not build: {_last_line(error)}") from None
         self.variables = self._variables()
         if self.existing:
             reason = self.project.prepare(worktree(self.project, self.commit).resolve())
@@ -353,15 +361,30 @@ def find_environments(project: Project, config: Any) -> list[Any]:
         warning, log.warning = log.warning, lambda message, *rest, **options: reasons.append(str(message))
         try:
             found = list(environment.get_environments(config, None, verbose=True))
-        except EnvironmentUnavailable as error:
+        except (EnvironmentUnavailable, RuntimeError) as error:  # the latter if there is no environment_type
             reasons.append(str(error))
             found = []
         finally:
             log.warning = warning
     if not found:
-        got = " ".join(" ".join(reasons).split()).rstrip(".") or "none"
-        cannot("make an environment of asv.conf.json", got)
+        _no_environment(config, " ".join(" ".join(reasons).split()) or "none")
     return found
+
+
+# What asv's kinds of environment need, beside asv.
+_TOOLS = {"uv": "uv", "conda": "conda", "mamba": "libmambapy", "rattler": "py-rattler"}
+
+
+def _no_environment(config: Any, reason: str) -> NoReturn:
+    kind = config.environment_type
+    remedy = f"Install {_TOOLS[kind]}, or set" if kind in _TOOLS else "" if kind else "Set"
+    remedy += remedy and ' environment_type to "virtualenv".'
+    cannot("make an environment of asv.conf.json", reason.rstrip("."), remedy)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(getattr(error, "stderr", "") or error).strip().splitlines() or ["no reason given"]
+    return lines[-1].strip()[:300]
 
 
 def cases(benchmarks: dict[str, dict[str, Any]]) -> list[Case]:
@@ -391,15 +414,33 @@ def worktree(project: Project, commit: str) -> Path:
         with contextlib.suppress(OSError):
             (tree.parent / ".gitignore").write_text("*\n")
         fresh = tree.with_suffix(f".{os.getpid()}")
-        words = ["git", "-C", str(project.repository), "archive", f"{commit}:"]
-        done = subprocess.run(words, capture_output=True)
-        if done.returncode:
-            raise BuildFailed(f"{commit[:8]} cannot be checked out: {done.stderr.decode().strip()}")
-        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(fresh, filter="tar")  # links as git makes them, wherever they lead
+        _extract(project.repository, commit, fresh)
         with contextlib.suppress(OSError):  # another process was first
             fresh.rename(tree)
     return tree
+
+
+def _extract(repository: Path, commit: str, folder: Path) -> None:
+    """Write a commit's files into a folder, and those of its submodules, which must be checked out."""
+
+    def git(*words: str) -> bytes:
+        done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True)
+        if done.returncode:
+            reason = done.stderr.decode().strip()
+            raise BuildFailed(f"{commit[:8]} cannot be checked out: {reason}")
+        return done.stdout
+
+    with tarfile.open(fileobj=io.BytesIO(git("archive", f"{commit}:"))) as archive:
+        archive.extractall(folder, filter="tar")  # links as git makes them, wherever they lead
+    for line in git("ls-tree", "-rz", "--full-tree", commit).decode().split("\0"):
+        kind, _, path = line.partition("\t")
+        if kind.startswith("160000 "):
+            if not (repository / path / ".git").exists():
+                raise BuildFailed(
+                    f"{commit[:8]} cannot be checked out: its submodule {path} is missing. Run git submodule "
+                    "update --init --recursive."
+                )
+            _extract(repository / path, kind.split()[2], folder / path)
 
 
 @contextlib.contextmanager
