@@ -275,5 +275,6 @@ def lint(session: nox.Session) -> None:
     workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
     session.run("check-jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-actions", "action.yml")
     session.run("python", ".github/rules.py")
-    session.run("zizmor", "--offline", "--persona", "pedantic", ".github/workflows")
+    session.run("zizmor", "--offline", "--persona", "pedantic", ".github/workflows", "action.yml")

@@ -1,4 +1,4 @@
-"""Security rules for the workflows. `python .github/rules.py` prints every violation.
+"""Security rules for the workflows and action.yml. `python .github/rules.py` prints every violation.
 
 A fork's code runs on hosted machines only, with no permission to write; every job has the permissions that
 its steps need, and no other.
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent / "workflows"
+ACTION = Path(__file__).parents[1] / "action.yml"
 # Events that may start a job on a self-hosted machine. A fork or a stranger's comment cannot cause them.
 OURS = {"push": {"branches": ["main"]}, "schedule": ..., "workflow_dispatch": ...}
 HOSTED = re.compile(r"(ubuntu|windows|macos)-[\w.-]+")  # runs-on; any other value counts as self-hosted
@@ -42,6 +43,16 @@ def violations(text: str) -> list[str]:
     data = yaml.safe_load(text)
     of_jobs = (line for name, job in data["jobs"].items() for line in _of_job(name, job))
     return [*_of_workflow(data), *_of_lines(text), *of_jobs]
+
+
+def action_violations(text: str) -> list[str]:
+    """Every violation in a composite action.
+
+    >>> action_violations("runs: {steps: [{run: 'echo ${{ inputs.base }}'}]}")
+    ['injection: action must not write an expression into commands; got inputs.base']
+    """
+    steps = yaml.safe_load(text)["runs"]["steps"]
+    return [*_of_lines(text), *(line for step in steps for line in _of_step("action", step))]
 
 
 def events(data: dict[str, Any]) -> dict[str, Any]:
@@ -98,14 +109,8 @@ def _of_job(name: str, job: dict[str, Any]) -> Iterator[str]:
         yield f"secrets: {name} must not hand on all secrets"
     needed: dict[str, str] = {}
     for step in [job, *job.get("steps", ())]:
+        yield from _of_step(name, step)
         uses, run, given = str(step.get("uses", "")), str(step.get("run", "")), step.get("with") or {}
-        if uses and not PINNED.fullmatch(uses) and not LOCAL.fullmatch(uses):
-            yield f"pin: {name} must pin {uses} by a commit's hash"
-        if "${{" in run:
-            what = run.split("${{")[1].partition("}}")[0].strip()
-            yield f"injection: {name} must not write an expression into commands; got {what}"
-        if uses.startswith("actions/checkout@") and given.get("persist-credentials") is not False:
-            yield f"credentials: {name} must check out with persist-credentials: false"
         for what, word, levels in NEEDS:
             does = uses.startswith(what + "@") if isinstance(what, str) else what.search(run)
             if does and (not word or word in given):
@@ -115,6 +120,17 @@ def _of_job(name: str, job: dict[str, Any]) -> Iterator[str]:
         if not re.search(r"@sha256:[0-9a-f]{64}$", str(image)):
             yield f"pin: {name} must pin the image {image} by its digest"
     yield from _of_permissions(name, job.get("permissions", {}), needed)
+
+
+def _of_step(name: str, step: dict[str, Any]) -> Iterator[str]:
+    uses, run, given = str(step.get("uses", "")), str(step.get("run", "")), step.get("with") or {}
+    if uses and not PINNED.fullmatch(uses) and not LOCAL.fullmatch(uses):
+        yield f"pin: {name} must pin {uses} by a commit's hash"
+    if "${{" in run:
+        what = run.split("${{")[1].partition("}}")[0].strip()
+        yield f"injection: {name} must not write an expression into commands; got {what}"
+    if uses.startswith("actions/checkout@") and given.get("persist-credentials") is not False:
+        yield f"credentials: {name} must check out with persist-credentials: false"
 
 
 def _of_permissions(name: str, given: Any, needed: dict[str, str]) -> Iterator[str]:
@@ -134,12 +150,13 @@ def _steps(jobs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    count = 0
-    for path in sorted(FOLDER.glob("*.y*ml")):
-        for line in violations(path.read_text()):
-            print(f"{path.name}: {line}")
-            count += 1
-    return bool(count)
+    found = [
+        (path.name, line) for path in sorted(FOLDER.glob("*.y*ml")) for line in violations(path.read_text())
+    ]
+    found += [(ACTION.name, line) for line in action_violations(ACTION.read_text())]
+    for name, line in found:
+        print(f"{name}: {line}")
+    return bool(found)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def test_lint_looks_at_every_workflow(noxfile, monkeypatch):
     for words in (
         ("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows),
         ("python", ".github/rules.py"),
-        ("zizmor", "--offline", "--persona", "pedantic", ".github/workflows"),
+        ("check-jsonschema", "--builtin-schema", "vendor.github-actions", "action.yml"),
+        ("zizmor", "--offline", "--persona", "pedantic", ".github/workflows", "action.yml"),
     ):
         assert words in session.commands
 
