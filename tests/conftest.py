@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items):
             "tests/test_mrss",
             "tests/test_s4d",
             "test_parallel",
+            "test_benchmarks",
         )
         if any(room in path for room in rooms) and "interpreter" not in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("numba"))
