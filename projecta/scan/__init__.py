@@ -24,6 +24,7 @@ from projecta._backends import device_of, loaded, require_backend, why_not
 from projecta._checks import Checker
 from projecta.scan._arguments import canonical_arguments, check_step, state_dtype
 from projecta.scan._operator import Inputs
+from projecta.scan.pool import blank_rows, read_rows, write_rows
 
 SAVE_EVERY = (8, 16, 32)
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
@@ -186,7 +187,8 @@ def selective_state_update(
         D: (d,). z: (b, d). dt_bias: (d,). dt_softplus: apply softplus to the biased step.
         state_batch_indices: int32 or int64 (b,): row i of the batch reads and overwrites entry
             state_batch_indices[i] of a pool of N states, (N, d, n) or (N, h, d, n). Indices are distinct and
-            in 0...N - 1. This is checked on the CPU only, where reading them is free.
+            in 0...N - 1, or below 0 for padding: such a row gives 0 and writes nothing. This is checked on
+            the CPU only, where reading them is free.
         backend: as in `selective_scan`.
 
     Returns:
@@ -214,14 +216,15 @@ def selective_state_update(
         return t[:, None] if t.dim() == 2 else t
 
     module = choose_backend(check, backend, x, state_dtype(x, A))
-    own = state if state_batch_indices is None else state.index_select(0, state_batch_indices)
+    own = state if state_batch_indices is None else read_rows(state, state_batch_indices)
     wide = flat(own).to(state_dtype(x, A))
     y = module.selective_state_update(
         wide, flat(x), flat(dt), flat(A, 0).to(wide.dtype), grouped(B), grouped(C), flat(D, 0), flat(z),
         flat(dt_bias, 0), dt_softplus
     )  # fmt: skip
     if state_batch_indices is not None:
-        state.index_copy_(0, state_batch_indices.long(), wide.view(own.shape).to(state.dtype))
+        write_rows(state, state_batch_indices, wide.view(own.shape))
+        y = blank_rows(y, state_batch_indices)
     elif wide.dtype != state.dtype or not _flattens(state):
         state.copy_(wide.view(state.shape))
     return y.view(x.shape)

@@ -30,10 +30,53 @@ def test_runs_of_seq_idx_do_not_see_each_other():
         for mark in set(marks):
             at = [t for t, other in enumerate(marks) if other == mark]
             close(y[row : row + 1, :, at], silu_conv(x[row : row + 1, :, at], weight, bias))
-    with pytest.raises(
-        ValueError, match="causal_conv1d_fn: seq_idx must be None with initial or final states"
-    ):
+    with pytest.raises(ValueError, match="causal_conv1d_fn: seq_idx must be None with final states"):
         conv.causal_conv1d_fn(x, weight, bias, torch.tensor(seq_idx), return_final_states=True)
+
+
+def test_states_before_runs_and_padding_among_them():
+    seq_idx = torch.tensor([[-1, -1, 0, 0, 0, 1, 1, -1, -1], [3, 3, 4, 4, 4, 4, 4, 4, 4]])
+    x, weight, bias, start = torch.randn(2, 3, 9), torch.randn(3, 4), torch.randn(3), torch.randn(2, 3, 3)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, start)]
+    y = conv.causal_conv1d_fn(x, weight, bias, seq_idx, start, activation="silu")
+    truth = torch.zeros_like(y)
+    parts = [(0, 2, 5, None), (0, 5, 7, None), (1, 0, 2, start[1:]), (1, 2, 9, None)]
+    for row, first, last, before in parts:
+        truth[row : row + 1, :, first:last] = silu_conv(x[row : row + 1, :, first:last], weight, bias, before)
+    close(y, truth)
+    grad = torch.randn_like(y)
+    for got, wanted in zip(*(torch.autograd.grad(t, leaves, grad) for t in (y, truth)), strict=True):
+        close(got, wanted)
+    same = conv.causal_conv1d_ref(x, weight, bias, start, activation="silu", seq_idx=seq_idx)
+    close(same, truth)
+
+
+@pytest.mark.parametrize("indices", [[4, -1, 0], [-1, -1, -1], [2, 1, 3], []])
+def test_rows_of_a_pool_that_are_padding(indices):
+    b, where = len(indices), torch.tensor(indices, dtype=torch.int32)
+    real = [i for i, index in enumerate(indices) if index >= 0]
+    x, weight, pool = torch.randn(b, 3), torch.randn(3, 4), torch.randn(5, 3, 3)
+    before = pool.clone()
+    y = conv.causal_conv1d_update(x, pool, weight, activation="silu", conv_state_indices=where)
+    A, B, states = -torch.rand(3, 2), torch.randn(b, 2), torch.randn(5, 3, 2)
+    kept = states.clone()
+    z = scan.selective_state_update(states, x, x, A, B, B, state_batch_indices=where)
+    for i, index in enumerate(indices):
+        if i not in real:
+            assert not y[i].any()
+            assert not z[i].any()
+            continue
+        own, state = before[index : index + 1], kept[index : index + 1]
+        close(y[i : i + 1], conv.causal_conv1d_update(x[i : i + 1], own, weight, activation="silu"))
+        close(pool[index], own[0])
+        close(
+            z[i],
+            scan.selective_state_update(state, *(t[i : i + 1] for t in (x, x)), A, *[B[i : i + 1]] * 2)[0],
+        )
+        close(states[index], state[0])
+    others = [i for i in range(5) if i not in indices]
+    assert torch.equal(pool[others], before[others])
+    assert torch.equal(states[others], kept[others])
 
 
 def test_states_and_old_positions_of_activation():
