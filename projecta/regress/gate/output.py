@@ -88,14 +88,15 @@ def scale(value: float, unit: str) -> tuple[float, str]:
     """A readable unit for a value, and its size."""
     if unit == "seconds":
         sizes = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
-        return next((pair for pair in sizes if value >= pair[0]), (1e-9, "ns"))
+        # 0.9996 s are 1 s in three digits
+        return next((pair for pair in sizes if value >= 0.9995 * pair[0]), (1e-9, "ns"))
     return (2.0**20, "MiB") if unit == "bytes" else (1.0, unit)
 
 
 def amount(value: float, unit: str) -> str:
     """
-    >>> amount(0.00123, "seconds")
-    '1.23 ms'
+    >>> amount(0.00123, "seconds"), amount(0.9997, "seconds")
+    ('1.23 ms', '1 s')
     """
     size, name = scale(value, unit)
     return f"{value / size:.{3 if unit == 'seconds' else 4}g} {name}"
