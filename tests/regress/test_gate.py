@@ -269,7 +269,9 @@ def test_identical_files_pass_without_measuring(project):
 def test_the_contents_of_an_environment(tmp_path):
     """Every installed file counts, wherever it lies; caches and notes of installers do not."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
-    built = SimpleNamespace(existing=False, python=str(tmp_path / "env/bin/python"), variables=None)
+    built, python = build.Build.__new__(build.Build), str(tmp_path / "env/bin/python")
+    built.environment = SimpleNamespace(can_install_project=lambda: True, find_executable=lambda name: python)
+    built.variables = None
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     info = packages / "work-1.dist-info"
     info.mkdir()
@@ -281,7 +283,7 @@ def test_the_contents_of_an_environment(tmp_path):
     (info / "direct_url.json").write_text(json.dumps(origin))
 
     def contents():
-        return build.Build.contents(built)
+        return built.contents()
 
     for name in (*files, *unseen):
         (packages / name).write_text("1")

@@ -13,7 +13,14 @@ from projecta.regress.gate.statistics import Design, Judgement
 from projecta.regress.project import machine
 from projecta.regress.project.commands import TestsProject
 from projecta.regress.project.config import Project
-from projecta.regress.run.build import Build, BuildFailed, cases, environment_labels, find_environments
+from projecta.regress.run.build import (
+    Build,
+    BuildFailed,
+    cases,
+    changed_places,
+    environment_labels,
+    find_environments,
+)
 from projecta.regress.run.case import FAILURES, SKIPPED, Case, Outcome, select
 from projecta.regress.run.launch import Worker
 from projecta.regress.run.pair import measure_pair
@@ -130,19 +137,8 @@ def run_session(
     Raises:
         BuildFailed: one of them cannot be built or imported, or their environments differ.
     """
-    found = {}
-    for side in SIDES:
-        log(f"building {side}, {builds[side].commit[:8]}")
-        builds[side].make()
-        found[side] = cases(builds[side].benchmarks())
-    packages = {side: builds[side].packages() for side in SIDES}
-    differ = differing_packages(packages["base"], packages["head"])
-    if differ:
-        raise BuildFailed(
-            f"the environments of base and head differ: {', '.join(differ[:4])}. Delete "
-            f"{builds['base'].config.env_dir} and {builds['head'].config.env_dir}; they are made anew."
-        )
-    now = machine.state() | {"packages": packages["head"]}
+    found, packages = _make(builds, log)
+    now = machine.state() | {"packages": packages}
     before = journal.calibrated(host)
     warned = [] if before is None else machine.warnings(before[1], now)
     facts = journal.provenance(now)
@@ -162,6 +158,7 @@ def run_session(
         log("base and head install identical files: nothing to measure")
         for row in rows:
             row.decide(statistics.PASS, "identical: both install the same files")
+    changed = None if pairs is not None or always else changed_places(builds["base"], builds["head"])
     session = f"gate {uuid.uuid4().hex[:8]}"
     workers = {name: Worker(builds[name]) for name in SIDES}
     pair, last = 0, 0.0
@@ -173,7 +170,7 @@ def run_session(
                 break
             order = SIDES if pair % 2 == 0 else SIDES[::-1]
             for name in order:
-                workers[name].restart()
+                workers[name].restart(trace=pair == 0 and changed is not None)
             for row in open_rows:
                 for name, outcome in measure_pair({n: workers[n] for n in order}, row.cases).items():
                     row.outcomes[name].append(outcome)
@@ -181,6 +178,8 @@ def run_session(
                     words = f"{session} {name}"
                     journal.add(host, builds[name].commit, where, row.case, outcome, words, facts)
                 row.judge(design)
+                if changed is not None and pair == 0 and row.judgement.verdict is None:
+                    _pass_if_unread(row, workers, changed)
             pair, last = pair + 1, time.monotonic() - start - elapsed
             left = sum(row.judgement.verdict is None for row in rows)
             log(f"pair {pair}: {len(rows) - left} of {len(rows)} decided, {time.monotonic() - start:.0f} s")
@@ -193,6 +192,32 @@ def run_session(
         builds["base"].commit, builds["head"].commit, host, design, rows + gone, time.monotonic() - start,
         now, warned, contents,
     )  # fmt: skip
+
+
+def _make(
+    builds: Mapping[str, Build], log: Callable[[str], None]
+) -> tuple[dict[str, list[Case]], dict[str, str]]:
+    """Build both sides: the cases of each, and the packages, which both share."""
+    found = {}
+    for side in SIDES:
+        log(f"building {side}, {builds[side].commit[:8]}")
+        builds[side].make()
+        found[side] = cases(builds[side].benchmarks())
+    packages = {side: builds[side].packages() for side in SIDES}
+    differ = differing_packages(packages["base"], packages["head"])
+    if differ:
+        raise BuildFailed(
+            f"the environments of base and head differ: {', '.join(differ[:4])}. Delete "
+            f"{builds['base'].config.env_dir} and {builds['head'].config.env_dir}; they are made anew."
+        )
+    return found, packages["head"]
+
+
+def _pass_if_unread(row: Row, workers: Mapping[str, Worker], changed: Mapping[str, set[str]]) -> None:
+    """PASS if neither side's process has read a file that differs."""
+    read = {side: worker.read_files() for side, worker in workers.items()}
+    if all(found is not None and not found & changed[side] for side, found in read.items()):
+        row.decide(statistics.PASS, "identical: it reads none of the files that differ")
 
 
 def differing_packages(base: Mapping[str, str], head: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -184,17 +185,36 @@ class Build:
     def contents(self) -> str:
         """A digest of all that the benchmarks can use besides themselves; "" if it cannot be told.
 
-        Of an installed environment: every file that an installer recorded, wherever it lies. Files of what
-        was installed from a local file are read, as the project's are; those of an index have their hashes
-        in the record. Without a record, or in place from its sources, files can change unseen: "".
-        Of files on the path of an interpreter: the commit's tree.
+        Of files on the path of an interpreter that exists: the commit's tree. Otherwise `files` and the
+        hashes in the records of packages from an index.
         """
         if self.existing:
             words = ["git", "-C", str(self.project.repository), "rev-parse", f"{self.commit}^{{tree}}"]
-        else:
-            words = [self.python, "-c", _CONTENTS]
-        done = subprocess.run(words, capture_output=True, text=True, env=self.variables)
-        return done.stdout.strip() if done.returncode == 0 else ""
+            done = subprocess.run(words, capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        files, rest = self._inventory()
+        known = sorted(f"{name} {digest}" for name, (_, digest) in files.items())
+        return hashlib.sha256("\n".join([*known, rest]).encode()).hexdigest() if files else ""
+
+    def files(self) -> dict[str, tuple[str, str]]:
+        """Place and digest of each file that may differ between commits, by name; empty if unknown.
+
+        Of an installed environment: what was installed from a local file, as the project is. Without a
+        record, or in place from its sources, files can change unseen.
+        """
+        if not self.existing:
+            return self._inventory()[0]
+        tree = worktree(self.project, self.commit).resolve()
+        words = ["git", "-C", str(self.project.repository), "ls-tree", "-rz", "--full-tree", self.commit]
+        listed = subprocess.run(words, capture_output=True, text=True).stdout.split("\0")
+        entries = (line.partition("\t") for line in listed if line)
+        return {path: (str(tree / path), entry) for entry, _, path in entries}
+
+    def _inventory(self) -> tuple[dict[str, tuple[str, str]], str]:
+        """`files`, and a digest of everything else that is installed."""
+        done = subprocess.run([self.python, "-c", _FILES], capture_output=True, text=True, env=self.variables)
+        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {"files": {}, "rest": ""}
+        return {name: (place, digest) for name, (place, digest) in found["files"].items()}, found["rest"]
 
     def packages(self) -> dict[str, str]:
         """Versions of what is installed beside the project."""
@@ -203,6 +223,23 @@ class Build:
         )
         built = self.project.folder / self.config.env_dir
         return other_packages(json.loads(done.stdout or "[]"), self.config.project, built)
+
+
+def changed_places(base: Build, head: Build) -> dict[str, set[str]] | None:
+    """Where the files lie that differ between two builds, by side; None if that is unknown.
+
+    Also None if other files than Python's, texts and the record of a distribution differ: a compiled module
+    or data may be read unseen. Likewise if no file differs: what does is not among them.
+    """
+    files = {"base": base.files(), "head": head.files()}
+    names = {
+        name for name in files["base"].keys() | files["head"].keys()
+        if files["base"].get(name, ("", ""))[1] != files["head"].get(name, ("", ""))[1]
+    }  # fmt: skip
+    seen = all(name.endswith((".py", ".md", ".rst")) or ".dist-info/" in name for name in names)
+    if not names or not seen or not all(files.values()):
+        return None
+    return {side: {own[name][0] for name in names if name in own} for side, own in files.items()}
 
 
 # Run in the environment's interpreter.
@@ -221,28 +258,26 @@ for name in names:
         found[name] = places[0], ours
 print(json.dumps(found))
 """
-_CONTENTS = """
-import hashlib, json, sys
+_FILES = """
+import hashlib, json, os, sys
 from importlib.metadata import distributions
-notes, local, found = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}, False, [sys.version]
+notes, files, rest = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}, {}, [sys.version]
 for package in distributions():
     origin = json.loads(package.read_text("direct_url.json") or "{}")
     in_place = origin.get("dir_info", {}).get("editable")
     if in_place or package.files is None or package.read_text("RECORD") is None:
         sys.exit(1)
     here = origin.get("url", "").startswith("file:")
-    local = local or here
     for file in package.files:
         if file.suffix == ".pyc" or (file.parent.suffix == ".dist-info" and file.name in notes):
             continue
         if here:  # scripts name the interpreter, which lies elsewhere in each environment
-            content = file.locate().read_bytes().replace(sys.prefix.encode(), b"")
-            found.append(f"{file} {hashlib.sha256(content).hexdigest()}")
+            place = os.path.realpath(file.locate())
+            content = open(place, "rb").read().replace(sys.prefix.encode(), b"")
+            files[str(file)] = place, hashlib.sha256(content).hexdigest()
         elif file.hash and file.parent.name != "bin":
-            found.append(f"{file} {file.hash.value}")
-if not local:
-    sys.exit(1)
-print(hashlib.sha256("\\n".join(sorted(found)).encode()).hexdigest())
+            rest.append(f"{file} {file.hash.value}")
+print(json.dumps({"files": files, "rest": "\\n".join(sorted(rest))}))
 """
 _DIRECTIONS = """
 import json, sys

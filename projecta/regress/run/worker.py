@@ -14,10 +14,13 @@ Orders arrive over a socket, one JSON object a line:
     {"name": ..., "paired": false}    run the benchmark as asv does
     {"name": ..., "paired": true}     set up, answer {"ready": true}, then take samples on {"seconds": s}
                                       and answer {"sampled": true}, until {"seconds": 0}
+
+With PROJECTA_TRACE=1 the files that an order has read are written beside its result.
 """
 
 from __future__ import annotations  # the environment's Python may be older than projecta's
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -34,6 +37,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+TRACE = "PROJECTA_TRACE"  # set: note the files that each order reads
+SPAWNS = ("subprocess.Popen", "os.posix_spawn", "os.spawn", "os.exec", "os.system", "os.fork", "os.forkpty")
 LEAST = 0.005  # seconds of a sample of a test: its calls are repeated for so long
 
 
@@ -50,6 +55,36 @@ class Link:
     def send(self, message: dict[str, Any]) -> None:
         self._outgoing.write(json.dumps(message) + "\n")
         self._outgoing.flush()
+
+
+class Trace:
+    """Notes which files this process reads, and whether it starts another, by Python's audit events."""
+
+    def __init__(self) -> None:
+        self.opened: set[str] = set()
+        self.spawned = False
+        self.paused = False
+        sys.addaudithook(self.note)
+
+    def note(self, event: str, values: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(values[0], str):
+            self.opened.add(values[0])
+        elif event in SPAWNS and not self.paused:
+            self.spawned = True
+
+    def write(self, path: str) -> None:
+        """Write the files read so far, those of imported modules among them; null if processes started."""
+        modules = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+        sources = {self.source(path) for path in [*self.opened, *filter(None, modules)]}
+        found = None if self.spawned else sorted(map(os.path.realpath, sources))
+        Path(path + ".files").write_text(json.dumps(found))
+
+    @staticmethod
+    def source(path: str) -> str:
+        if path.endswith(".pyc"):
+            with contextlib.suppress(ValueError, NotImplementedError):  # one that lies where no source does
+                return importlib.util.source_from_cache(path)
+        return path
 
 
 def take_samples(take: Callable[[], float], link: Link) -> list[float]:
@@ -106,13 +141,19 @@ def run(folder: str, order: dict[str, Any], link: Link) -> None:
     runner._run((folder, order["name"], json.dumps(order["settings"]), "None", order["result"]))
 
 
-def run_in_fork(work: Callable[[], None]) -> int:
+def run_in_fork(work: Callable[[], None], trace: Trace | None, order: dict[str, Any]) -> int:
     """Run one order in a fork; return its exit status."""
+    if trace is not None:
+        trace.paused = True  # this fork is no benchmark's
     child = os.fork()
+    if trace is not None:
+        trace.paused = False
     if child == 0:
         code = 1
         try:
             work()
+            if trace is not None and "result" in order:
+                trace.write(order["result"])
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -132,8 +173,8 @@ class Tests:
         link: where orders come from; None to list the tests only.
     """
 
-    def __init__(self, link: Link | None):
-        self.link = link
+    def __init__(self, link: Link | None, trace: Trace | None):
+        self.link, self.trace = link, trace
         self.found: dict[str, str] = {}  # a digest of the source by the id of a test
         self.broken = ""  # why a file could not be collected
         self.samples: list[float] = []
@@ -160,7 +201,7 @@ class Tests:
         while order := self.link.receive():
             if "cwd" in order:  # a request for samples may be left over from an order that has ended
                 work = functools.partial(self.run, items[order["name"]], Path(order["result"]))
-                self.link.send({"ended": run_in_fork(work)})
+                self.link.send({"ended": run_in_fork(work, self.trace, order)})
         return True
 
     def pytest_runtest_makereport(self, call: Any) -> None:
@@ -230,13 +271,13 @@ class Tests:
         return found
 
 
-def serve_tests(link: Link | None, tree: str, paths: list[str]) -> int:
+def serve_tests(link: Link | None, tree: str, paths: list[str], trace: Trace | None) -> int:
     """Collect tests, and list them or serve orders for them; return the exit status."""
     import pytest
 
     os.chdir(tree)
     sys.path.insert(0, tree)  # as `python -m pytest` does
-    plugin = Tests(link)
+    plugin = Tests(link, trace)
     words = [
         "-s", "-q", "--rootdir", tree, "-p", "no:cacheprovider", "--benchmark-disable",
         "--continue-on-collection-errors",
@@ -250,30 +291,35 @@ def serve_tests(link: Link | None, tree: str, paths: list[str]) -> int:
     return int(code) if link is not None or code == pytest.ExitCode.USAGE_ERROR else 0
 
 
-def serve_suites(link: Link, folder: str, forks: bool) -> None:
+def serve_suites(link: Link, folder: str, forks: bool, trace: Trace | None) -> None:
     """Serve orders for asv's suites."""
     from asv_runner._aux import update_sys_path
     from asv_runner.discovery import disc_benchmarks
 
     update_sys_path(folder)
     if not forks:
-        run(folder, link.receive(), link)
+        order = link.receive()
+        run(folder, order, link)
+        if trace is not None and "result" in order:
+            trace.write(order["result"])
         return
     for _ in disc_benchmarks(folder, ignore_import_errors=True):
         pass
     while order := link.receive():
         if "cwd" in order:  # a request for samples may be left over from an order that has ended
-            link.send({"ended": run_in_fork(functools.partial(run, folder, order, link))})
+            work = functools.partial(run, folder, order, link)
+            link.send({"ended": run_in_fork(work, trace, order)})
 
 
 def main() -> None:
     number, kind, folder, *rest = sys.argv[1:]
     sys.path.remove(str(Path(__file__).parent))  # its modules are not the benchmarks' to import
     link = None if number == "-" else Link(socket.socket(fileno=int(number)))
+    trace = Trace() if os.environ.pop(TRACE, "") else None
     if kind == "pytest":
-        sys.exit(serve_tests(link, folder, rest))
+        sys.exit(serve_tests(link, folder, rest, trace))
     assert link is not None
-    serve_suites(link, folder, rest == ["1"])
+    serve_suites(link, folder, rest == ["1"], trace)
 
 
 if __name__ == "__main__":
