@@ -67,8 +67,8 @@ class Trace:
         sys.addaudithook(self.note)
 
     def note(self, event: str, values: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(values[0], str):
-            self.opened.add(values[0])
+        if event == "open" and not isinstance(values[0], int):  # of a file that is open already
+            self.opened.add(os.path.abspath(os.fsdecode(values[0])))  # the folder may change later
         elif event in SPAWNS and not self.paused:
             self.spawned = True
 
