@@ -1,10 +1,13 @@
 """The gate of tests that use pytest-benchmark's fixture, in a repository that is no asv project."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from projecta.regress.run import pair
+from projecta.regress.run import tests as tests_of_commits
 from tests.regress.foreign import git, run
 
 SORTING = """
@@ -130,6 +133,15 @@ def test_what_cannot_be_collected_says_why(sorting):
     )
     code, text = run("gate", "HEAD^", "HEAD", "--pytest", "tests", "--command", "true")
     assert (code, "--pytest must not be given with --command" in text) == (2, True)
+
+
+def test_a_missing_package_is_named(sorting, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "bare"], check=True)
+    python = str(sorting / "bare/bin/python")
+    monkeypatch.setattr(tests_of_commits.TestsBuild, "python", python)
+    code, text = run("gate", "HEAD^", "HEAD", "--pytest", "tests")
+    remedy = f"{python} has no pytest. Install it with {python} -m pip install pytest."
+    assert (code, text.splitlines()[-1]) == (2, f"projecta: cannot collect the tests: {remedy}")
 
 
 def test_the_same_commit_is_identical(sorting):

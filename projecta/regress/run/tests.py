@@ -1,10 +1,12 @@
 """Builds a commit whose benchmarks are tests that use pytest-benchmark's fixture."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from projecta.regress.errors import cannot
 from projecta.regress.project.commands import TestsProject
 from projecta.regress.run.build import WORKER, Build, BuildFailed, imported, worktree
 from projecta.regress.run.case import last_words
@@ -36,10 +38,20 @@ class TestsBuild(Build):
         return imported(f for p in places for f in (p.rglob("*.py") if p.is_dir() else [p]))
 
     def benchmarks(self) -> dict[str, dict[str, Any]]:
-        """Descriptions of the tests, as asv's of benchmarks; BuildFailed if they cannot be collected."""
+        """Descriptions of the tests, as asv's of benchmarks.
+
+        Raises:
+            UsageError: pytest or pytest-benchmark is missing.
+            BuildFailed: the tests cannot be collected.
+        """
         words = [self.python, str(WORKER), "-", *self.worker_arguments]
         done = subprocess.run(words, capture_output=True, text=True, env=self.variables, cwd=self.tree)
         short = self.commit[:8]
+        missing = re.search(r"No module named '(pytest\w*)'", done.stderr)
+        if missing:
+            package = missing[1].replace("_", "-")
+            remedy = f"Install it with {self.python} -m pip install {package}."
+            cannot("collect the tests", f"{self.python} has no {package}", remedy)
         if done.returncode:
             words = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
             reason = words[0][7:] if words else last_words(done.stderr + done.stdout)

@@ -274,6 +274,7 @@ class Tests:
 def serve_tests(link: Link | None, tree: str, paths: list[str], trace: Trace | None) -> int:
     """Collect tests, and list them or serve orders for them; return the exit status."""
     import pytest
+    import pytest_benchmark  # noqa: F401  its absence has this name
 
     os.chdir(tree)
     sys.path.insert(0, tree)  # as `python -m pytest` does
