@@ -60,6 +60,8 @@ def test_gates_are_kept_and_reported(workplace):
     assert "Gates on this machine: 2 PASS." in text
     assert "gates REGRESSED" in text
     assert "0 of 1" in text
+    assert run("gate", "HEAD", "HEAD")[0] == 0
+    assert not list(workplace.glob(".asv/results/*/last.gate"))  # the page's verdict is one on a change
     (path,) = workplace.glob(".asv/results/*/gates.rates")
     assert [rate["of"] for rate in json.loads(path.read_text())][:2] == [1, 1]
     code, text = run("gate")

@@ -279,7 +279,8 @@ def _run_gate(
             sys.exit(BROKEN)
         if pairs is None:
             record.keep(journal, name, result)
-        if pairs is None and regex is None:  # the project's own gate: its verdict stands on the site
+        own = pairs is None and regex is None and commits["base"] != commits["head"]
+        if own:  # the project's own gate: its verdict stands on the site
             (project.results / name).mkdir(parents=True, exist_ok=True)
             output.write_json(result, project.results / name / output.LAST)
         return result, journal.noise(name)
