@@ -219,7 +219,8 @@ def _pass_if_unread(row: Row, workers: Mapping[str, Worker], changed: Mapping[st
         return
     read = {side: worker.read_files() for side, worker in workers.items()}
     if all(found is not None and not found & changed[side] for side, found in read.items()):
-        row.decide(statistics.PASS, "identical: it reads none of the files that differ")
+        reason = "identical: it reads none of the files that differ"
+        row.judgement = Judgement(statistics.PASS, reason=reason, pairs=1)  # one pair has no ratio to show
 
 
 def differing_packages(base: Mapping[str, str], head: Mapping[str, str]) -> list[str]:
