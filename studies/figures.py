@@ -498,6 +498,12 @@ def gate_rates() -> str:
     )
 
 
+def compat_tests() -> str:
+    """mamba-ssm's and causal-conv1d's own tests against the names of projecta.compat."""
+    rows = read("compat_tests.csv")
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def histories() -> str:
     """Change points: precision and recall on histories whose steps are known, by judge."""
     rows = []
@@ -556,6 +562,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         mrss_accuracy,
         mrss_time,
         gate_rates,
+        compat_tests,
         histories,
         provenance,
     )

@@ -51,7 +51,7 @@ def test_states_before_runs_and_padding_among_them():
     close(same, truth)
 
 
-@pytest.mark.parametrize("indices", [[4, -1, 0], [-1, -1, -1], [2, 1, 3], []])
+@pytest.mark.parametrize("indices", [[4, -1, 0], [0, 3, -1], [4, -1, 2], [-1, -1, -1], [2, 1, 3], []])
 def test_rows_of_a_pool_that_are_padding(indices):
     b, where = len(indices), torch.tensor(indices, dtype=torch.int32)
     real = [i for i, index in enumerate(indices) if index >= 0]

@@ -269,9 +269,8 @@ def test_identical_files_pass_without_measuring(project):
 def test_the_contents_of_an_environment(tmp_path):
     """Every installed file counts, wherever it lies; caches and notes of installers do not."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
-    built, python = build.Build.__new__(build.Build), str(tmp_path / "env/bin/python")
-    built.environment = SimpleNamespace(can_install_project=lambda: True, find_executable=lambda name: python)
-    built.variables = None
+    python = str(tmp_path / "env/bin/python")
+    environment = SimpleNamespace(can_install_project=lambda: True, find_executable=lambda name: python)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     info = packages / "work-1.dist-info"
     info.mkdir()
@@ -283,6 +282,8 @@ def test_the_contents_of_an_environment(tmp_path):
     (info / "direct_url.json").write_text(json.dumps(origin))
 
     def contents():
+        built = build.Build.__new__(build.Build)  # which reads an environment once
+        built.environment, built.variables = environment, None
         return built.contents()
 
     for name in (*files, *unseen):

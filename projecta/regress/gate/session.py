@@ -154,11 +154,13 @@ def run_session(
         log(f"warning: {line}")
     start = time.monotonic()
     contents = {side: builds[side].contents() for side in SIDES} if pairs is None and rows else {}
+    changed = None
     if contents and not always and contents["base"] and contents["base"] == contents["head"]:
         log("base and head install identical files: nothing to measure")
         for row in rows:
             row.decide(statistics.PASS, "identical: both install the same files")
-    changed = None if pairs is not None or always else changed_places(builds["base"], builds["head"])
+    elif contents and not always:
+        changed = changed_places(builds["base"], builds["head"])
     session = f"gate {uuid.uuid4().hex[:8]}"
     workers = {name: Worker(builds[name]) for name in SIDES}
     pair, last = 0, 0.0

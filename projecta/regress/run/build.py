@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -192,7 +193,7 @@ class Build:
             words = ["git", "-C", str(self.project.repository), "rev-parse", f"{self.commit}^{{tree}}"]
             done = subprocess.run(words, capture_output=True, text=True)
             return done.stdout.strip() if done.returncode == 0 else ""
-        files, rest = self._inventory()
+        files, rest = self._inventory
         known = sorted(f"{name} {digest}" for name, (_, digest) in files.items())
         return hashlib.sha256("\n".join([*known, rest]).encode()).hexdigest() if files else ""
 
@@ -203,13 +204,14 @@ class Build:
         record, or in place from its sources, files can change unseen.
         """
         if not self.existing:
-            return self._inventory()[0]
+            return self._inventory[0]
         tree = worktree(self.project, self.commit).resolve()
         words = ["git", "-C", str(self.project.repository), "ls-tree", "-rz", "--full-tree", self.commit]
         listed = subprocess.run(words, capture_output=True, text=True).stdout.split("\0")
         entries = (line.partition("\t") for line in listed if line)
         return {path: (str(tree / path), entry) for entry, _, path in entries}
 
+    @functools.cached_property
     def _inventory(self) -> tuple[dict[str, tuple[str, str]], str]:
         """`files`, and a digest of everything else that is installed."""
         done = subprocess.run([self.python, "-c", _FILES], capture_output=True, text=True, env=self.variables)

@@ -141,8 +141,15 @@ def run(folder: str, order: dict[str, Any], link: Link) -> None:
     runner._run((folder, order["name"], json.dumps(order["settings"]), "None", order["result"]))
 
 
+def perform(work: Callable[[], None], trace: Trace | None, order: dict[str, Any]) -> None:
+    """Run one order, and write which files it has read if that is asked."""
+    work()
+    if trace is not None and "result" in order:
+        trace.write(order["result"])
+
+
 def run_in_fork(work: Callable[[], None], trace: Trace | None, order: dict[str, Any]) -> int:
-    """Run one order in a fork; return its exit status."""
+    """`perform` in a fork; return its exit status."""
     if trace is not None:
         trace.paused = True  # this fork is no benchmark's
     child = os.fork()
@@ -151,9 +158,7 @@ def run_in_fork(work: Callable[[], None], trace: Trace | None, order: dict[str, 
     if child == 0:
         code = 1
         try:
-            work()
-            if trace is not None and "result" in order:
-                trace.write(order["result"])
+            perform(work, trace, order)
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -300,9 +305,7 @@ def serve_suites(link: Link, folder: str, forks: bool, trace: Trace | None) -> N
     update_sys_path(folder)
     if not forks:
         order = link.receive()
-        run(folder, order, link)
-        if trace is not None and "result" in order:
-            trace.write(order["result"])
+        perform(functools.partial(run, folder, order, link), trace, order)
         return
     for _ in disc_benchmarks(folder, ignore_import_errors=True):
         pass
