@@ -193,19 +193,38 @@ def load_shared(at):
 
 
 @triton.jit
+def turned(tiles):
+    """The tiles from the last to the first."""
+    found = ()
+    for i in tl.static_range(len(tiles)):
+        found = found + (tiles[len(tiles) - 1 - i],)
+    return found
+
+
+@triton.jit
+def first_step(stride, l):
+    """Where the first step stands, from the start in memory: with a negative stride, at the end."""
+    return tl.where(stride < 0, (1 - l).to(tl.int64) * stride, 0)
+
+
+@triton.jit
 def read(
     at, t1, stride, l, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, FREE: tl.constexpr = True
 ):  # fmt: skip
-    """V steps of each lane from its t1 on: in words (WIDE), or one by one with any stride."""
+    """V steps of each lane from its t1 on: in words (WIDE), or one by one with any stride.
+
+    WIDE is -1 where time runs backwards in memory; the words come in memory's order, as `as_floats` knows.
+    """
     BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
     P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
     found = ()
     if WIDE:
         for i in tl.static_range(V // P):
-            t = t1 + i * P
+            t = t1 + (i if WIDE > 0 else V // P - 1 - i) * P
             if not WHOLE:
                 t = tl.minimum(t, l - P)
-            found = found + load_words(at + t, P * BITS // 32, FREE)
+            at_words = at + t if WIDE > 0 else at - (t + (P - 1))
+            found = found + load_words(at_words, P * BITS // 32, FREE)
     else:
         for i in tl.static_range(V):
             found = found + (load_one(at + (t1 + i).to(tl.int64) * stride, t1 + i < l),)
@@ -218,25 +237,30 @@ def as_floats(loaded, like, WIDE: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(loaded)):
         tiles = tiles + (unpack_word(loaded[i], like.dtype.element_ty) if WIDE else (loaded[i],))
-    return tiles
+    return turned(tiles) if WIDE < 0 else tiles
 
 
 @triton.jit
 def write(
     at, t1, stride, tiles, t_start, t_end, real, WIDE: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr
 ):  # fmt: skip
-    """Write V steps of each lane that has a channel (`real`), from its t1 on, within t_start..t_end."""
+    """Write V steps of each lane that has a channel (`real`), from its t1 on, within t_start..t_end.
+
+    WIDE is as in `read`.
+    """
     element: tl.constexpr = at.dtype.element_ty
     BITS: tl.constexpr = element.primitive_bitwidth
     P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
     if WIDE:
+        ordered = turned(tiles) if WIDE < 0 else tiles
         for i in tl.static_range(V // P):
             row, inside = (), real
             for k in tl.static_range(P * BITS // 32):
-                row = row + (pack_word(tiles, i * P * BITS // 32 + k, element),)
+                row = row + (pack_word(ordered, i * P * BITS // 32 + k, element),)
+            t = t1 + (i if WIDE > 0 else V // P - 1 - i) * P
             if not WHOLE:
-                inside = inside & (t1 + i * P < t_end)
-            store_words(at + (t1 + i * P), row, inside, P * BITS // 32)
+                inside = inside & (t < t_end)
+            store_words(at + t if WIDE > 0 else at - (t + (P - 1)), row, inside, P * BITS // 32)
     else:
         for i in tl.static_range(V):
             inside = real & (t1 + i >= t_start) & (t1 + i < t_end)

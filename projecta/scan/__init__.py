@@ -117,9 +117,8 @@ def _scan(
     """y and the last state: a repeated call of backend "triton", or checks, a backend and its operator."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = given
     key, triton = None, loaded(__name__, "triton")
-    repeats = not reverse and not torch.compiler.is_compiling()
-    if triton is not None and repeats and _may_repeat(backend, u, cu_seqlens):
-        key = triton.eager.cache_key(given, softplus, save_every)
+    if triton is not None and _may_repeat(backend, u, cu_seqlens):
+        key = triton.eager.cache_key(given, softplus, save_every, reverse)
         found = None if key is None else triton.eager.repeat(key, given)
         if found is not None:
             return found
@@ -130,12 +129,12 @@ def _scan(
     check.one_of("save_every", save_every, SAVE_EVERY)
     module = choose_backend(check, backend, u, A.dtype)
     canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if reverse:
-        return _reversed(module, canonical[:9], softplus, cu_seqlens, save_every)
     if key is not None and module is triton:
-        found = module.eager.first(key, given, canonical, softplus)
+        found = module.eager.first(key, given, canonical, softplus, reverse)
         if found is not None:
             return found
+    if reverse:
+        return _reversed(module, canonical[:9], softplus, cu_seqlens, save_every)
     return module.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, cu_seqlens, save_every
     )
@@ -239,6 +238,7 @@ def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether backend "triton" may repeat the launches of an earlier call."""
     return (
         cu_seqlens is None
+        and not torch.compiler.is_compiling()
         and isinstance(u, Tensor)
         and u.device.type == device_of("triton")
         and u.dtype != torch.float64

@@ -50,7 +50,7 @@ DIFFERENTIABLE = 9  # all but cu_seqlens
 
 def define(name: str, forward: Callable, backward: Callable, saved_shape: Callable) -> Callable:
     """Register `projecta::{name}` and its backward operator; return the function to call."""
-    backend = name.removeprefix("scan_")
+    backend = name.removeprefix("scan_").removesuffix("_reversed")
 
     def allocate(inputs: Inputs, every: int) -> tuple[Tensor, Tensor, Tensor]:
         u, A = inputs.u, inputs.A

@@ -1,10 +1,14 @@
 """reverse=True has the bits of the scan of flipped tensors: outputs, last states and every gradient."""
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
 
 from projecta import selective_scan
 from tests.cases import make_scan
+from tests.scan.test_triton import MODES, plan_of
 
 BOUNDS = [0, 5, 5, 70, 150]
 CASES = {
@@ -17,6 +21,26 @@ CASES = {
     "packed": {"b": 1, "packed": True},
     "few steps": {"l": 3},
     "no steps": {"l": 0},
+    "words": {"l": 152},
+    "words of bfloat16": {"l": 152, "dtype": torch.bfloat16},
+}
+# Of backend "triton", whose interpreter is slow: fewer channels, states and steps.
+SMALL = {"d": 4, "n": 2, "l": 21}
+ON_TRITON = {
+    **{
+        name: SMALL | case | {"l": min(case.get("l", 21), 24)}
+        for name, case in CASES.items()
+        if name != "complex"
+    },
+    "whole blocks": SMALL | {"l": 32},
+    "constant B and C": SMALL | {"constant": "BC"},
+    "saved every 16 steps": SMALL | {"every": 16},
+}
+IN_CHUNKS = {
+    "lanes along time": SMALL,
+    "lanes along time, words": SMALL | {"l": 24},
+    "whole blocks of time": {"b": 1, "d": 2, "n": 2, "l": 512, "dtype": torch.float16, "graded": False},
+    "chunks of time": {"b": 1, "d": 2, "n": 1, "l": 76},
 }
 
 
@@ -25,11 +49,11 @@ def _flip(name, t):
     return t if steady else t.flip(-1)
 
 
-def _run(inputs, backend, reverse, bounds):
+def _run(inputs, backend, reverse, bounds, every):
     leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in inputs.items()}
     y, last = selective_scan(
         **leaves, delta_softplus=True, return_last_state=True, cu_seqlens=bounds, reverse=reverse,
-        backend=backend,
+        backend=backend, save_every=every,
     )  # fmt: skip
     torch.manual_seed(1)
     grad_y, grad_last = torch.randn_like(y), torch.randn_like(last)
@@ -41,13 +65,10 @@ def _run(inputs, backend, reverse, bounds):
     return y, last, dict(zip(present, grads, strict=True))
 
 
-@pytest.mark.parametrize("on", ["reference", "vectorised", "cpu"])
-@pytest.mark.parametrize("case", CASES)
-def test_it_has_the_bits_of_flipped_tensors(case, on):
-    options = {"b": 2, "d": 24, "l": 150, "n": 5} | CASES[case]
-    packed, order = options.pop("packed", False), options.pop("order", "bdl")
-    if on == "reference":
-        options["l"] = min(options["l"], 10)
+def _compare(options, on):
+    options = {"b": 2, "d": 24, "l": 150, "n": 5, "every": 8, "graded": True} | options
+    packed, order, every = options.pop("packed", False), options.pop("order", "bdl"), options.pop("every")
+    graded = options.pop("graded")
     l, bounds = options["l"], None
     if packed:
         bounds = [min(t, l) for t in BOUNDS]
@@ -63,8 +84,13 @@ def test_it_has_the_bits_of_flipped_tensors(case, on):
     mirrored = None if bounds is None else (l - bounds).flip(0)
     if packed:
         flipped["initial_state"] = inputs["initial_state"].flip(0)
-    y, last, grads = _run(inputs, on, True, bounds)
-    wanted, wanted_last, wanted_grads = _run(flipped, on, False, mirrored)
+    plain = selective_scan(**flipped, delta_softplus=True, cu_seqlens=mirrored, backend=on).flip(-1)
+    options = {"delta_softplus": True, "cu_seqlens": bounds, "reverse": True, "backend": on}
+    assert torch.equal(selective_scan(**inputs, **options), plain)
+    if not graded:
+        return
+    y, last, grads = _run(inputs, on, True, bounds, every)
+    wanted, wanted_last, wanted_grads = _run(flipped, on, False, mirrored, every)
     assert torch.equal(y, wanted.flip(-1))
     assert torch.equal(last, wanted_last.flip(0) if packed else wanted_last)
     for name, grad in grads.items():
@@ -74,6 +100,31 @@ def test_it_has_the_bits_of_flipped_tensors(case, on):
             continue
         other = other.flip(0) if packed and name == "initial_state" else _flip(name, other)
         assert torch.equal(grad, other), name
+
+
+@pytest.mark.parametrize("on", ["reference", "vectorised", "cpu"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_has_the_bits_of_flipped_tensors(case, on):
+    options = CASES[case]
+    _compare(options | {"l": min(options.get("l", 150), 10)} if on == "reference" else options, on)
+
+
+def _compare_on_triton(options, mode):
+    from projecta._triton import launch
+    from projecta.scan.triton import eager, layout
+
+    with (
+        mock.patch.object(layout, "plan", functools.partial(plan_of, mode)),
+        mock.patch.dict(launch._known, clear=True),
+        mock.patch.dict(eager._calls, clear=True),
+    ):
+        _compare(options, "triton")
+
+
+@pytest.mark.parametrize("case", ON_TRITON | IN_CHUNKS)
+def test_it_has_the_bits_of_flipped_tensors_on_triton(interpreter, case):
+    mode, table = (MODES[1], IN_CHUNKS) if case in IN_CHUNKS else (MODES[0], ON_TRITON)
+    interpreter.submit(_compare_on_triton, table[case], mode).result(timeout=300)
 
 
 def test_it_ends_at_the_first_step():

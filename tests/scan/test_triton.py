@@ -27,7 +27,7 @@ TOLERANCE = {
     HALF: 2e-3,
     BRAIN: 1.6e-2,
 }  # the interpreter truncates bfloat16 instead of rounding
-MODES = ("states", "times, chunks")  # plans that `_plan` returns
+MODES = ("states", "times, chunks")  # plans that `plan_of` returns
 CASES = {
     **{f"length {l}": {"l": l, "b": 1, "d": 3} for l in (0, 1, 2, 3, 31, 33)},
     "whole slabs": {"l": 48, "n": 4, "b": 1},
@@ -53,7 +53,7 @@ SAVED_RARELY = ("length 33", "whole slabs", "packed", "float16, odd")
 ARCHITECTURES = (75, 80, 90, 100)
 
 
-def _plan(mode, b, d, l, n, groups, packed, saves, wide, processors):
+def plan_of(mode, b, d, l, n, groups, packed, saves, wide, processors):
     from projecta.scan.triton.plan import Plan
 
     slabs = -(-l // 8)
@@ -71,7 +71,7 @@ def _errors(case, mode):
     from projecta.scan.triton import layout
 
     with (
-        mock.patch.object(layout, "plan", functools.partial(_plan, mode)),
+        mock.patch.object(layout, "plan", functools.partial(plan_of, mode)),
         mock.patch.dict(launch._known, clear=True),  # entries of another plan
     ):
         length = CASES[case].get("l", 33)
@@ -287,6 +287,9 @@ KERNELS = {
     "backward, y again": _SCAN
     | {"EVERY": 2, "carried": None, "spans": None, "grad_start": None, "ungated": None},
     "carry": _SCAN | {"UNROLL": 4},
+    "forward_times, reversed": _SCAN | {"start": None, "WARPS": 1, "WIDE": -1, "NATIVE": -1, "PIN": True},
+    "backward, reversed": _SCAN
+    | {"WIDE": -1, "EVERY": 1, "carried": None, "spans": None, "grad_start": None, "gated": None},
     "pack_weights": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
     "reduce_tiles": {"N": 16, "BLOCK": 128},
     "convolve": _CONV,
@@ -482,7 +485,7 @@ def _check_repeats():
         with pytest.raises(ValueError, match=r"^selective_scan: save_every must"):
             call(**first, save_every=9)
     graded = torch.ones(3, requires_grad=True)
-    key = functools.partial(eager.cache_key, softplus=True, every=8)
+    key = functools.partial(eager.cache_key, softplus=True, every=8, reverse=False)
     assert key((graded,)) != key((graded.detach(),))
     seen = []  # transforms need it too
     torch.func.vmap(lambda t: seen.append(key((t,))) or t)(torch.ones(3))

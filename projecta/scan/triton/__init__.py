@@ -13,6 +13,6 @@ Most kernels read B and C from packed float32 buffers. Nothing waits for the dev
 
 from projecta._triton.launch import cannot_run as unavailable
 from projecta.scan.triton import eager
-from projecta.scan.triton.launch import selective_scan, selective_state_update
+from projecta.scan.triton.launch import scan_reversed, selective_scan, selective_state_update
 
-__all__ = ["eager", "selective_scan", "selective_state_update", "unavailable"]
+__all__ = ["eager", "scan_reversed", "selective_scan", "selective_state_update", "unavailable"]

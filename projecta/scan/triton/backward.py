@@ -7,6 +7,7 @@ from projecta._triton.launch import kernel
 from projecta._triton.memory import (
     as_floats,
     barrier,
+    first_step,
     load_rows,
     load_words,
     read,
@@ -116,9 +117,10 @@ def carry(
     lane, column, leader = lane_of(index, LANES)
     at_C = C + ((row * groups + group) * slabs) * STRIDE
     real, channel = channel_of(tile, tiles, group, per_group, column, WARPS * CHANNELS)
-    at_s, at_g, at_z = delta + row * sb + channel * sd, grad_y + row * gb + channel * gd, None
+    at_s = delta + row * sb + channel * sd + first_step(sl, l)
+    at_g, at_z = grad_y + row * gb + channel * gd + first_step(gl, l), None
     if z is not None:
-        at_z = z + row * zb + channel * zd
+        at_z = z + row * zb + channel * zd + first_step(zl, l)
     own_bias = channel_numbers(bias, channel, zero)
     p, constant_C, rates = repeat(zero, K), (), own_rates(A, channel, lane, n, LOG_A, K, LANES)
     if STEADY_C:
@@ -411,7 +413,7 @@ def _read_slab(
 ):  # fmt: skip
     """V steps of each lane of delta, u, z, the gradient of y, and y before the gate if it was kept."""
     s, u, z = read_three(at_s, at_u, at_z, t1, sl, ul, zl, l, WIDE, WHOLE, V)
-    y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE, WHOLE, V)
+    y = () if ungated is None else read(ungated + at_y, t1, 1, l, WIDE * WIDE, WHOLE, V)
     return s, u, z, read(at_g, t1, gl, l, WIDE, WHOLE, V), y
 
 
@@ -458,7 +460,7 @@ def _go_back(
                 )  # fmt: skip
         s, v, g = as_floats(now_s, delta, WIDE), as_floats(now_u, u, WIDE), as_floats(now_g, grad_y, WIDE)
         gate = () if z is None else as_floats(now_z, z, WIDE)
-        ys = () if ungated is None else as_floats(now_y, ungated, WIDE)
+        ys = () if ungated is None else as_floats(now_y, ungated, WIDE * WIDE)
         if S > 0:
             coming = load_rows(shared + before.to(tl.int64) * S, index, 1, S, S, 1, THREADS)
         t1 = before * STEPS + lane * V
@@ -535,14 +537,17 @@ def backward(
     first_sum = (index % 2 * (CHANNELS // 2) + index % WARP // (2 * LANES)) * R  # the first that a lane keeps
     to_sums = sums + mine * (2 * STEPS) + (lane * (2 * STEPS) + first_sum)
     real, channel = channel_of(tile, tiles, group, per_group, column, CHANNELS * WARPS)
-    at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
-    at_g, at_y = grad_y + row * gb + channel * gd, (row * d + channel) * l
-    to_u, to_s = du + row * dub + channel * dud, ddelta + row * dsb + channel * dsd
-    at_z, to_z, to_y = None, None, None
+    at_u = u + row * ub + channel * ud + first_step(ul, l)
+    at_s = delta + row * sb + channel * sd + first_step(sl, l)
+    at_g = grad_y + row * gb + channel * gd + first_step(gl, l)
+    to_u = du + row * dub + channel * dud + first_step(dul, l)
+    to_s = ddelta + row * dsb + channel * dsd + first_step(dsl, l)
+    at_y, at_z, to_z, to_y = (row * d + channel) * l, None, None, None
     if z is not None:
-        at_z, to_z = z + row * zb + channel * zd, dz + row * dzb + channel * dzd
+        at_z = z + row * zb + channel * zd + first_step(zl, l)
+        to_z = dz + row * dzb + channel * dzd + first_step(dzl, l)
     if gated is not None:
-        to_y = gated + row * yb + channel * yd
+        to_y = gated + row * yb + channel * yd + first_step(yl, l)
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     rates, constant_B, constant_C = own_rates(A, channel, lane, n, LOG_A, K, LANES), (), ()
     p = ()

@@ -19,11 +19,11 @@ Given = tuple[Tensor | None, ...]
 _calls: dict[tuple, "_Call"] = {}
 
 
-def cache_key(given: Given, softplus: bool, every: int) -> tuple | None:
+def cache_key(given: Given, softplus: bool, every: int, reverse: bool) -> tuple | None:
     """Everything of a call but its values and addresses; None if the call needs the operator."""
     if not untraced():
         return None
-    key: list[object] = [softplus, every]
+    key: list[object] = [softplus, every, reverse]
     graded = False
     for t in given:
         if t is None:
@@ -46,7 +46,9 @@ def repeat(key: tuple, given: Given) -> tuple[Tensor, Tensor] | None:
     return None if call is None else call.run(given)
 
 
-def first(key: tuple, given: Given, canonical: Inputs, softplus: bool) -> tuple[Tensor, Tensor] | None:
+def first(
+    key: tuple, given: Given, canonical: Inputs, softplus: bool, reverse: bool
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """The same of the first call with a key; None if its canonical form is a copy."""
     steps = canonical.delta, canonical.z
     if not canonical.u.numel() or canonical.A.dtype != torch.float32:
@@ -56,14 +58,14 @@ def first(key: tuple, given: Given, canonical: Inputs, softplus: bool) -> tuple[
     for t, other in zip(given, canonical, strict=False):
         if t is not other and (t is None or other is None or t.data_ptr() != other.data_ptr()):
             return None
-    return remembered(_calls, key, lambda: _Call(canonical, softplus, key[-1])).run(given)
+    return remembered(_calls, key, lambda: _Call(canonical, softplus, reverse, key[-1])).run(given)
 
 
 class _Call:
     """All calls with one key. every: steps between saved states, 0 without gradients."""
 
-    def __init__(self, canonical: Inputs, softplus: bool, every: int):
-        self.softplus, self.every = softplus, every
+    def __init__(self, canonical: Inputs, softplus: bool, reverse: bool, every: int):
+        self.softplus, self.reverse, self.every = softplus, reverse, every
         self.grouped = canonical.B.dim() == 4, canonical.C.dim() == 4
         self.state_shape = (len(canonical.u), *canonical.A.shape)
         self.saved_shape = saved_shape(canonical, len(canonical.u), every) if every else (0,)
@@ -90,7 +92,7 @@ class _Call:
         last, saved = new(self.state_shape), new(self.saved_shape)
         repeated(
             self.records, "forward", inputs[:9], (y, last, saved),
-            lambda: forward_pass(inputs, self.softplus, y, last, saved),
+            lambda: forward_pass(inputs, self.softplus, y, last, saved, reverse=self.reverse),
         )  # fmt: skip
         return (y, last), (saved,)
 
@@ -103,6 +105,8 @@ class _Call:
         key = traits(grad_y), grad_last is None
         repeated(
             self.records, key, (*inputs[:9], grad_y, grad_last), (saved, *to[:9]),
-            lambda: backward_pass(grad_y, grad_last, saved, inputs, self.softplus, to),
+            lambda: backward_pass(
+                grad_y, grad_last, saved, inputs, self.softplus, to, reverse=self.reverse
+            ),
         )  # fmt: skip
         return found

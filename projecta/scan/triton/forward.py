@@ -8,8 +8,7 @@ channels are reduce-scatters. In `forward_times` the lanes run along time.
 Loads, shuffles and latency limit the speed. So a block's arrays are loaded one block early, up to 16 bytes
 per lane, and B and C one row of states early. All arithmetic is float32; offsets are 64-bit.
 
-Flags. WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8). WHOLE: nothing needs a
-mask (whole blocks and tiles of channels, one sequence per row).
+The flags WIDE and WHOLE are those of `steps`.
 """
 
 import triton
@@ -19,6 +18,7 @@ from projecta._triton.launch import kernel
 from projecta._triton.memory import (
     as_floats,
     barrier,
+    first_step,
     load_rows,
     load_words,
     prefetch,
@@ -146,7 +146,7 @@ def _write_outputs(
     scattered = reduce_scatter(sums, index, 2, LANES, UNROLL * STEPS)
     values = own_outputs(scattered, skip, loaded_u, loaded_z, u, z, WIDE)
     if ungated is not None:
-        write(ungated + at_ungated, t1, 1, values, t_start, t_end, real, WIDE, WHOLE, V)
+        write(ungated + at_ungated, t1, 1, values, t_start, t_end, real, WIDE * WIDE, WHOLE, V)
     write(y + at_y, t1, yl, values[V:], t_start, t_end, real, WIDE, WHOLE, V)
 
 
@@ -198,10 +198,11 @@ def forward_states(
     weights = ((row * groups + group) * slabs) * STRIDE
     at_B, at_C, shared = B + weights, C + weights, (C if STEADY_B else B) + weights
     real, channel = channel_of(tile, tiles, group, per_group, column, WARPS * CHANNELS)
-    at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
-    at_y, at_z, span = row * yb + channel * yd, None, zero
+    at_u = u + row * ub + channel * ud + first_step(ul, l)
+    at_s = delta + row * sb + channel * sd + first_step(sl, l)
+    at_y, at_z, span = row * yb + channel * yd + first_step(yl, l), None, zero
     if z is not None:
-        at_z = z + row * zb + channel * zd
+        at_z = z + row * zb + channel * zd + first_step(zl, l)
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     h, rates, constant_B, constant_C = _first_states(
         A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B, STEADY_C,
@@ -253,7 +254,7 @@ def sixteen_steps(
 ):  # fmt: skip
     """16 steps of B or C per lane: from the caller's memory (NATIVE), or from four packed quarters."""
     if NATIVE:
-        return read(at, t1, 1, l, True, WHOLE, 2 * STEPS, FREE)
+        return read(at, t1, 1, l, NATIVE, WHOLE, 2 * STEPS, FREE)
     else:
         found = ()
         for i in tl.static_range(4):
@@ -291,7 +292,7 @@ def forward_times(
 
     Each lane first scans its 16 steps from zero. A warp scan over the lanes' end states gives each lane its
     true start. Then the steps are repeated with the same exponentials. Lane i also carries state i to the
-    next block: n <= 32. NATIVE: B and C are read from the caller's memory. For inference: it saves nothing.
+    next block: n <= 32. NATIVE: B and C are read from the caller's memory; -1: backwards. It saves nothing.
     """
     T: tl.constexpr = 2 * STEPS
     SIZE: tl.constexpr = WARP * T
@@ -301,13 +302,17 @@ def forward_times(
     tile, _, row, group = split_program(chosen, groups, tiles, 1)
     lane, zero = tl.arange(0, WARP), tl.zeros((WARP,), tl.float32)
     every, channel = lane >= 0, tile.to(tl.int64)
-    at_u, at_s = u + row * ub + channel * ud, delta + row * sb + channel * sd
-    at_y, at_z = row * yb + channel * yd, None
+    at_u = u + row * ub + channel * ud + first_step(ul, l)
+    at_s = delta + row * sb + channel * sd + first_step(sl, l)
+    at_y, at_z = row * yb + channel * yd + first_step(yl, l), None
     if z is not None:
-        at_z = z + row * zb + channel * zd
+        at_z = z + row * zb + channel * zd + first_step(zl, l)
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     blocks = tl.cdiv(l, SIZE)
+    ORDER: tl.constexpr = NATIVE if NATIVE else 1
     at_B, at_C = row * Bb + group * Bg, row * Cb + group * Cg
+    if NATIVE < 0:
+        at_B, at_C = at_B + (l - 1), at_C + (l - 1)
     turn_B, turn_C, ahead = tl.cast(Bn, tl.int64), tl.cast(Cn, tl.int64), 0
     if not NATIVE:
         packed = (row * groups + group) * n * blocks * SIZE
@@ -333,10 +338,10 @@ def forward_times(
         loaded_s, loaded_u = read(at_s, t1, sl, l, WIDE, WHOLE, T), read(at_u, t1, ul, l, WIDE, WHOLE, T)
         if WIDE:
             later = tl.minimum(t1 + SIZE, l - 1)
-            prefetch(at_s + later)
-            prefetch(at_u + later)
+            prefetch(at_s + WIDE * later)
+            prefetch(at_u + WIDE * later)
             if z is not None:
-                prefetch(at_z + tl.minimum(t1, l - 1))
+                prefetch(at_z + WIDE * tl.minimum(t1, l - 1))
         own = own_steps(loaded_s, loaded_u, delta, u, own_bias, t1, 0, l, SOFTPLUS, WIDE, WHOLE)
         span, outputs = zero, repeat(zero, T)
         span = added(span, own, T)
@@ -352,8 +357,8 @@ def forward_times(
             if PIN:
                 rate += pin(state, lane)
             carry = shuffle(carries, state)
-            Bs = repeat(shuffle(constant_B, state), T) if STEADY_B else as_floats(now_B, B, True)
-            Cs = repeat(shuffle(constant_C, state), T) if STEADY_C else as_floats(now_C, C, True)
+            Bs = repeat(shuffle(constant_B, state), T) if STEADY_B else as_floats(now_B, B, ORDER)
+            Cs = repeat(shuffle(constant_C, state), T) if STEADY_C else as_floats(now_C, C, ORDER)
             ends, outputs = _scan_state(own, outputs, rate, carry, span, Bs, Cs, lane, T)
             carries = tl.where(lane == state, shuffle(ends, WARP - 1), carries)
         loaded_z = () if z is None else read(at_z, t1, zl, l, WIDE, WHOLE, T)

@@ -1,42 +1,45 @@
 """Launches the Triton kernels: forward and backward passes of a call, one step, and prepared calls."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
 
 from projecta._checks import fail
 from projecta._operators import refuse_tangents, register
-from projecta._triton.launch import cached, narrow, new_buffer, processors_of, start_kernel, strides_of
+from projecta._triton.launch import cached, narrow, new_buffer, processors_of, start_kernel
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
 from projecta.scan.triton import backward, forward, pack_and_step
-from projecta.scan.triton.layout import Layout, weight_strides, words_of
+from projecta.scan.triton.layout import Layout, words_of
 from projecta.scan.triton.plan import padded_states, rows_saved
 from projecta.scan.triton.steps import SLAB
 
 
 def forward_pass(
     inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor,
-    with_output: bool = True, log_A: bool = False,
+    with_output: bool = True, log_A: bool = False, reverse: bool = False,
 ) -> None:  # fmt: skip
     """Write y, the last state and, unless it is empty, `saved`: states, and y before the gate if wanted.
 
-    With `log_A`, A is log(-A). A, D and the bias may have any real type.
+    With `log_A`, A is log(-A). A, D and the bias may have any real type. `reverse`: from the last step on.
     """
     if not y.numel():
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
     with torch.cuda.device_of(y):
-        layout = _layout(inputs, delta_softplus, saved, with_output, log_A)
+        layout = _layout(inputs, delta_softplus, saved, with_output, log_A, reverse)
         _launch_forward(layout, inputs, y, last_state, saved)
 
 
 def _layout(
-    inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool, log_A: bool
+    inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool, log_A: bool, reverse: bool
 ) -> Layout:  # fmt: skip
     return cached(
-        lambda: Layout(inputs, delta_softplus, saved, with_output, log_A),
-        inputs, delta_softplus, saved.numel(), with_output, log_A, inputs.u.device,
+        lambda: Layout(inputs, delta_softplus, saved, with_output, log_A, reverse),
+        inputs, delta_softplus, saved.numel(), with_output, log_A, reverse, inputs.u.device,
     )  # fmt: skip
 
 
@@ -46,7 +49,7 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
 
     def with_strides(described, **options):
         grid, sizes, found = described
-        return grid, strides_of(u=u, s=delta, z=z, y=y) | sizes, found | options
+        return grid, layout.strides(u=u, s=delta, z=z, y=y) | sizes, found | options
 
     if layout.plan.times:
         if layout.native:
@@ -60,8 +63,8 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
 
         def describe_times():
             grid, sizes, options = layout.along_time()
-            sizes |= weight_strides("bgn", B=B, C=C)
-            return with_strides((grid, sizes, options), WIDE=layout.words(u, delta, z, y))
+            sizes |= layout.weight_strides("bgn", B=B, C=C)
+            return with_strides((grid, sizes, options), WIDE=layout.wide(layout.unroll, u, delta, z, y))
 
         start_kernel(layout.launches, forward.forward_times, tensors, describe_times)
         return
@@ -77,7 +80,7 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
 
         def describe(ends=ends):
             described = layout.over_states(layout.unroll, parts - ends)
-            wide = described[2]["WIDE"] and layout.words(u, delta, z, y)
+            wide = layout.wide(layout.unroll, u, delta, z, y)
             return with_strides(described, WIDE=wide, UNROLL=layout.unroll, EVERY=layout.every)
 
         written = (None, None, None, None) if ends else (z, y, states, ungated)
@@ -92,7 +95,7 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
 
 def backward_pass(
     grad_y: Tensor, grad_last: Tensor | None, saved: Tensor, inputs: Inputs, delta_softplus: bool,
-    grads: Inputs, gated: Tensor | None = None, log_A: bool = False,
+    grads: Inputs, gated: Tensor | None = None, log_A: bool = False, reverse: bool = False,
 ) -> None:  # fmt: skip
     """Write the gradients; with `gated` (the output's shape) also y again, which `saved` then does not hold.
 
@@ -108,12 +111,9 @@ def backward_pass(
         return
     with torch.cuda.device_of(u):
         layout = cached(
-            lambda: Layout(inputs, delta_softplus, saved, gated is None, log_A),
-            (*inputs, grad_y, grad_last, saved, gated),
-            delta_softplus,
-            log_A,
-            u.device,
-        )
+            lambda: Layout(inputs, delta_softplus, saved, gated is None, log_A, reverse),
+            (*inputs, grad_y, grad_last, saved, gated), delta_softplus, log_A, reverse, u.device,
+        )  # fmt: skip
         _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated)
 
 
@@ -130,8 +130,8 @@ def _launch_backward(
 
     def describe_carry():
         grid, sizes, options = layout.over_states(layout.unroll, parts - 1)
-        options["WIDE"] &= layout.words(delta, z, grad_y)
-        return grid, strides_of(s=delta, z=z, g=grad_y) | sizes, options | {"UNROLL": layout.unroll}
+        options |= {"WIDE": layout.wide(layout.unroll, delta, z, grad_y), "UNROLL": layout.unroll}
+        return grid, layout.strides(s=delta, z=z, g=grad_y) | sizes, options
 
     if parts > 1:
         tensors = {
@@ -148,11 +148,11 @@ def _launch_backward(
 
     def describe():
         grid, sizes, options = layout.over_states(1, parts)
-        options["WIDE"] &= layout.words(u, delta, z, grad_y, grads.u, grads.delta, grads.z, gated)
-        strides = strides_of(
+        wide = layout.wide(1, u, delta, z, grad_y, grads.u, grads.delta, grads.z, gated)
+        strides = layout.strides(
             u=u, s=delta, z=z, g=grad_y, du=grads.u, ds=grads.delta, dz=grads.z, y=gated
         )  # fmt: skip
-        return grid, strides | sizes, options | {"EVERY": layout.every}
+        return grid, strides | sizes, options | {"WIDE": wide, "EVERY": layout.every}
 
     bounds = None if bounds is None else bounds.contiguous()
     grad_last = None if grad_last is None else grad_last.contiguous()
@@ -179,7 +179,7 @@ def _reduce_sums(layout: Layout, A: Tensor, sums: Tensor, totals: Tensor, grads:
         sizes["blocks"] = -(-slabs * padded * 2 * SLAB // block)
         grid = (sizes["blocks"] * layout.b * layout.g,)
         options = {"N": padded, "BLOCK": block, "num_warps": 1}
-        return grid, weight_strides(B=grads.B, C=grads.C) | sizes, options
+        return grid, layout.weight_strides(B=grads.B, C=grads.C) | sizes, options
 
     if sums.numel():
         tensors = {
@@ -221,17 +221,28 @@ def saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
 
 
 _scan = define("scan_triton", forward_pass, backward_pass, saved_shape)
+_scan_reversed = define(
+    "scan_triton_reversed", partial(forward_pass, reverse=True), partial(backward_pass, reverse=True),
+    saved_shape,
+)  # fmt: skip
 
 
-def selective_scan(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=SLAB
-):  # fmt: skip
+def _in_float32(scan: Callable) -> Callable:
     """As `reference.selective_scan`, in float32 with real A."""
-    _check_real("selective_scan", A)
-    delta, z = (t.float() if t is not None and t.dtype == torch.float64 else t for t in (delta, z))
-    return _scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
-    )  # fmt: skip
+
+    def run(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every=SLAB
+    ):  # fmt: skip
+        _check_real("selective_scan", A)
+        delta, z = (t.float() if t is not None and t.dtype == torch.float64 else t for t in (delta, z))
+        return scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save_every
+        )  # fmt: skip
+
+    return run
+
+
+selective_scan, scan_reversed = _in_float32(_scan), _in_float32(_scan_reversed)
 
 
 def _check_real(function: str, A: Tensor) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from projecta._checks import fail
-from projecta._triton.launch import new_buffer, processors_of, start_kernel
+from projecta._triton.launch import new_buffer, processors_of, start_kernel, strides_of
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import pack_and_step
 from projecta.scan.triton.plan import (
@@ -23,9 +23,10 @@ class Layout:
 
     def __init__(
         self, inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool = True,
-        log_A: bool = False,
+        log_A: bool = False, reverse: bool = False,
     ):  # fmt: skip
         u, _, A, B, C = inputs[:5]
+        self.way = -1 if reverse else 1  # of the scan through memory
         self.b, self.d, self.l = u.shape
         self.n = A.shape[1]
         self.g = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
@@ -70,7 +71,7 @@ class Layout:
         grid, sizes = self.cut(1, 1)
         few = sizes["count"] <= 12 * self.processors
         options = self.flags | {
-            "WIDE": True, "WHOLE": not self.packed and self.l % (2 * SLAB * 32) == 0, "NATIVE": self.native,
+            "WHOLE": not self.packed and self.l % (2 * SLAB * 32) == 0, "NATIVE": self.way * self.native,
             "PIN": not self.native or not few or self.l > 2048, "num_warps": 1,
             "maxnreg": REGISTERS if few or self.size == 4 else FEWER_REGISTERS,
         }  # fmt: skip
@@ -82,8 +83,7 @@ class Layout:
         whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % self.width == 0
         options = self.flags | {
             "LANES": self.lanes, "CHANNELS": 32 // self.lanes, "N": self.padded, "WARPS": self.warps,
-            "WIDE": SLAB * block // self.lanes * self.least >= 4, "WHOLE": whole, "num_warps": self.warps,
-            "maxnreg": REGISTERS,
+            "WHOLE": whole, "num_warps": self.warps, "maxnreg": REGISTERS,
         }  # fmt: skip
         return grid, sizes, options
 
@@ -102,6 +102,24 @@ class Layout:
     def tiles(self, width: int) -> int:
         """Number of programs of `width` channels per group."""
         return -(-(self.d // self.g) // width)
+
+    def strides(self, **tensors: Tensor | None) -> dict[str, int]:
+        """Strides over (b, d, l) in the order of the scan."""
+        found = strides_of(**tensors)
+        return {name: self.way * s if name.endswith("l") else s for name, s in found.items()}
+
+    def weight_strides(self, axes: str = "bgnl", **tensors: Tensor) -> dict[str, int]:
+        """Strides over these axes of B or C (b, g, n, l) in the order of the scan; else 0."""
+        return {
+            name + axis: t.stride(i) * (self.way if axis == "l" else 1) if t.dim() == 4 else 0
+            for name, t in tensors.items()
+            for i, axis in enumerate(axes)
+        }
+
+    def wide(self, block: int, *tensors: Tensor | None) -> int:
+        """The kernels' flag WIDE for blocks of so many slabs."""
+        enough = SLAB * block // self.lanes * self.least >= 4
+        return self.way if enough and self.words(*tensors) else 0
 
     def words(self, *tensors: Tensor | None) -> bool:
         """Whether all of them can be read 16 bytes at a time."""
@@ -134,11 +152,11 @@ class Layout:
 
         def describe():
             block = 128
-            strides = weight_strides(B=B, C=C)
+            strides = self.weight_strides(B=B, C=C)
             sizes = {"l": self.l, "n": self.n, "groups": self.g, "slabs": slabs}
             sizes["blocks"] = -(-slabs * steps // block)
-            unit = all(t.stride(3) == 1 for t, varies in zip((B, C), varying, strict=True) if varies)
-            options = {"N": self.padded, "LANES": lanes, "BLOCK": block, "UNIT": unit}
+            along = [t.stride(3) * self.way for t, varies in zip((B, C), varying, strict=True) if varies]
+            options = {"N": self.padded, "LANES": lanes, "BLOCK": block, "UNIT": set(along) == {1}}
             return (sizes["blocks"] * self.b * self.g, -(-rows // 16)), strides | sizes, options
 
         if any(varying):
@@ -166,12 +184,3 @@ class Layout:
 def words_of(u: Tensor) -> int:
     """Size of u in float32 numbers, rounded up for loads of 16 bytes."""
     return -(-u.numel() * u.element_size() // 16) * 4
-
-
-def weight_strides(axes: str = "bgnl", **tensors: Tensor) -> dict[str, int]:
-    """Strides over these axes of B or C (b, g, n, l); 0 for constant ones."""
-    return {
-        name + axis: t.stride(i) if t.dim() == 4 else 0
-        for name, t in tensors.items()
-        for i, axis in enumerate(axes)
-    }

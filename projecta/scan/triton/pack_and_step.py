@@ -3,6 +3,7 @@
 import triton.language as tl
 
 from projecta._triton.launch import kernel
+from projecta._triton.memory import first_step
 from projecta._triton.warp import LOG2_E, exp2, sigmoid, softplus
 from projecta.scan.triton.steps import STEPS
 
@@ -33,10 +34,12 @@ def pack_weights(
     if UNIT:
         Bl, Cl = 1, 1
     if B is not None:
-        x = tl.load(B + b * Bb + g * Bg + state.to(tl.int64) * Bn + t.to(tl.int64) * Bl, inside, 0.0)
+        at = B + b * Bb + g * Bg + first_step(Bl, l)
+        x = tl.load(at + state.to(tl.int64) * Bn + t.to(tl.int64) * Bl, inside, 0.0)
         tl.store(to_B + to, x.to(tl.float32), here)
     if C is not None:
-        x = tl.load(C + b * Cb + g * Cg + state.to(tl.int64) * Cn + t.to(tl.int64) * Cl, inside, 0.0)
+        at = C + b * Cb + g * Cg + first_step(Cl, l)
+        x = tl.load(at + state.to(tl.int64) * Cn + t.to(tl.int64) * Cl, inside, 0.0)
         tl.store(to_C + to, x.to(tl.float32), here)
 
 
@@ -62,10 +65,10 @@ def reduce_tiles(
     b, g, state = (row // groups).to(tl.int64), (row % groups).to(tl.int64), state.to(tl.int64)
     inside = inside & (t < l) & (state < n)
     if dB is not None:
-        to = dB + b * Bb + g * Bg + state * Bn + t * Bl
+        to = dB + b * Bb + g * Bg + state * Bn + first_step(Bl, l) + t * Bl
         tl.store(to, sum.to(dB.dtype.element_ty), inside & (step < STEPS))
     if dC is not None:
-        to = dC + b * Cb + g * Cg + state * Cn + t * Cl
+        to = dC + b * Cb + g * Cg + state * Cn + first_step(Cl, l) + t * Cl
         tl.store(to, sum.to(dC.dtype.element_ty), inside & (step >= STEPS))
 
 

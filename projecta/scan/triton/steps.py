@@ -1,7 +1,8 @@
 """How the Triton kernels read and write steps of a sequence: per-lane steps, words, slabs of 8 steps.
 
-WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8). WHOLE: nothing needs a mask
-(whole blocks and tiles of channels, one sequence per row).
+WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8); -1 if the scan goes from the
+last step to the first. WHOLE: nothing needs a mask (whole blocks, whole tiles of channels, one sequence per
+row). A reversed scan has negative strides along time; scratch memory is in the order of the scan.
 """
 
 import triton
