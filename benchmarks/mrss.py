@@ -83,9 +83,13 @@ class MrssPeak(_Case, _Peak):
         return common.peak_mib(_scan(case, length, self.d, backward=False))
 
 
-class MrssGradPeak(_Case, _Peak):
+class FullMrssGradPeak(_Case, _Peak):
     params = (CASES, (8192,))
     backward = True
+
+    def setup(self, case, length):
+        common.require_full()
+        super().setup(case, length)
 
     def track_peak_forward_backward(self, case, length):
         return common.peak_mib(_scan(case, length, self.d, backward=True))

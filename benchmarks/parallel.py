@@ -115,7 +115,7 @@ def _importable():
 class Step(common.Suite):
     """Four blocks of width 128, one sequence of 2,048 steps, float32."""
 
-    params = ((1, 2, 4), ("pass", "gather"))
+    params = ((2,), ("pass",))
     param_names = ("ranks", "schedule")
     version = VERSION
     timeout = 300.0
@@ -138,3 +138,13 @@ class Step(common.Suite):
     def teardown(self, ranks, schedule):
         if hasattr(self, "ranks"):
             self.ranks.stop()
+
+
+class FullStep(Step):
+    """Other numbers of ranks, and the other schedule."""
+
+    params = ((1, 2, 4), ("pass", "gather"))
+
+    def setup(self, ranks, schedule):
+        common.require_full()
+        super().setup(ranks, schedule)

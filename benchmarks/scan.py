@@ -118,7 +118,7 @@ class ScanPeak(_Forward):
 
 
 class ScanGradPeak(_Forward):
-    params = (BACKENDS, common.PEAK_LENGTHS)
+    params = (("cpu", "triton"), common.PEAK_LENGTHS)
 
     def setup(self, backend, length):
         common.return_freed_memory()
@@ -126,6 +126,14 @@ class ScanGradPeak(_Forward):
 
     def track_peak_forward_backward(self, backend, length):
         return common.peak_mib(_scan(backend, length, self.d, backward=True))
+
+
+class FullScanGradPeak(ScanGradPeak):
+    params = (("vectorised",), common.PEAK_LENGTHS)
+
+    def setup(self, backend, length):
+        common.require_full()
+        super().setup(backend, length)
 
 
 class ScanBound(common.Suite):

@@ -37,6 +37,7 @@ def sections():
             Lines("scan_memory", "Selective scan: peak memory over inputs", "memory_mib", 1.0, "backend", {
                 "scan.ScanPeak.track_peak_forward": "forward",
                 "scan.ScanGradPeak.track_peak_forward_backward": "forward+backward",
+                "scan.FullScanGradPeak.track_peak_forward_backward": "forward+backward",
                 "scan.FullScanPeak.track_peak_forward": "forward, d 1536",
                 "scan.ScanBound.track_peak_forward": "forward",
                 "scan.ScanBound.track_peak_forward_backward": "forward+backward",
@@ -80,7 +81,7 @@ def sections():
             }, against="full scan"),
             Lines("mrss_memory", "Multi-resolution scan: peak memory", "memory_mib", 1.0, "case", {
                 "mrss.MrssPeak.track_peak_forward": "forward",
-                "mrss.MrssGradPeak.track_peak_forward_backward": "forward+backward",
+                "mrss.FullMrssGradPeak.track_peak_forward_backward": "forward+backward",
                 "mrss.FullMrssPeak.track_peak_forward": "forward, d 1536",
             }),
             Custom(
@@ -155,7 +156,10 @@ def vision_section():
         "vision.FullVisionBatch.time_forward": "small, batch 8",
         "vision.FullVisionBase.time_forward": "base, batch 1",
     }  # fmt: skip
-    memory = {"vision.VisionPeak.track_peak_forward": "small, batch 8"}
+    memory = {
+        "vision.VisionPeak.track_peak_forward": "small, batch 8",
+        "vision.FullVisionPeak.track_peak_forward": "small, batch 8",
+    }
     return Section("vision", "Vision towers: attention and scans, by keep ratio", (
         Lines("vision_time", "ViT and Vision Mamba: time", "time_ms", 1e3, "case", time, x="pixels"),
         Lines("vision_memory", "The same: peak memory", "memory_mib", 1.0, "case", memory, x="pixels"),

@@ -81,7 +81,7 @@ class Vision(common.Suite):
 class VisionPeak(common.Suite):
     """A batch of 8 images."""
 
-    param_names, params = Vision.param_names, Vision.params
+    param_names, params = Vision.param_names, (("scans 1.0", "scans 0.5"), (224,))
     version = VERSION
 
     def setup(self, case, pixels):
@@ -89,6 +89,16 @@ class VisionPeak(common.Suite):
 
     def track_peak_forward(self, case, pixels):
         return common.peak_mib(_call(case, "small", pixels, BATCH))
+
+
+class FullVisionPeak(VisionPeak):
+    """The other cases."""
+
+    params = (tuple(case for case in CASES if case not in VisionPeak.params[0]), (224,))
+
+    def setup(self, case, pixels):
+        common.require_full()
+        super().setup(case, pixels)
 
 
 class FullVision(Vision):

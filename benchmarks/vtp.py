@@ -150,11 +150,11 @@ class Vtp(_Forward):
 class VtpSingle(Vtp):
     """One image."""
 
-    params = (("full", "input 0.5", "merge 0.5"), (1,))
+    params = (("full", "input 0.5"), (1,))
 
 
 class VtpPeak(_Forward):
-    params = (("full", "input 0.7", "input 0.5", "merge 0.5"), (8,))
+    params = (("full", "input 0.5"), (8,))
 
     def setup(self, case, batch):
         common.return_freed_memory()
@@ -230,7 +230,7 @@ class FullVtpControl(Vtp):
 
 
 class FullVtpControlPeak(VtpPeak):
-    params = (CONTROLS, (8,))
+    params = (("input 0.7", "merge 0.5", *CONTROLS), (8,))
 
     def setup(self, case, batch):
         common.require_full()
