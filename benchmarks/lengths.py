@@ -38,7 +38,7 @@ def _layer(layer: str, l: int):
 class Lengths(common.Suite):
     """b = 1, float32, the backend that "auto" selects."""
 
-    params = (LAYERS, common.LENGTHS)
+    params = (LAYERS, (2048, 8192))
     param_names = ("layer", "length")
     version = f"{VERSION} {scan.VERSION} {s4d.VERSION} {mrss.VERSION}"
     timeout = 1200
@@ -51,7 +51,7 @@ class Lengths(common.Suite):
 
 
 class FullLengths(Lengths):
-    params = (LAYERS, (16384, 32768, 65536))
+    params = (LAYERS, (512, 16384, 32768, 65536))
 
     def setup(self, layer, length):
         common.require_full()

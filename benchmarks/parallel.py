@@ -19,11 +19,11 @@ TOLERANCE = 1e-5
 VERSION = common.version(__file__)
 
 
-def _stack(device: torch.device) -> torch.nn.Module:
+def _stack(device: torch.device, backend: str = "auto") -> torch.nn.Module:
     from projecta import MambaBlock
 
     torch.manual_seed(0)
-    return torch.nn.Sequential(*(MambaBlock(WIDTH) for _ in range(LAYERS))).to(device)
+    return torch.nn.Sequential(*(MambaBlock(WIDTH, backend=backend) for _ in range(LAYERS))).to(device)
 
 
 def _sequence(device: torch.device) -> torch.Tensor:
@@ -127,7 +127,8 @@ class Step(common.Suite):
             common.skip(f"{ranks} ranks need as many GPUs, or on a CPU 2 at most")
         self.ranks = Ranks(ranks)
         got = torch.from_numpy(self.ranks.step(schedule))
-        model, x = _stack(torch.device("cpu")).double(), _sequence(torch.device("cpu")).double()
+        cpu = torch.device("cpu")
+        model, x = _stack(cpu, "vectorised").double(), _sequence(cpu).double()
         model(x).square().mean().backward()
         truth = torch.cat([p.grad.flatten() for p in model.parameters()])
         common.check_close("gradient", got, truth, TOLERANCE)

@@ -156,10 +156,7 @@ def vision_section():
         "vision.FullVisionBatch.time_forward": "small, batch 8",
         "vision.FullVisionBase.time_forward": "base, batch 1",
     }  # fmt: skip
-    memory = {
-        "vision.VisionPeak.track_peak_forward": "small, batch 8",
-        "vision.FullVisionPeak.track_peak_forward": "small, batch 8",
-    }
+    memory = {"vision.FullVisionPeak.track_peak_forward": "small, batch 8"}
     return Section("vision", "Vision towers: attention and scans, by keep ratio", (
         Lines("vision_time", "ViT and Vision Mamba: time", "time_ms", 1e3, "case", time, x="pixels"),
         Lines("vision_memory", "The same: peak memory", "memory_mib", 1.0, "case", memory, x="pixels"),

@@ -78,27 +78,18 @@ class Vision(common.Suite):
         _call(case, self.size, pixels, self.batch)()
 
 
-class VisionPeak(common.Suite):
+class FullVisionPeak(common.Suite):
     """A batch of 8 images."""
 
-    param_names, params = Vision.param_names, (("scans 1.0", "scans 0.5"), (224,))
+    param_names, params = Vision.param_names, Vision.params
     version = VERSION
 
     def setup(self, case, pixels):
+        common.require_full()
         common.return_freed_memory()
 
     def track_peak_forward(self, case, pixels):
         return common.peak_mib(_call(case, "small", pixels, BATCH))
-
-
-class FullVisionPeak(VisionPeak):
-    """The other cases."""
-
-    params = (tuple(case for case in CASES if case not in VisionPeak.params[0]), (224,))
-
-    def setup(self, case, pixels):
-        common.require_full()
-        super().setup(case, pixels)
 
 
 class FullVision(Vision):

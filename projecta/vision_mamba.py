@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from projecta._checks import Checker
 from projecta.conv import causal_conv
-from projecta.mamba.layer import as_wide, check_backend, draw_steps, select
+from projecta.mamba.layer import as_wide, check_backend, draw_steps, runs_triton, select
 from projecta.mrss import check_bands, mrss_scan
 from projecta.scan import selective_scan
 
@@ -122,7 +122,7 @@ class Order(NamedTuple):
     grid: rows and columns of patches. class_at: place of the class token among all tokens; None: there is
     none. places: (b, t), the place of each token among all, ascending; None: all are there. columns: (1 or b,
     t), the tokens in the order of the columns, and back: the inverse, if a direction needs them. factors: by
-    axis and way, (b, t, 1), how often a state forgets at each token in that order: 1 + the tokens missing
+    axis and way, (b, 1, t), how often a state forgets at each token in that order: 1 + the tokens missing
     before it; empty: once. mass: (b, t), the tokens merged in each, if any were.
     """
 
@@ -170,13 +170,13 @@ class Order(NamedTuple):
         return kept._replace(factors=factors)
 
     def _gaps(self, places: Tensor, way: int) -> Tensor:
-        """(b, t, 1): 1 + the places that are missing before each, on the way."""
+        """(b, 1, t): 1 + the places that are missing before each, on the way."""
         ends = places.new_full((len(places), 1), -1 if way > 0 else self.tokens)
         if way > 0:
             gap = places - torch.cat([ends, places[:, :-1]], 1)
         else:
             gap = torch.cat([places[:, 1:], ends], 1) - places
-        return gap[..., None].float()
+        return gap[:, None].float()
 
     def of_class(self, tokens: Tensor) -> Tensor:
         """The class token (b, c) of (b, t, c), or the mean of all."""
@@ -206,14 +206,22 @@ class Direction(nn.Module):
         self.D = nn.Parameter(torch.empty(d))
 
     def convolve(self, x: Tensor, way: int, backend: str) -> Tensor:
-        """silu(conv(x)) of x (b, t, d); against the tokens' order if `way` is -1."""
-        weight, kept = self.conv1d.weight.squeeze(1), self.conv1d.kernel_size[0] - 1
-        x = x.transpose(1, 2)
-        if way < 0:  # y_t reads x_t ... x_{t + kept}: the causal one, that many steps later
-            x, weight = F.pad(x, (0, kept)), weight.flip(-1)
+        """silu(conv(x)) of x (b, d, t); against the tokens' order if `way` is -1."""
         plain = backend in ("reference", "vectorised")
-        y: Any = causal_conv(x, weight, self.conv1d.bias, backend="reference" if plain else "auto")
-        return (y[..., kept:] if way < 0 else y).transpose(1, 2)
+        y: Any = causal_conv(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, reverse=way < 0,
+            backend="reference" if plain else "auto",
+        )  # fmt: skip
+        return y
+
+    def select(self, u: Tensor, time_last: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """delta (b, d, t) before its bias, the bias, B and C (b, n, t) of u (b, d, t)."""
+        if not time_last:
+            delta, bias, B, C = select(self, u.transpose(1, 2))
+            return delta.transpose(1, 2), bias, B.transpose(1, 2), C.transpose(1, 2)
+        n = self.A_log.shape[1]
+        dt, B, C = _project(self.x_proj, u, True).tensor_split((-2 * n, -n), 1)
+        return _project(self.dt_proj, dt, True), self.dt_proj.bias, B, C
 
 
 class VisionMambaMixer(nn.Module):
@@ -227,46 +235,72 @@ class VisionMambaMixer(nn.Module):
         self.out_proj = nn.Linear(d, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, order: Order) -> Tensor:
-        x, z = self.in_proj(hidden).chunk(2, -1)
+        time_last, t = self._takes_time_last(hidden), hidden.shape[1]
+        if time_last:  # the kernels read 8 steps at a time
+            hidden = F.pad(hidden, (0, 0, 0, -t % 8))
+        x, z = _project(self.in_proj, hidden.transpose(1, 2), time_last).chunk(2, 1)
         ways = {way: [k for k, (_, own) in enumerate(self.ways) if own == way] for _, way in self.ways}
-        each = [self._scan(x, z, order, way, chosen) for way, chosen in ways.items()]
+        each = [self._scan(x, z, order, way, chosen, t, time_last) for way, chosen in ways.items()]
         total = each[0] if len(each) == 1 else each[0] + each[1]
-        return self.out_proj(total if len(self.ways) == 1 else total / len(self.ways))
+        output = self.out_proj(total.transpose(1, 2))[:, :t]
+        return output if len(self.ways) == 1 else output / len(self.ways)
 
     def steps(self, hidden: Tensor, order: Order) -> Tensor:
         """The step size of each token, mean over channels and directions (b, t)."""
-        x, total = self.in_proj(hidden).chunk(2, -1)[0], torch.zeros((), device=hidden.device)
+        x, total = self.in_proj(hidden).transpose(1, 2).chunk(2, 1)[0], torch.zeros((), device=hidden.device)
         directions: Any = self.directions
         for direction, (axis, way) in zip(directions, self.ways, strict=True):
             u = direction.convolve(_ordered(x, axis, order), way, self.backend)
-            delta, bias, _, _ = select(direction, u)
-            sizes = F.softplus(as_wide(delta) + as_wide(bias)).mean(-1, keepdim=True)  # type: ignore[arg-type]
-            total = total + _restored(sizes, axis, order)[..., 0]
+            delta, bias, _, _ = select(direction, u.transpose(1, 2))
+            sizes = F.softplus(as_wide(delta) + as_wide(bias)).mean(-1)  # type: ignore[arg-type]
+            total = total + _restored(sizes[:, None], axis, order)[:, 0]
         return total / len(self.ways)
 
-    def _scan(self, x: Tensor, z: Tensor, order: Order, way: int, chosen: list[int]) -> Tensor:
-        """The sum of y (b, t, d) of the directions of one way; all of them are groups of one call."""
+    def _takes_time_last(self, hidden: Tensor) -> bool:
+        """Whether time is to be last in memory: where the GPU's kernels run, and all weights are plain.
+
+        Tokens that are gathered (other axes) or averaged (MRSS) are gathered faster with channels last.
+        """
+        if hidden.dtype == torch.float64 or not runs_triton(hidden, self.backend):
+            return False
+        if self.bands is not None or any(axis != "rows" for axis, _ in self.ways):
+            return False
+        directions: Any = self.directions
+        parts = [self.in_proj, *(m for d in directions for m in (d.x_proj, d.dt_proj))]
+        return all(
+            type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+            for m in parts
+        )
+
+    def _scan(
+        self, x: Tensor, z: Tensor, order: Order, way: int, chosen: list[int], t: int, time_last: bool
+    ) -> Tensor:
+        """The sum of y (b, d, t) of the directions of one way; all of them are groups of one call.
+
+        x and z may go on behind the t tokens; a state is zero there.
+        """
         parts: list[Any] = []
         for k in chosen:
             direction: Any = self.directions[k]
             axis = self.ways[k][0]
             u = direction.convolve(_ordered(x, axis, order), way, self.backend)
-            delta, bias, B, C = select(direction, u)
-            A, D = -torch.exp(as_wide(direction.A_log)), as_wide(direction.D)
+            if way < 0 and u.shape[2] > t:
+                u[..., t:] = 0
+            delta, bias, B, C = direction.select(u, time_last)
             factor = order.factors.get((axis, way))
             if factor is not None:  # h_t = exp(f s A) h_{t-1} + s B u: a step of f s, and B / f
-                wide = as_wide(delta) if bias is None else as_wide(delta) + as_wide(bias)
+                factor = F.pad(factor, (0, u.shape[2] - t), value=1.0)
+                wide = as_wide(delta) if bias is None else as_wide(delta) + as_wide(bias)[:, None]
                 delta, bias = F.softplus(wide) * factor.to(wide.dtype), None
                 B = B / factor.to(B.dtype)
-            rows = (t.transpose(1, 2) for t in (u, delta, B, C, _ordered(z, axis, order)))
-            parts.append((*rows, A, D, bias))
+            A, D = -torch.exp(as_wide(direction.A_log)), as_wide(direction.D)
+            parts.append((u, delta, B, C, _ordered(z, axis, order), A, D, bias))
         softplus = factor is None
         if len(parts) > 1 and self.bands is None:
             y = self._run(way, softplus, *map(_together, zip(*parts, strict=True), _AXES))
             each = y.chunk(len(parts), 1)
         else:
             each = tuple(self._run(way, softplus, *part) for part in parts)
-        each = tuple(y.transpose(1, 2) for y in each)
         restored = [_restored(y, self.ways[k][0], order) for y, k in zip(each, chosen, strict=True)]
         return restored[0] if len(restored) == 1 else restored[0] + restored[1]
 
@@ -279,6 +313,14 @@ class VisionMambaMixer(nn.Module):
             u, delta, B, C, z = (t.flip(-1) for t in (u, delta, B, C, z))
         y: Any = mrss_scan(u, delta, A, B, C, D, z, bias, softplus, bands=self.bands, backend=self.backend)
         return y.flip(-1) if way < 0 else y
+
+
+def _project(linear: nn.Linear, t: Tensor, time_last: bool) -> Tensor:
+    """The linear map over the channels of t (b, k, l), without its bias if time is to be last in memory."""
+    if not time_last:
+        return linear(t.transpose(1, 2)).transpose(1, 2)
+    rows = linear.weight @ t.transpose(0, 1).flatten(1)  # (m, b l)
+    return rows.unflatten(1, (len(t), -1)).transpose(0, 1)
 
 
 _AXES = (1, 1, None, None, 1, 0, 0, 0)  # of the channels in each argument; None: a group for each part
@@ -294,18 +336,19 @@ def _together(tensors: tuple, axis: int | None) -> Tensor | None:
 
 
 def _ordered(t: Tensor, axis: str, order: Order) -> Tensor:
-    """(b, t, d) in the order of a direction's axis."""
-    if axis == "rows":
-        return t
-    assert order.columns is not None
-    return t.gather(1, order.columns[..., None].expand(len(t), -1, t.shape[2]))
+    """(b, d, t) in the order of a direction's axis."""
+    return t if axis == "rows" else _gathered(t, order.columns)
 
 
 def _restored(t: Tensor, axis: str, order: Order) -> Tensor:
-    if axis == "rows":
-        return t
-    assert order.back is not None
-    return t.gather(1, order.back[..., None].expand(len(t), -1, t.shape[2]))
+    return t if axis == "rows" else _gathered(t, order.back)
+
+
+def _gathered(t: Tensor, places: Tensor | None) -> Tensor:
+    """(b, d, t) at these places (1 or b, t) of its time; channels are last in memory."""
+    assert places is not None
+    rows = t.transpose(1, 2)
+    return rows.gather(1, places[..., None].expand(len(t), -1, t.shape[1])).transpose(1, 2)
 
 
 class VisionMambaLayer(GradientCheckpointingLayer):

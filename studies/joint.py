@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
@@ -63,11 +64,12 @@ def main() -> None:
     images, labels = (t[:JUDGED] for t in load("t10k"))
     seeds = tuple(map(int, sys.argv[1].split(","))) if len(sys.argv) > 1 else SEEDS
     path = Path("results/joint_zero_shot.csv")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[tuple[str, str, float], list[float]] = {}
     for seed in seeds:
         for tower in TOWERS:
             start = time.perf_counter()
-            model = build(tower, seed)
+            model: Any = build(tower, seed).to(device)
             weights = sum(p.numel() for p in model.vision_model.parameters())
             model = train(model, seed)
             full = accuracy(model, images, labels)

@@ -83,16 +83,18 @@ def build(seed: int):
 
 def train(model, seed: int):
     """Contrastive training: images against captions of all classes, classes against images of the batch."""
-    model, (images, labels) = model.train(), load("train")
+    device = model.device
+    images, labels = (t.to(device) for t in load("train"))
+    model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=STEPS)
     draw = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
         rows = torch.randint(len(images), (BATCH,), generator=draw)
         x, y = images[rows], labels[rows]
-        flip = torch.rand(BATCH, generator=draw) < 0.5
+        flip = (torch.rand(BATCH, generator=draw) < 0.5).to(device)
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        text = captions(TEMPLATES[step % len(TEMPLATES)])
+        text = captions(TEMPLATES[step % len(TEMPLATES)]).to(device)
         logits = model(input_ids=text, pixel_values=x).logits_per_image  # (b, 10)
         same = torch.nn.functional.one_hot(y, len(NAMES)).float()
         share = same / same.sum(0, keepdim=True).clamp(min=1)
@@ -109,11 +111,12 @@ def train(model, seed: int):
 def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Accuracy in per cent, with prompts that were not used in training."""
     unit = torch.nn.functional.normalize
-    texts = torch.stack([unit(model.get_text_features(captions(t)).pooler_output, dim=-1) for t in HELD_OUT])
+    prompts = (captions(t).to(model.device) for t in HELD_OUT)
+    texts = torch.stack([unit(model.get_text_features(p).pooler_output, dim=-1) for p in prompts])
     texts, hits = texts.mean(0), 0
     for x, y in zip(images.split(500), labels.split(500), strict=True):
-        features = model.get_image_features(pixel_values=x).pooler_output
-        hits += int(((features @ texts.T).argmax(-1) == y).sum())
+        features = model.get_image_features(pixel_values=x.to(model.device)).pooler_output
+        hits += int(((features @ texts.T).argmax(-1).cpu() == y).sum())
     return 100 * hits / len(labels)
 
 

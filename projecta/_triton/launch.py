@@ -238,10 +238,10 @@ def processors_of(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def strides_of(**tensors: Tensor | None) -> dict[str, int]:
-    """Strides as kernels name them: `sb`, `sd`, `sl` of an array s (b, d, l)."""
+def ordered_strides(way: int, **tensors: Tensor | None) -> dict[str, int]:
+    """Strides as kernels name them: `sb`, `sd`, `sl` of an array s (b, d, l); way -1: time runs backwards."""
     return {
-        name + axis: 0 if t is None else t.stride(i)
+        name + axis: 0 if t is None else t.stride(i) * (way if axis == "l" else 1)
         for name, t in tensors.items()
         for i, axis in enumerate("bdl")
     }

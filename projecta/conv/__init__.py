@@ -30,6 +30,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve each channel with its own causal filter; causal-conv1d's `causal_conv1d_fn`.
@@ -44,6 +45,8 @@ def causal_conv(
         initial_state: the k - 1 inputs before the first, (b, d, k - 1), or (s, d, k - 1) with `cu_seqlens`.
         return_last_state: also return the last k - 1 inputs.
         cu_seqlens: int32 (s + 1): packs s sequences into one row (b = 1), as in `projecta.selective_scan`.
+        reverse: go from the last step to the first, with the bits of `causal_conv` of the flipped x. The
+            initial state then stands behind the last step, and the last state is that of the first step.
         backend: "reference", "cpu" (k <= 8), "triton" (k <= 8), or "auto": by device; for a wider filter or
             float64 on a GPU "reference".
 
@@ -76,9 +79,19 @@ def causal_conv(
         check.dtype("initial_state", initial_state, FLOATS)
         check.shape("initial_state", initial_state, (sequences, d, kept), axes)
     module = _choose(check, backend, x, weight)
+    packed = cu_seqlens is not None
+    if reverse and packed:  # mirrored, the last sequence is the first
+        cu_seqlens = (x.shape[2] - cu_seqlens).flip(0)  # type: ignore[operator,union-attr]
+        initial_state = None if initial_state is None else initial_state.flip(0)
     start = None if initial_state is None or not kept else initial_state.contiguous()
-    y = module.causal_conv(x, weight, bias, activation is not None, start, cu_seqlens)
-    return (y, last_inputs(x, kept, initial_state, cu_seqlens)) if return_last_state else y
+    y = module.causal_conv(x, weight, bias, activation is not None, start, cu_seqlens, reverse)
+    if not return_last_state:
+        return y
+    if not reverse:
+        return y, last_inputs(x, kept, initial_state, cu_seqlens)
+    ends = x if packed else x[..., :kept]
+    last = last_inputs(ends.flip(-1), kept, initial_state, cu_seqlens)
+    return y, last.flip(0) if packed else last
 
 
 def causal_conv_update(

@@ -264,13 +264,17 @@ def backward(
 class _Layout:
     """What both kernels take of a call."""
 
-    def __init__(self, inputs: Inputs, silu: bool):
+    def __init__(self, inputs: Inputs, silu: bool, reverse: bool):
         x, weight, bias, start, bounds = inputs
         b, self.d, l = x.shape
         self.along = 1 if x.stride(2) == 1 and l > 1 else None
         self.x = x if self.along or x.stride(1) == 1 or self.d == 1 else x.contiguous()
         if self.x is not x:
             self.along = 1
+        # Kernels along time read vectors of steps, so that they need a flipped copy; the others go backwards.
+        self.flips, self.backwards = reverse and bool(self.along), reverse and not self.along
+        if self.flips:
+            self.x = self.x.flip(2)
         self.silu = 1 if silu else None
         self.real = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.width = weight.shape[1]
@@ -286,12 +290,27 @@ class _Layout:
         self.taps = Filter(flat(weights), flat(biases), self.width, self.d)
         self.plain = Filter(flat(weights), flat(zeros), self.width, self.d)
         starts = zeros[:0] if start is None else start.to(self.real).transpose(1, 2).contiguous()
-        self.source = Source(*memory(self.x), flat(starts))
+        self.source = Source(*self.memory(self.x), flat(starts))
 
-    def like_x(self, t: Tensor) -> Tensor:
-        """t, contiguous along the axis along which x is."""
+    def memory(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return memory(t, self.backwards)
+
+    def input(self, t: Tensor) -> Tensor:
+        """t in the order of the kernel, contiguous along the axis along which x is."""
+        t = t.flip(2) if self.flips else t
+        return t if self._fits(t) else torch.empty_like(self.x).copy_(t)
+
+    def output(self, t: Tensor) -> Tensor:
+        """Memory for what `t` is to hold; `keep` copies it there."""
+        return torch.empty_like(self.x) if self.flips or not self._fits(t) else t
+
+    def keep(self, written: Tensor, t: Tensor) -> None:
+        if written is not t:
+            t.copy_(written.flip(2) if self.flips else written)
+
+    def _fits(self, t: Tensor) -> bool:
         axis = 2 if self.along else 1
-        return t if t.stride(axis) == 1 or t.shape[axis] == 1 else torch.empty_like(self.x).copy_(t)
+        return t.stride(axis) == 1 or t.shape[axis] == 1
 
 
 @functools.lru_cache(64)
@@ -306,38 +325,40 @@ def _cut(b: int, ends: tuple[int, ...], size: int) -> np.ndarray:
     return np.array(found, np.int64).reshape(-1, 6)
 
 
-def forward_pass(inputs: Inputs, silu: bool, y: Tensor) -> None:
+def forward_pass(inputs: Inputs, silu: bool, y: Tensor, reverse: bool = False) -> None:
     """Write the convolution of `inputs` to y."""
-    layout = _Layout(inputs, silu)
-    out = layout.like_x(y)
+    layout = _Layout(inputs, silu, reverse)
+    out = layout.output(y)
     run(
         forward, layout.items, layout.work, layout.chunks, layout.blocks, layout.columns, layout.source,
-        layout.taps, *memory(out), layout.silu, layout.along,
+        layout.taps, *layout.memory(out), layout.silu, layout.along,
     )  # fmt: skip
-    if out is not y:
-        y.copy_(out)
+    layout.keep(out, y)
 
 
-def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> None:
+def backward_pass(
+    grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads, reverse: bool = False
+) -> None:  # fmt: skip
     """Write the gradients of `inputs` to `grads`."""
-    layout = _Layout(inputs, silu)
-    grad, dx = layout.like_x(grad_y), layout.like_x(grads.x)
+    layout = _Layout(inputs, silu, reverse)
+    grad, dx = layout.input(grad_y), layout.output(grads.x)
     totals = torch.empty(len(layout.chunks), layout.width + 1, layout.d, dtype=layout.real)
     size = (STRETCH + layout.width - 1) if layout.along else (ROWS + layout.width - 1) * COLUMNS
     workspace = torch.empty(torch.get_num_threads() * size, dtype=layout.real)
     run(
         backward, layout.items, layout.work, layout.chunks, layout.blocks, layout.columns, layout.source,
-        *memory(grad), layout.taps, layout.plain, *memory(dx), flat(totals), flat(workspace), size,
-        layout.silu, layout.along,
+        *layout.memory(grad), layout.taps, layout.plain, *layout.memory(dx), flat(totals), flat(workspace),
+        size, layout.silu, layout.along,
     )  # fmt: skip
-    if dx is not grads.x:
-        grads.x.copy_(dx)
+    layout.keep(dx, grads.x)
     sums = totals.sum(0)
     grads.weight.copy_(sums[:-1].t())
     if grads.bias is not None:
         grads.bias.copy_(sums[-1])
     if grads.start is not None:
         x, weight, bias, start, bounds = inputs
+        if reverse:
+            x, grad_y = x.flip(2), grad_y.flip(2)
         grads.start.copy_(reference.start_gradient(grad_y, x, weight, bias, start, bounds, silu))  # type: ignore[arg-type]
 
 

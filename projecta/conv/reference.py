@@ -16,9 +16,15 @@ def unavailable() -> str:
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, start: Tensor | None, bounds: Tensor | None
-) -> Tensor:
-    """The arguments are those of `projecta.causal_conv`, checked; start (b, d, width - 1)."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, start: Tensor | None, bounds: Tensor | None,
+    reverse: bool = False,
+) -> Tensor:  # fmt: skip
+    """The arguments are those of `projecta.causal_conv`, checked; start (b, d, width - 1).
+
+    reverse: start and bounds are those of the flipped x.
+    """
+    if reverse:
+        return causal_conv(x.flip(-1), weight, bias, silu, start, bounds).flip(-1)
     if bounds is not None:
         ends = bounds.tolist()
         pieces = [

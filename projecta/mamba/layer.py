@@ -88,11 +88,16 @@ def _is_silu(layer: Any) -> bool:
     return type(getattr(layer, "act", None)).__name__ in ("NoneType", "SiLU", "SiLUActivation")
 
 
+def runs_triton(hidden: Tensor, backend: str) -> bool:
+    """Whether a layer's kernels are those of backend "triton", outside of torch.compile."""
+    if torch.compiler.is_compiling() or hidden.device.type != device_of("triton"):
+        return False
+    return backend in ("auto", "triton") and not why_not("projecta.scan", "triton")
+
+
 def fused(layer: Any, hidden: Tensor, backend: str) -> tuple[Any, Any]:
     """The module that runs a layer as one node on the GPU, and its weights; (None, None) if it cannot."""
-    if torch.compiler.is_compiling() or hidden.device.type != device_of("triton") or not _is_silu(layer):
-        return None, None
-    if backend not in ("auto", "triton") or why_not("projecta.scan", "triton"):
+    if not runs_triton(hidden, backend) or not _is_silu(layer):
         return None, None
     module = import_module("projecta.mamba.fused")
     weights = module.weights_of(layer, hidden)

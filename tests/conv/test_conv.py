@@ -29,11 +29,18 @@ CASES = {
     "float16, channels last": {"dtype": HALF, "order": "bld", "d": 40},
     "bfloat16": {"dtype": BRAIN, "l": 48},
     "float64": {"dtype": torch.float64, "l": 48},
+    "reversed": {"reverse": True, "start": True, "l": 21},
+    "reversed, whole blocks": {"reverse": True, "l": 256, "d": 3, "b": 1, "dtype": BRAIN},
+    "reversed, words": {"reverse": True, "l": 48, "start": True, "dtype": HALF},
+    "reversed, channels last": {"reverse": True, "l": 150, "d": 5, "order": "bld", "start": True},
+    "reversed, packed": {"reverse": True, "packed": [0, 5, 16, 17, 17, 40], "start": True},
+    "reversed, packed, channels last": {"reverse": True, "packed": [0, 5, 16, 17, 17, 40], "order": "bld"},
+    "reversed, length 2": {"reverse": True, "l": 2, "start": True, "k": 5},
 }
 
 
 def make_conv(b=2, d=4, l=33, k=4, order="bdl", bias=True, start=False, packed=None, activation="silu",
-              dtype=torch.float32):  # fmt: skip
+              dtype=torch.float32, reverse=False):  # fmt: skip
     """Tensors and options of a call; `order` is that of x's axes in memory."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if packed:
@@ -48,7 +55,7 @@ def make_conv(b=2, d=4, l=33, k=4, order="bdl", bias=True, start=False, packed=N
     if start:
         tensors["initial_state"] = torch.randn(len(packed) - 1 if packed else b, d, k - 1, dtype=dtype)
     bounds = torch.tensor(packed, dtype=torch.int32) if packed else None
-    return tensors, {"activation": activation, "cu_seqlens": bounds}
+    return tensors, {"activation": activation, "cu_seqlens": bounds, "reverse": reverse}
 
 
 def run_all(tensors, options, backend):
@@ -88,6 +95,22 @@ def within(found, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_cpu_equals_the_reference(case):
     within(errors(case, "cpu"), CASES[case].get("dtype", torch.float32))
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu"])
+@pytest.mark.parametrize("case", [case for case in CASES if "reversed" in case])
+def test_reversed_it_has_the_bits_of_a_flipped_input(case, on):
+    tensors, options = make_conv(**CASES[case])
+    y, last = causal_conv(**tensors, **options, return_last_state=True, backend=on)
+    bounds, flipped = options["cu_seqlens"], {**tensors, "x": tensors["x"].flip(-1)}
+    options |= {"reverse": False}
+    if bounds is not None:
+        options["cu_seqlens"] = (bounds[-1] - bounds).flip(0)
+        if "initial_state" in tensors:
+            flipped["initial_state"] = tensors["initial_state"].flip(0)
+    wanted, end = causal_conv(**flipped, **options, return_last_state=True, backend=on)
+    assert torch.equal(y, wanted.flip(-1))
+    assert torch.equal(last, end if bounds is None else end.flip(0))
 
 
 def test_threads_change_nothing():
@@ -132,7 +155,7 @@ def test_update_equals_the_convolution(columns):
 def test_operators_are_registered_as_torch_wants():
     tensors, _ = make_conv(start=True)
     x, weight, bias, start = (t.requires_grad_() for t in tensors.values())
-    torch.library.opcheck(torch.ops.projecta.conv_cpu.default, (x, weight, bias, start, None, True))
+    torch.library.opcheck(torch.ops.projecta.conv_cpu.default, (x, weight, bias, start, None, True, True))
 
 
 def test_compiles_as_one_graph():

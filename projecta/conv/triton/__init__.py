@@ -16,9 +16,9 @@ from projecta._triton.launch import (
     cached,
     cannot_run,
     new_buffer,
+    ordered_strides,
     processors_of,
     start_kernel,
-    strides_of,
 )
 from projecta.conv import reference
 from projecta.conv._operator import Grads, Inputs, define
@@ -38,8 +38,9 @@ WARPS = 4
 class _Layout:
     """How a call is cut into programs, and the launches that it has compiled."""
 
-    def __init__(self, inputs: Inputs, silu: bool, *others: Tensor):
+    def __init__(self, inputs: Inputs, silu: bool, reverse: bool, *others: Tensor):
         x, weight, _, _, bounds = inputs
+        self.way = -1 if reverse else 1  # through memory
         b, self.d, self.l = x.shape
         self.sequences = b if bounds is None else len(bounds) - 1
         tensors = (x, *others)
@@ -58,44 +59,49 @@ class _Layout:
         self.parts = max(1, -(-blocks // each)) + (bounds is not None)  # a sequence may begin within a block
         self.chunk = each * block
         self.options = {
-            "WIDTH": weight.shape[1], "SILU": silu, "TIME": time, "WIDE": wide,
+            "WIDTH": weight.shape[1], "SILU": silu, "TIME": time, "WIDE": self.way * wide,
             "WHOLE": bounds is None and self.l % block == 0, "THREADS": threads, "num_warps": WARPS,
         }  # fmt: skip
         self.launches: dict = {}
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"d": self.d, "l": self.l, "tiles": self.tiles, "parts": self.parts, "chunk": self.chunk}
+    def sizes(self, **tensors: Tensor) -> dict[str, int]:
+        """The sizes of a kernel, and its strides in the order in which it goes through time."""
+        cut = {"d": self.d, "l": self.l, "tiles": self.tiles, "parts": self.parts, "chunk": self.chunk}
+        return self.strides(**tensors) | cut
+
+    def strides(self, **tensors: Tensor) -> dict[str, int]:
+        return ordered_strides(self.way, **tensors)
 
     @property
     def grid(self) -> tuple[int]:
         return (self.tiles * self.parts * self.sequences,)
 
 
-def forward_pass(inputs: Inputs, silu: bool, y: Tensor) -> None:
+def forward_pass(inputs: Inputs, silu: bool, y: Tensor, reverse: bool = False) -> None:
     """Write the convolution of `inputs` to y."""
     x, weight, bias, start, bounds = inputs
-    layout = cached(lambda: _Layout(inputs, silu, y), (*inputs, y), silu, x.device, "conv")
+    layout = cached(
+        lambda: _Layout(inputs, silu, reverse, y), (*inputs, y), silu, reverse, x.device, "conv"
+    )  # fmt: skip
     tensors = {
         "x": x, "weight": weight.contiguous(), "bias": bias, "start": start, "bounds": bounds, "y": y
     }  # fmt: skip
     with torch.cuda.device_of(x):
         start_kernel(
             layout.launches, convolve, tensors,
-            lambda: (layout.grid, strides_of(x=x, y=y) | layout.sizes, layout.options),
+            lambda: (layout.grid, layout.sizes(x=x, y=y), layout.options),
         )  # fmt: skip
 
 
-def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> None:
+def backward_pass(
+    grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads, reverse: bool = False
+) -> None:  # fmt: skip
     """Write the gradients of `inputs` to `grads`."""
     x, weight, bias, start, bounds = inputs
     layout = cached(
-        lambda: _Layout(inputs, silu, grad_y, grads.x),
-        (*inputs, grad_y, grads.x),
-        silu,
-        x.device,
-        "conv back",
-    )
+        lambda: _Layout(inputs, silu, reverse, grad_y, grads.x),
+        (*inputs, grad_y, grads.x), silu, reverse, x.device, "conv back",
+    )  # fmt: skip
     width = weight.shape[1]
     totals = new_buffer(x, layout.sequences * layout.parts * layout.d * (width + 1))
     tensors = {
@@ -112,7 +118,7 @@ def backward_pass(grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads) -> N
     with torch.cuda.device_of(x):
         start_kernel(
             layout.launches, convolve_backward, tensors,
-            lambda: (layout.grid, strides_of(g=grad_y, x=x, dx=grads.x) | layout.sizes, layout.options),
+            lambda: (layout.grid, layout.sizes(g=grad_y, x=x, dx=grads.x), layout.options),
         )  # fmt: skip
         start_kernel(layout.launches, sum_totals, sums, describe_sums)
         if grads.start is not None and width > 1:
@@ -130,7 +136,7 @@ def _write_start_gradient(
 
     def describe():
         tiles = -(-layout.d // 128)
-        sizes = strides_of(g=grad_y, x=x) | {"d": layout.d, "l": layout.l, "tiles": tiles}
+        sizes = layout.strides(g=grad_y, x=x) | {"d": layout.d, "l": layout.l, "tiles": tiles}
         options = {"WIDTH": weight.shape[1], "SILU": silu, "BLOCK": 128, "num_warps": 4}
         return (tiles * layout.sequences,), sizes, options
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from projecta._triton.launch import kernel
-from projecta._triton.memory import load_one, load_words, unpack_word, write
+from projecta._triton.memory import first_step, load_one, load_words, turned, unpack_word, write
 from projecta._triton.warp import WARP, all_reduce, constant, sigmoid
 
 STEPS = 8  # of a lane
@@ -12,17 +12,18 @@ V = constant(STEPS)
 
 
 @triton.jit
-def _words(at, element: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT numbers from a pointer on, in float32, by loads of up to 16 bytes."""
+def _words(at, t, element: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """COUNT steps from t on, in float32, by loads of up to 16 bytes; WIDE is as in `read`."""
     PER: tl.constexpr = 32 // element.primitive_bitwidth
     WORDS: tl.constexpr = COUNT // PER
     EACH: tl.constexpr = WORDS if WORDS < 4 else 4
     found = ()
+    first = at + t if WIDE > 0 else at - (t + (COUNT - 1))
     for i in tl.static_range(WORDS // EACH):
-        words = load_words(at + i * EACH * PER, EACH, True)
+        words = load_words(first + i * EACH * PER, EACH, True)
         for k in tl.static_range(EACH):
             found = found + unpack_word(words[k], element)
-    return found
+    return turned(found) if WIDE < 0 else found
 
 
 @triton.jit
@@ -40,10 +41,11 @@ def _window(
         NEAR: tl.constexpr = 2 if BEFORE <= 2 else 4 if BEFORE <= 4 else 8
         NEXT: tl.constexpr = 2 if AFTER <= 2 else 4 if AFTER <= 4 else 8
         if BEFORE > 0:
-            found = found + _words(at + tl.maximum(t1 - NEAR, 0), element, NEAR)[NEAR - BEFORE :]
-        found = found + _words(at + tl.minimum(t1, t_end - V), element, V)
+            before = tl.minimum(tl.maximum(t1 - NEAR, 0), t_end - NEAR)  # within the row for idle lanes, too
+            found = found + _words(at, before, element, NEAR, WIDE)[NEAR - BEFORE :]
+        found = found + _words(at, tl.minimum(t1, t_end - V), element, V, WIDE)
         if AFTER > 0:
-            found = found + _words(at + tl.minimum(t1 + V, t_end - NEXT), element, NEXT)[:AFTER]
+            found = found + _words(at, tl.minimum(t1 + V, t_end - NEXT), element, NEXT, WIDE)[:AFTER]
     else:
         for i in tl.static_range(BEFORE + V + AFTER):
             t = t1 + (i - BEFORE)
@@ -127,7 +129,8 @@ def convolve(
         bounds, tiles, parts, chunk, d, l, TIME, THREADS
     )
     taps, own_bias = _taps(weight, channel, WIDTH), _bias(bias, channel)
-    at_x, at_y, at_start = x + row * xb + channel * xd, y + row * yb + channel * yd, None
+    at_x, at_start = x + row * xb + channel * xd + first_step(xl, l), None
+    at_y = y + row * yb + channel * yd + first_step(yl, l)
     if start is not None:
         at_start = start + (sequence * d + channel) * (WIDTH - 1)
     for block in range(first, last, BLOCK):
@@ -152,8 +155,9 @@ def convolve_backward(
         bounds, tiles, parts, chunk, d, l, TIME, THREADS
     )
     taps, own_bias = _taps(weight, channel, WIDTH), _bias(bias, channel)
-    at_x, at_start = x + row * xb + channel * xd, None
-    at_g, at_dx = grad_y + row * gb + channel * gd, dx + row * dxb + channel * dxd
+    at_x, at_start = x + row * xb + channel * xd + first_step(xl, l), None
+    at_g = grad_y + row * gb + channel * gd + first_step(gl, l)
+    at_dx = dx + row * dxb + channel * dxd + first_step(dxl, l)
     if start is not None:
         at_start = start + (sequence * d + channel) * (WIDTH - 1)
     sums = ()
@@ -211,7 +215,8 @@ def convolve_backward_start(
     if bounds is not None:
         row, t_start, t_end = sequence * 0, tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     taps, own_bias = _taps(weight, channel, WIDTH), _bias(bias, channel)
-    at_x, at_g = x + row * xb + channel * xd, grad_y + row * gb + channel * gd
+    at_x = x + row * xb + channel * xd + first_step(xl, l)
+    at_g = grad_y + row * gb + channel * gd + first_step(gl, l)
     place = (sequence * d + channel) * (WIDTH - 1)
     window, inner = (), ()
     for i in tl.static_range(WIDTH - 1):

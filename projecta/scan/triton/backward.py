@@ -418,6 +418,16 @@ def _read_slab(
 
 
 @triton.jit
+def _last_gradients(at, lane, n, real, K: tl.constexpr, LANES: tl.constexpr):
+    """The gradients of a lane's states after the last step; zeros without a channel."""
+    found = ()
+    for j in tl.static_range(K):
+        row_n = j * LANES + lane
+        found = found + (tl.load(at + row_n, (row_n < n) & real, 0.0),)
+    return found
+
+
+@triton.jit
 def _go_back(
     p, rates, constant_B, constant_C, u, delta, z, grad_y, ungated, saved, bounds, at_u, at_s, at_z, at_g,
     at_y, at_B, at_C, shared, outputs, strides, to_sums, sl, ul, zl, gl, own_bias, skip, lane, leader, index,
@@ -550,14 +560,9 @@ def backward(
         to_y = gated + row * yb + channel * yd + first_step(yl, l)
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     rates, constant_B, constant_C = own_rates(A, channel, lane, n, LOG_A, K, LANES), (), ()
-    p = ()
-    for j in tl.static_range(K):
-        row_n = j * LANES + lane
-        grad = zero
-        if grad_last is not None:
-            last = grad_last + (sequence * d + channel) * n + row_n
-            grad = tl.load(last, (row_n < n) & real, 0.0)
-        p = p + (grad,)
+    p = repeat(zero, K)
+    if grad_last is not None:
+        p = _last_gradients(grad_last + (sequence * d + channel) * n, lane, n, real, K, LANES)
     if STEADY_B:
         constant_B = own_rows(B + channel * n, lane, n, 1.0, K, LANES)
     if STEADY_C:

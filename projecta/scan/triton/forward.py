@@ -263,6 +263,17 @@ def sixteen_steps(
 
 
 @triton.jit
+def _first_row(X, row, Xb, group, Xg, Xn, groups, l, n, blocks, NATIVE: tl.constexpr):
+    """The first row of B or C for `sixteen_steps`; how far the next row is, and the next block."""
+    if NATIVE:
+        at = X + row * Xb + group * Xg
+        return at + (l - 1 if NATIVE < 0 else 0), tl.cast(Xn, tl.int64), 0
+    else:
+        size = blocks * (2 * STEPS * WARP)
+        return X + (row * groups + group) * n * size, tl.cast(size, tl.int64), 2 * STEPS * WARP
+
+
+@triton.jit
 def _scan_state(own, outputs, rate, carry, span, Bs, Cs, lane, T: tl.constexpr):
     """Scan one state over a block; return each lane's end state, and the outputs with C h added."""
     decays, gains = (), ()
@@ -310,15 +321,8 @@ def forward_times(
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     blocks = tl.cdiv(l, SIZE)
     ORDER: tl.constexpr = NATIVE if NATIVE else 1
-    at_B, at_C = row * Bb + group * Bg, row * Cb + group * Cg
-    if NATIVE < 0:
-        at_B, at_C = at_B + (l - 1), at_C + (l - 1)
-    turn_B, turn_C, ahead = tl.cast(Bn, tl.int64), tl.cast(Cn, tl.int64), 0
-    if not NATIVE:
-        packed = (row * groups + group) * n * blocks * SIZE
-        every_state = tl.cast(blocks * SIZE, tl.int64)
-        at_B, at_C, turn_B, turn_C, ahead = packed, packed, every_state, every_state, SIZE
-    at_B, at_C = B + at_B, C + at_C
+    at_B, turn_B, ahead = _first_row(B, row, Bb, group, Bg, Bn, groups, l, n, blocks, NATIVE)
+    at_C, turn_C, ahead = _first_row(C, row, Cb, group, Cg, Cn, groups, l, n, blocks, NATIVE)
     held = channel * n + lane
     rates, carries = rate_of(tl.load(A + held, lane < n, 0.0), lane < n, LOG_A), zero
     if start is not None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from projecta._checks import fail
-from projecta._triton.launch import new_buffer, processors_of, start_kernel, strides_of
+from projecta._triton.launch import new_buffer, ordered_strides, processors_of, start_kernel
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import pack_and_step
 from projecta.scan.triton.plan import (
@@ -105,8 +105,7 @@ class Layout:
 
     def strides(self, **tensors: Tensor | None) -> dict[str, int]:
         """Strides over (b, d, l) in the order of the scan."""
-        found = strides_of(**tensors)
-        return {name: self.way * s if name.endswith("l") else s for name, s in found.items()}
+        return ordered_strides(self.way, **tensors)
 
     def weight_strides(self, axes: str = "bgnl", **tensors: Tensor) -> dict[str, int]:
         """Strides over these axes of B or C (b, g, n, l) in the order of the scan; else 0."""
