@@ -214,14 +214,23 @@ class Direction(nn.Module):
         )  # fmt: skip
         return y
 
-    def select(self, u: Tensor, time_last: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """delta (b, d, t) before its bias, the bias, B and C (b, n, t) of u (b, d, t)."""
-        if not time_last:
+    def select(
+        self, u: Tensor, factor: Tensor | None, time_last: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+        """delta (b, d, t) before its bias, the bias, B and C (b, n, t) of u (b, d, t).
+
+        With a `factor` f (b, 1, t), a state forgets f times: h_t = exp(f s A) h_{t-1} + s B u. So the step is
+        f s and its weight B / f; delta then is the step itself, without a bias.
+        """
+        if factor is None and not time_last:
             delta, bias, B, C = select(self, u.transpose(1, 2))
             return delta.transpose(1, 2), bias, B.transpose(1, 2), C.transpose(1, 2)
         n = self.A_log.shape[1]
-        dt, B, C = _project(self.x_proj, u, True).tensor_split((-2 * n, -n), 1)
-        return _project(self.dt_proj, dt, True), self.dt_proj.bias, B, C
+        dt, B, C = _project(self.x_proj, u, time_last).tensor_split((-2 * n, -n), 1)
+        if factor is None:
+            return _project(self.dt_proj, dt, True, biased=False), self.dt_proj.bias, B, C
+        factor = F.pad(factor, (0, u.shape[2] - factor.shape[2]), value=1.0).to(dt.dtype)
+        return F.softplus(_project(self.dt_proj, dt, time_last)) * factor, None, B / factor, C
 
 
 class VisionMambaMixer(nn.Module):
@@ -286,15 +295,10 @@ class VisionMambaMixer(nn.Module):
             u = direction.convolve(_ordered(x, axis, order), way, self.backend)
             if way < 0 and u.shape[2] > t:
                 u[..., t:] = 0
-            delta, bias, B, C = direction.select(u, time_last)
             factor = order.factors.get((axis, way))
-            if factor is not None:  # h_t = exp(f s A) h_{t-1} + s B u: a step of f s, and B / f
-                factor = F.pad(factor, (0, u.shape[2] - t), value=1.0)
-                wide = as_wide(delta) if bias is None else as_wide(delta) + as_wide(bias)[:, None]
-                delta, bias = F.softplus(wide) * factor.to(wide.dtype), None
-                B = B / factor.to(B.dtype)
-            A, D = -torch.exp(as_wide(direction.A_log)), as_wide(direction.D)
-            parts.append((u, delta, B, C, _ordered(z, axis, order), A, D, bias))
+            delta, bias, B, C = direction.select(u, factor, time_last)
+            A = -torch.exp(as_wide(direction.A_log))
+            parts.append((u, delta, B, C, _ordered(z, axis, order), A, direction.D, bias))
         softplus = factor is None
         if len(parts) > 1 and self.bands is None:
             y = self._run(way, softplus, *map(_together, zip(*parts, strict=True), _AXES))
@@ -315,11 +319,15 @@ class VisionMambaMixer(nn.Module):
         return y.flip(-1) if way < 0 else y
 
 
-def _project(linear: nn.Linear, t: Tensor, time_last: bool) -> Tensor:
-    """The linear map over the channels of t (b, k, l), without its bias if time is to be last in memory."""
+def _project(linear: nn.Linear, t: Tensor, time_last: bool, biased: bool = True) -> Tensor:
+    """The linear map over the channels of t (b, k, l); without its bias only if time is last in memory."""
     if not time_last:
         return linear(t.transpose(1, 2)).transpose(1, 2)
-    rows = linear.weight @ t.transpose(0, 1).flatten(1)  # (m, b l)
+    columns = t.transpose(0, 1).flatten(1)  # (k, b l)
+    if linear.bias is None or not biased:
+        rows = linear.weight @ columns
+    else:
+        rows = torch.addmm(linear.bias[:, None], linear.weight, columns)
     return rows.unflatten(1, (len(t), -1)).transpose(0, 1)
 
 
@@ -484,10 +492,11 @@ class VisionMambaModel(VisionMambaPreTrainedModel):
         if any(axis == "columns" for axis, _ in DIRECTIONS[self.config.directions]):
             order = order.with_columns(tokens.device)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states = [tokens]
+        states = [tokens] if wanted else []
         for layer in self.layers:
             tokens, order = layer(tokens, order, **options)
-            states.append(tokens)
+            if wanted:
+                states.append(tokens)
         tokens = self.norm(tokens)
         output = BaseModelOutputWithPooling(
             last_hidden_state=tokens, pooler_output=order.of_class(tokens),

@@ -1,48 +1,21 @@
 """Writes the figures of README.md and docs/ from the files under results/, so that none is typed by hand.
 
 `python -m studies.figures` rewrites each table between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is a
-function of this module. With --check it changes nothing and fails if a table is out of date.
+function of this module or of `vision_figures`. With --check it changes nothing and fails if a table is out of
+date.
 """
 
 import argparse
-import csv
-import math
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from projecta.regress.store.provenance import read_provenance
+from studies import vision_figures
+from studies.cells import RESULTS, ROOT, Rows, mean, ms, read, table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
-Rows = list[dict[str, str]]
-
-
-def read(name: str) -> Rows:
-    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
-
-
-def ms(value: str | float) -> str:
-    """
-    >>> ms(0.5012), ms(1234.5)
-    ('0.501 ms', '1.23 s')
-    """
-    value = float(value)
-    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
-
-
-def mean(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    return math.exp(statistics.mean(map(math.log, values)))
 
 
 def _against(case: str, name: str) -> dict[str, str]:
@@ -77,12 +50,13 @@ def headline() -> str:
     rows.append([label, theirs, f"{ms(step['projecta_eager_ms'])}: {gain:.2f} times as fast"])
     tower = {row["variant"]: row for row in read("clip_vtp_results.csv")}
     full, half = tower["baseline_b8"], tower["merge_0.5_b8"]
-    change = f"{100 * float(half['latency_change']):+.0f} % time"
+    cosine = vision_figures.fidelity_row("merge", "0.5", "natural")
+    change = f"{100 * float(half['latency_change']):+.0f} % time, cosine {cosine}"
     rows.append(
         [
             "CLIP ViT-B/16 tower, CPU, batch 8, half of the FLOPs",
             f"the full tower: {ms(full['latency_ms'])}",
-            f"{ms(half['latency_ms'])}: {change}, cosine {_fidelity('merge', '0.5', 'natural')}",
+            f"{ms(half['latency_ms'])}: {change}",
         ]
     )
     wrong, gates = _false_alarms("asv 0.6.6")
@@ -332,108 +306,6 @@ def parallel_outlook() -> str:
     return text + table(["layers of", "GPUs", "tokens", '"pass": rate of a GPU', '"gather"'], rows)
 
 
-def _fidelity(preset: str, keep: str, images: str) -> str:
-    rows = {
-        "input": "norm, drop, block 0",
-        "early": "cls, squeeze, block 4",
-        "evit3": "preset evit3",
-        "merge": "equal FLOPs: bipartite, blocks 0 2 4 6 8 10",
-    }
-    key = (rows[preset], keep, images)
-    (cosine,) = (r["cosine"] for r in read("vtp_fidelity.csv") if (r["row"], r["keep"], r["images"]) == key)
-    return f"{float(cosine):.3f}"
-
-
-def vtp() -> str:
-    """Plans of the CLIP tower, batch 8."""
-    rows = []
-    for row in read("clip_vtp_results.csv"):
-        if row["batch"] != "8" or row["plan"] not in ("full", "input", "early", "merge"):
-            continue
-        cosines = ["1", "1"]
-        if row["plan"] != "full":
-            cosines = [_fidelity(row["plan"], row["keep_ratio"], images) for images in ("natural", "emoji")]
-        change = f"{100 * float(row['latency_change']):+.0f} %" if row["plan"] != "full" else ""
-        rows.append(
-            [
-                row["plan"],
-                row["keep_ratio"],
-                f"{float(row['flops_ratio']):.2f}",
-                ms(row["latency_ms"]),
-                change,
-                f"{float(row['throughput_img_s']):.1f}",
-                f"{float(row['memory_mib']):.0f} MiB" if row["memory_mib"] else "",
-                *cosines,
-            ]
-        )
-    head = ["plan", "keep", "FLOPs", "latency", "change", "images/s", "peak memory"]
-    return table([*head, "cosine, photographs", "cosine, emoji"], rows)
-
-
-def fidelity() -> str:
-    """Selected rows of the fidelity study."""
-    chosen = (
-        "control: resized image",
-        "control: checkerboard, block 0",
-        "control: random, block 0",
-        "norm, drop, block 0",
-        "distance, squeeze, block 4",
-        "received, squeeze, block 4",
-        "cls, squeeze, block 4",
-        "cls, squeeze without mass, block 4",
-        "preset evit3",
-        "equal FLOPs: cls, squeeze, block 3",
-        "equal FLOPs: bipartite, blocks 0 2 4 6 8 10",
-        "as many FLOPs as cls, squeeze, block 4: bipartite, blocks 0 2 4 6 8 10",
-    )
-    found = {(r["row"], r["keep"], r["images"]): r for r in read("vtp_fidelity.csv")}
-    rows = []
-    for name in chosen:
-        flops = ", ".join(f"{float(found[name, keep, 'natural']['FLOPs']):.2f}" for keep in ("0.7", "0.5"))
-        cells = [
-            f"{float(found[name, keep, images]['cosine']):.3f}"
-            for images in ("natural", "emoji")
-            for keep in ("0.7", "0.5")
-        ]
-        rows.append([name, flops, *cells])
-    return table(["plan", "FLOPs at 0.7, 0.5", "photographs 0.7", "0.5", "emoji 0.7", "0.5"], rows)
-
-
-def zero_shot() -> str:
-    """Zero-shot accuracy of a small CLIP before and after pruning."""
-    rows = [
-        [
-            row["row"],
-            row["keep"],
-            f"{float(row['FLOPs']):.2f}",
-            f"{row['accuracy']} %",
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(
-                *(float(row[name]) for name in ("change", "change, worst seed", "change, best seed"))
-            ),
-        ]
-        for row in read("vtp_zero_shot.csv")
-    ]
-    return table(["plan", "keep", "FLOPs", "accuracy", "change in points (worst to best seed)"], rows)
-
-
-def vision_time() -> str:
-    """Attention and scans by image size, on a CPU."""
-    known = {
-        (r["pass"], r["case"], int(r["pixels"])): float(r["time_ms"])
-        for r in read("vision_time.csv")
-    }  # fmt: skip
-    rows = []
-    for kind in dict.fromkeys(kind for kind, _, _ in known):
-        for pixels in sorted({p for k, _, p in known if k == kind}):
-            full = [known[kind, f"{tower} 1.0", pixels] for tower in ("attention", "scans")]
-            half = known[kind, "scans 0.5", pixels]
-            rows.append(
-                [kind, pixels, *map(ms, full), f"{full[0] / full[1]:.2f}", f"{half / full[1] - 1:+.0%}"]
-            )
-    head = ["size, images", "pixels", "ViT", "Vision Mamba", "ViT / Vision Mamba", "with keep 0.5"]
-    return table(head, rows)
-
-
 def mrss_accuracy() -> str:
     """Small models with the full scan, and the change with MRSS."""
     found = read("mrss_accuracy.csv")
@@ -555,10 +427,11 @@ FIGURES: dict[str, Callable[[], str]] = {
         gpu_models,
         parallel_steps,
         parallel_outlook,
-        vtp,
-        fidelity,
-        zero_shot,
-        vision_time,
+        vision_figures.vtp,
+        vision_figures.fidelity,
+        vision_figures.zero_shot,
+        vision_figures.vision_time,
+        vision_figures.vision_gpu,
         mrss_accuracy,
         mrss_time,
         gate_rates,

@@ -1,6 +1,7 @@
 """Vision Mamba against a plain PyTorch tower in float64, and as a model of transformers."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -370,6 +371,43 @@ def test_weights_of_vim():
 def test_bad_configs_say_what_is_wrong(change, message):
     with pytest.raises(ValueError, match=message):
         build(**change)
+
+
+def _errors_on_triton(directions, keep, pixels):
+    """The largest error of features and of each weight's gradient, by the GPU's kernels, interpreted."""
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        model = build(directions=directions, backend=backend).to(dtype)
+        x = image(1, pixels, 24).to(dtype)
+        with prune(model, Plan(keep=keep, score="norm", at=1)):
+            y = model(x).last_hidden_state
+            draw = torch.cos(torch.arange(y.numel())).view(y.shape).to(dtype)
+            grads = torch.autograd.grad((y * draw).sum(), list(model.parameters()), allow_unused=True)
+        found.append([y.detach(), *(g for g in grads if g is not None)])
+        if backend == "triton" and directions < 4:
+            assert model.layers[0].mixer._takes_time_last(y)
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize(("directions", "pixels"), [(1, 24), (2, 24), (2, 40), (4, 24)])
+def test_the_gpu_s_kernels_compute_the_same(interpreter, directions, keep, pixels):
+    errors = interpreter.submit(_errors_on_triton, directions, keep, pixels).result(timeout=300)
+    assert max(errors) < 1e-5
+
+
+def test_features_of_a_layer_are_not_kept():
+    model, seen = build(num_hidden_layers=3), []
+
+    def note(layer, inputs, output):
+        seen.append(weakref.ref(output[0]))
+
+    for layer in model.layers:
+        layer.register_forward_hook(note)
+    model.layers[2].register_forward_pre_hook(lambda *_: seen.append(seen[0]()))
+    with torch.inference_mode():
+        model(image())
+    assert seen[2] is None
 
 
 def test_bad_images_say_what_is_wrong():
