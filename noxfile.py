@@ -259,9 +259,12 @@ def against(session: nox.Session) -> None:
         for study in ("studies.block", "studies.models"):
             session.run("python", "-m", study, *sources, env={"PYTHONPATH": str(packages.resolve())})
         return
-    session.install(*PINNED, "mambapy==1.2.0", *EXTRAS["gate"])
+    session.install(*PINNED, "mambapy==1.2.0", "einops==0.8.2", *EXTRAS["gate"])
     install_project(session)
-    session.run("python", "-m", "studies.against_transformers", *session.posargs)
+    reference = fetch_sources(session, MAMBA_SSM) / "mamba_ssm/ops/selective_scan_interface.py"
+    session.run(
+        "python", "-m", "studies.against_transformers", "--mamba-ssm", str(reference), *session.posargs
+    )
     session.run("python", "-m", "studies.limits")
 
 

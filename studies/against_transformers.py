@@ -1,14 +1,16 @@
-"""Time projecta against transformers and mambapy on a CPU: the selective scan, and whole Mamba models.
+"""Time projecta against transformers, mambapy and mamba-ssm's reference on a CPU: the scan, and Mamba models.
 
 `python -m studies.against_transformers [FOLDER]` times them interleaved in one process and writes
-against_transformers.csv. It has one row for each case and implementation: the median time in ms, and the
-ratio of this time to projecta's (median, least and most over the rounds).
+against_transformers.csv. `--mamba-ssm FILE`, its selective_scan_interface.py, puts `selective_scan_ref` among
+them: what mamba-ssm has without a GPU. It has one row for each case and implementation: the median time in
+ms, and the ratio of this time to projecta's (median, least and most over the rounds).
 
     scan     b = 1, d = 1536, n = 16, l = 2048, float32, with z, D, bias and softplus: the layer of mamba-130m
     model    24 layers of that width: prefill of 256 tokens, a training step of 32, decoding of 16
 """
 
 import argparse
+import ast
 import csv
 import inspect
 import statistics
@@ -25,7 +27,20 @@ OURS = "projecta"
 Call = Callable[[], object]
 
 
-def scan_calls(backward: bool, b: int = 1, d: int = 1536, l: int = 2048, n: int = 16) -> dict[str, Call]:
+def reference_of(file: Path) -> Callable:
+    """`selective_scan_ref` of mamba-ssm's source; its module would import the CUDA extensions."""
+    import einops
+
+    tree = ast.parse(file.read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", "") == "selective_scan_ref"]
+    names = {"torch": torch, "F": torch.nn.functional, "rearrange": einops.rearrange, "repeat": einops.repeat}
+    exec(compile(tree, str(file), "exec"), names)
+    return names["selective_scan_ref"]
+
+
+def scan_calls(
+    backward: bool, mamba_ssm: Path | None = None, b: int = 1, d: int = 1536, l: int = 2048, n: int = 16
+) -> dict[str, Call]:
     """The scan by implementation; the results are compared with projecta's."""
     import transformers.models.mamba.modeling_mamba as modeling
 
@@ -60,6 +75,9 @@ def scan_calls(backward: bool, b: int = 1, d: int = 1536, l: int = 2048, n: int 
     calls["mambapy"] = call(parallel)
     if not backward:  # takes minutes with gradients: the autograd graph holds every step
         calls["transformers"] = call(loop)
+    if not backward and mamba_ssm is not None:
+        reference = reference_of(mamba_ssm)
+        calls["mamba_ssm's selective_scan_ref"] = call(lambda *tensors: reference(*tensors, True))
     truth = calls[OURS]()
     for name, run in calls.items():
         torch.testing.assert_close(
@@ -96,9 +114,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mamba-ssm", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     cases = {
-        "scan, forward": lambda: scan_calls(backward=False),
+        "scan, forward": lambda: scan_calls(False, arguments.mamba_ssm),
         "scan, forward + backward": lambda: scan_calls(backward=True),
         **{
             f"model, {kind}": lambda kind=kind: model_calls(kind)

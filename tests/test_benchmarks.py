@@ -1,12 +1,15 @@
 """Every benchmark runs once at its smallest size, and the measuring helpers read true values."""
 
 import functools
+import itertools
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -188,3 +191,16 @@ def test_the_quick_session_finds_its_cases():
     assert done.returncode == 0, done.stdout
     assert "scan.Scan.time_forward(cpu,2048)" in done.stdout
     assert "vtp.VtpSingle.time_forward(input 0.5,1)" in done.stdout
+
+
+def test_every_part_of_the_gate_s_pattern_finds_a_benchmark():
+    """A part that finds none would be left out in silence."""
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    pattern = settings["tool"]["projecta"]["gate"].removeprefix("(?x)")
+    names = [
+        f"{suite}.{kind.__name__}.{method}({', '.join(map(repr, values))})"
+        for suite, kind, method in (*benchmarks("time_"), *benchmarks("track_"))
+        for values in itertools.product(*kind.params)
+    ]
+    for part in pattern.split("|"):
+        assert any(re.search(part, name, re.VERBOSE) for name in names), part
