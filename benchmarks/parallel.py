@@ -142,7 +142,7 @@ class Step(common.Suite):
 
 
 class FullStep(Step):
-    """Other numbers of ranks, and the other schedule."""
+    """Each number of ranks, and both schedules."""
 
     params = ((1, 2, 4), ("pass", "gather"))
 

@@ -227,8 +227,8 @@ class Direction(nn.Module):
             return delta.transpose(1, 2), bias, B.transpose(1, 2), C.transpose(1, 2)
         n = self.A_log.shape[1]
         dt, B, C = _project(self.x_proj, u, time_last).tensor_split((-2 * n, -n), 1)
-        if factor is None:
-            return _project(self.dt_proj, dt, True, biased=False), self.dt_proj.bias, B, C
+        if factor is None:  # the scan adds the bias, in float32
+            return _map_rows(self.dt_proj.weight, dt), self.dt_proj.bias, B, C
         factor = F.pad(factor, (0, u.shape[2] - factor.shape[2]), value=1.0).to(dt.dtype)
         return F.softplus(_project(self.dt_proj, dt, time_last)) * factor, None, B / factor, C
 
@@ -268,7 +268,7 @@ class VisionMambaMixer(nn.Module):
     def _takes_time_last(self, hidden: Tensor) -> bool:
         """Whether time is to be last in memory: where the GPU's kernels run, and all weights are plain.
 
-        Tokens that are gathered (other axes) or averaged (MRSS) are gathered faster with channels last.
+        Channels stay last where a direction gathers tokens along columns, and with MRSS.
         """
         if hidden.dtype == torch.float64 or not runs_triton(hidden, self.backend):
             return False
@@ -286,7 +286,7 @@ class VisionMambaMixer(nn.Module):
     ) -> Tensor:
         """The sum of y (b, d, t) of the directions of one way; all of them are groups of one call.
 
-        x and z may go on behind the t tokens; a state is zero there.
+        x and z may have more steps than the t tokens; there a state stays zero.
         """
         parts: list[Any] = []
         for k in chosen:
@@ -319,15 +319,17 @@ class VisionMambaMixer(nn.Module):
         return y.flip(-1) if way < 0 else y
 
 
-def _project(linear: nn.Linear, t: Tensor, time_last: bool, biased: bool = True) -> Tensor:
-    """The linear map over the channels of t (b, k, l); without its bias only if time is last in memory."""
-    if not time_last:
-        return linear(t.transpose(1, 2)).transpose(1, 2)
+def _project(linear: nn.Linear, t: Tensor, time_last: bool) -> Tensor:
+    """linear over the channels of t (b, k, l), (b, m, l) with time or channels last in memory."""
+    if time_last:
+        return _map_rows(linear.weight, t, linear.bias)
+    return linear(t.transpose(1, 2)).transpose(1, 2)
+
+
+def _map_rows(weight: Tensor, t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight t + bias, of t (b, k, l) with time last in memory, as the result is."""
     columns = t.transpose(0, 1).flatten(1)  # (k, b l)
-    if linear.bias is None or not biased:
-        rows = linear.weight @ columns
-    else:
-        rows = torch.addmm(linear.bias[:, None], linear.weight, columns)
+    rows = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
     return rows.unflatten(1, (len(t), -1)).transpose(0, 1)
 
 

@@ -1,9 +1,9 @@
 """Time projecta against transformers, mambapy and mamba-ssm's reference on a CPU: the scan, and Mamba models.
 
 `python -m studies.against_transformers [FOLDER]` times them interleaved in one process and writes
-against_transformers.csv. `--mamba-ssm FILE`, its selective_scan_interface.py, puts `selective_scan_ref` among
-them: what mamba-ssm has without a GPU. It has one row for each case and implementation: the median time in
-ms, and the ratio of this time to projecta's (median, least and most over the rounds).
+against_transformers.csv. The file has one row for each case and implementation: the median time in ms, and
+the ratio of this time to projecta's (median, least and most over the rounds). `--mamba-ssm FILE` names
+mamba-ssm's selective_scan_interface.py, and adds its `selective_scan_ref`, which needs no GPU.
 
     scan     b = 1, d = 1536, n = 16, l = 2048, float32, with z, D, bias and softplus: the layer of mamba-130m
     model    24 layers of that width: prefill of 256 tokens, a training step of 32, decoding of 16

@@ -123,15 +123,3 @@ def vision_gpu() -> str:
         times = f"{fastest[0] / fastest[1]:.2f}"
         rows.append([f"{size}, batch {batch}", pixels, *map(ms, fastest), times])
     return table(["size, images", "pixels", "ViT", "Vision Mamba", "ViT / Vision Mamba"], rows)
-
-
-def joint_zero_shot() -> str:
-    """Zero-shot accuracy of small CLIPs with either tower."""
-    rows = [
-        [
-            r["tower"], r["plan"], r["keep"], f"{float(r['accuracy']):.1f}",
-            f"{float(r['least']):.1f} to {float(r['most']):.1f}", f"{float(r['change']):+.1f}",
-        ]
-        for r in read("joint_zero_shot.csv")
-    ]  # fmt: skip
-    return table(["image tower", "plan", "keep", "accuracy, %", "seeds", "change"], rows)

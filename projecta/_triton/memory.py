@@ -193,7 +193,7 @@ def load_shared(at):
 
 
 @triton.jit
-def turned(tiles):
+def reversed_tiles(tiles):
     """The tiles from the last to the first."""
     found = ()
     for i in tl.static_range(len(tiles)):
@@ -237,7 +237,7 @@ def as_floats(loaded, like, WIDE: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(loaded)):
         tiles = tiles + (unpack_word(loaded[i], like.dtype.element_ty) if WIDE else (loaded[i],))
-    return turned(tiles) if WIDE < 0 else tiles
+    return reversed_tiles(tiles) if WIDE < 0 else tiles
 
 
 @triton.jit
@@ -252,7 +252,7 @@ def write(
     BITS: tl.constexpr = element.primitive_bitwidth
     P: tl.constexpr = V if V * BITS <= 128 else 128 // BITS
     if WIDE:
-        ordered = turned(tiles) if WIDE < 0 else tiles
+        ordered = reversed_tiles(tiles) if WIDE < 0 else tiles
         for i in tl.static_range(V // P):
             row, inside = (), real
             for k in tl.static_range(P * BITS // 32):

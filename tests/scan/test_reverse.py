@@ -65,11 +65,8 @@ def _run(inputs, backend, reverse, bounds, every):
     return y, last, dict(zip(present, grads, strict=True))
 
 
-def _compare(options, on):
-    options = {"b": 2, "d": 24, "l": 150, "n": 5, "every": 8, "graded": True} | options
-    packed, order, every = options.pop("packed", False), options.pop("order", "bdl"), options.pop("every")
-    graded = options.pop("graded")
-    l, bounds = options["l"], None
+def _compare(on, l=150, packed=False, order="bdl", every=8, graded=True, **options):
+    options, bounds = {"b": 2, "d": 24, "l": l, "n": 5} | options, None
     if packed:
         bounds = [min(t, l) for t in BOUNDS]
     inputs = make_scan(**options, packed=bounds)
@@ -106,7 +103,7 @@ def _compare(options, on):
 @pytest.mark.parametrize("case", CASES)
 def test_it_has_the_bits_of_flipped_tensors(case, on):
     options = CASES[case]
-    _compare(options | {"l": min(options.get("l", 150), 10)} if on == "reference" else options, on)
+    _compare(on, **(options | {"l": min(options.get("l", 150), 10)} if on == "reference" else options))
 
 
 def _compare_on_triton(options, mode):
@@ -118,7 +115,7 @@ def _compare_on_triton(options, mode):
         mock.patch.dict(launch._known, clear=True),
         mock.patch.dict(eager._calls, clear=True),
     ):
-        _compare(options, "triton")
+        _compare("triton", **options)
 
 
 @pytest.mark.parametrize("case", ON_TRITON | IN_CHUNKS)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from projecta._triton.launch import kernel
-from projecta._triton.memory import first_step, load_one, load_words, turned, unpack_word, write
+from projecta._triton.memory import first_step, load_one, load_words, reversed_tiles, unpack_word, write
 from projecta._triton.warp import WARP, all_reduce, constant, sigmoid
 
 STEPS = 8  # of a lane
@@ -23,7 +23,7 @@ def _words(at, t, element: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
         words = load_words(first + i * EACH * PER, EACH, True)
         for k in tl.static_range(EACH):
             found = found + unpack_word(words[k], element)
-    return turned(found) if WIDE < 0 else found
+    return reversed_tiles(found) if WIDE < 0 else found
 
 
 @triton.jit

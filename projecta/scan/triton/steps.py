@@ -2,7 +2,8 @@
 
 WIDE: arrays can be read in words (time contiguous, aligned, a multiple of 8); -1 if the scan goes from the
 last step to the first. WHOLE: nothing needs a mask (whole blocks, whole tiles of channels, one sequence per
-row). A reversed scan has negative strides along time; scratch memory is in the order of the scan.
+row). A reversed scan has negative strides along time. Scratch memory is in the order of the scan, so that its
+own flag is WIDE * WIDE.
 """
 
 import triton
