@@ -39,6 +39,7 @@ ON_TRITON = {
 IN_CHUNKS = {
     "lanes along time": SMALL,
     "lanes along time, words": SMALL | {"l": 24},
+    "lanes along time, B and C in place": SMALL | {"l": 24, "dtype": torch.float16},
     "whole blocks of time": {"b": 1, "d": 2, "n": 2, "l": 512, "dtype": torch.float16, "graded": False},
     "chunks of time": {"b": 1, "d": 2, "n": 1, "l": 76},
 }
