@@ -112,15 +112,16 @@ def _importable():
         vars(main).update(hidden)
 
 
-class Step(common.Suite):
+class FullStep(common.Suite):
     """Four blocks of width 128, one sequence of 2,048 steps, float32."""
 
-    params = ((2,), ("pass",))
+    params = ((1, 2, 4), ("pass", "gather"))
     param_names = ("ranks", "schedule")
     version = VERSION
     timeout = 300.0
 
     def setup(self, ranks, schedule):
+        common.require_full()
         common.require("projecta", "parallel")
         gpu = common.device().type == "cuda"
         if ranks > (torch.cuda.device_count() if gpu else 2):
@@ -139,13 +140,3 @@ class Step(common.Suite):
     def teardown(self, ranks, schedule):
         if hasattr(self, "ranks"):
             self.ranks.stop()
-
-
-class FullStep(Step):
-    """Each number of ranks, and both schedules."""
-
-    params = ((1, 2, 4), ("pass", "gather"))
-
-    def setup(self, ranks, schedule):
-        common.require_full()
-        super().setup(ranks, schedule)
