@@ -26,6 +26,7 @@ from torch import Tensor
 from projecta._checks import Checker
 from projecta._operators import refuse_tangents
 from projecta.mrss import reference
+from projecta.mrss.bands import scan_bands
 from projecta.mrss.reference import MrssState as MrssState
 from projecta.scan import choose_backend
 from projecta.scan._arguments import canonical_arguments
@@ -86,7 +87,7 @@ def mrss_scan(
             periods of 1 alone the bits are those of `selective_scan`.
         initial_state: as in `selective_scan`, or a `MrssState` of an earlier piece of the sequence; then the
             last state is a `MrssState` too. The tokens of the first block read 0 with a tensor.
-        backend: as in `selective_scan`; "cpu" joins the blocks' sums and the scan in one operator.
+        backend: as in `selective_scan`; "cpu" and "triton" sum and read blocks in kernels of their own.
 
     Returns:
         y (b, d, l); with `return_last_state` also the last state, for which a short last block has ended, or
@@ -124,8 +125,8 @@ def mrss_scan(
 def _scan_bands(inputs: Inputs, softplus: bool, cut: list, module: Any, name: str) -> tuple[Tensor, Tensor]:
     """y and the last state, band by band."""
     fused = None
-    if name == "cpu" and not torch.compiler.is_compiling():
-        fused = import_module("projecta.mrss.cpu").scan_bands(inputs, softplus, cut)
+    if name in ("cpu", "triton") and not torch.compiler.is_compiling():
+        fused = scan_bands(inputs, softplus, cut, import_module(f"projecta.mrss.{name}"))
     if fused is not None:
         return fused
     parts = []

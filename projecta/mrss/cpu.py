@@ -2,11 +2,9 @@
 
 A coarse band takes one pass over u, delta, z and y: a tile of tokens is summed over its blocks, the scan's
 own loop advances the states by these, and the tile's y is written. With gradients the values of each block
-are kept. The backward pass goes from tokens to blocks, through the scan's kernel, and back to tokens. Bands
-read and write the caller's tensors in place.
+are kept. The backward pass goes from tokens to blocks, through the scan's kernel, and back to tokens.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +29,9 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner, run
-from projecta._operators import differentiable, is_plain
-from projecta.mrss.reference import Cut, block_means, channels_of, cut_blocks
+from projecta.mrss.reference import block_means, cut_blocks
 from projecta.scan._operator import Inputs
-from projecta.scan.cpu import launch
+from projecta.scan.cpu import launch as scan
 from projecta.scan.cpu.forward import States, advance_any, save_states
 from projecta.scan.cpu.layout import CHUNK, UNROLL, Layout, Steps, saved_shape
 from projecta.scan.cpu.tiles import (
@@ -49,6 +46,8 @@ from projecta.scan.cpu.tiles import (
     write_rows,
     write_vectors,
 )  # fmt: skip
+
+NAME = "cpu"
 
 
 class Band(NamedTuple):
@@ -300,7 +299,7 @@ def pool_back(counter, items, band, x, D, bias, means, spans, dmeans, dspans, du
     fence()
 
 
-class _Coarse:
+class Coarse:
     """One coarse band of a call."""
 
     def __init__(self, inputs: Inputs, softplus: bool, period: int):
@@ -365,7 +364,8 @@ class _Coarse:
         )  # fmt: skip
         return [saved, x, span, blocks]
 
-    def backward(self, grad_y: Tensor, grad_last: Tensor, kept: list[Tensor], grads: Inputs) -> None:
+    def backward(self, grad_y: Tensor, grad_last: Tensor, kept: list[Tensor], grads: Inputs) -> tuple:
+        """Write the gradients; return those of B and C by block, for `spread`."""
         saved, x, span, blocks = kept
         tokens, D = self.tokens(grad_y), self.channels(self.inputs.D)
         dblocks, dx, dspan = self.new(), self.new(), self.new()
@@ -374,7 +374,7 @@ class _Coarse:
         self.run(expand_back, tokens, D, _whole(blocks), *memory(dz), _whole(dblocks), flat(sums[0]))
         own = self.scan(x, span)
         dB, dC = torch.empty_like(self.B), torch.empty_like(self.C)
-        launch.backward_pass(
+        scan.backward_pass(
             dblocks, grad_last, saved, own, False,
             Inputs(dx, dspan, grads.A, dB, dC, None, None, None, grads.initial_state),
         )  # fmt: skip
@@ -386,69 +386,28 @@ class _Coarse:
         for grad, each in ((grads.D, sums[0]), (grads.delta_bias, sums[1])):
             if grad is not None:
                 grad.copy_(each[:, : self.d].sum(0))
-        for grad, each in ((grads.B, dB), (grads.C, dC)):
-            if grad.dim() == 2:
-                grad.copy_(each)
-            else:
-                grad.copy_((each / self.blocks.sizes.to(self.real))[..., self.blocks.of])
+        return dB, dC
+
+    def spread(self, gradient: Tensor, to: Tensor, add: bool) -> None:
+        """Write the gradient of B or C by block to that by token, or add it."""
+        if to.dim() == 4:
+            gradient = (gradient / self.blocks.sizes.to(self.real))[..., self.blocks.of]
+        if add:
+            to.add_(gradient)
+        else:
+            to.copy_(gradient)
 
 
 def _whole(t: Tensor) -> np.ndarray:
-    """The memory of a tensor from `_Coarse.new`, with its padding."""
+    """The memory of a tensor from `Coarse.new`, with its padding."""
     return flat(t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,)))
 
 
-def scan_bands(inputs: Inputs, softplus: bool, cut: Cut) -> tuple[Tensor, Tensor] | None:
-    """y and the last state; None if the call needs torch's operators."""
-    if inputs.A.is_complex() or not is_plain(inputs):
-        return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        forward = partial(_forward, softplus, cut, True)
-        return differentiable("mrss_scan", "cpu", forward, partial(_backward, softplus, cut), inputs)
-    return _forward(softplus, cut, False, *inputs)[0]
+def new_like(t: Tensor) -> Tensor:
+    new = torch.empty_like(t)
+    in_large_pages(new)
+    return new
 
 
-def _forward(softplus: bool, cut: Cut, save: bool, *tensors: Any) -> tuple[tuple[Tensor, Tensor], tuple]:
-    inputs, kept = Inputs(*tensors), []
-    y, bounds, A = torch.empty_like(inputs.u), inputs.cu_seqlens, inputs.A
-    in_large_pages(y)
-    sequences, lasts = len(inputs.u) if bounds is None else len(bounds) - 1, []
-    for span, period in cut:
-        own = channels_of(inputs, span)
-        lasts.append(A.new_empty(sequences, *own.A.shape))
-        if period == 1:
-            kept.append(A.new_empty(saved_shape(own, sequences, 8) if save else 0))
-            launch.forward_pass(own, softplus, y[:, span], lasts[-1], kept[-1])
-        else:
-            kept += _Coarse(own, softplus, period).forward(y[:, span], lasts[-1], save)
-    return (y, torch.cat(lasts, 1)), tuple(kept)
-
-
-def _backward(softplus: bool, cut: Cut, grads: tuple, kept: tuple, given: tuple) -> list[Tensor | None]:
-    inputs, parts, (grad_y, grad_last) = Inputs(*given), list(kept), grads
-    bounds, A = inputs.cu_seqlens, inputs.A
-    grad_y = torch.zeros_like(inputs.u) if grad_y is None else grad_y
-    if grad_last is None:
-        grad_last = A.new_zeros(len(inputs.u) if bounds is None else len(bounds) - 1, *A.shape)
-    found: list[Any] = [None if t is None else torch.empty_like(t) for t in inputs[:9]]
-    in_large_pages(*found)
-    for i in (3, 4):  # of all bands
-        found[i] = torch.zeros_like(inputs[i], dtype=A.dtype)  # type: ignore[arg-type]
-    starts: list[Any] = []
-    for span, period in cut:
-        own, to = channels_of(inputs, span), channels_of(Inputs(*found), span)
-        dB, dC = (torch.empty_like(t, dtype=A.dtype) for t in (to.B, to.C))
-        start = None if own.initial_state is None else torch.empty(own.initial_state.shape, dtype=A.dtype)
-        to, sums = to._replace(B=dB, C=dC, initial_state=start), (to.B, to.C)
-        last = grad_last[:, span].contiguous()
-        if period == 1:
-            launch.backward_pass(grad_y[:, span], last, parts.pop(0), own, softplus, to)
-        else:
-            band, (mine, parts) = _Coarse(own, softplus, period), (parts[:4], parts[4:])
-            band.backward(grad_y[:, span], last, mine, to)
-        sums[0].add_(dB)
-        sums[1].add_(dC)
-        starts.append(start)
-    if inputs.initial_state is not None:
-        found[8] = torch.cat(starts, 1)
-    return [*(None if t is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=False)), None]
+def may_run_beside(u: Tensor) -> bool:
+    return False  # each band takes all threads

@@ -30,17 +30,11 @@ def forward_pass(
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
         return
     with torch.cuda.device_of(y):
-        layout = _layout(inputs, delta_softplus, saved, with_output, log_A, reverse)
+        layout = cached(
+            lambda: Layout(inputs, delta_softplus, saved, with_output, log_A, reverse),
+            (*inputs, y), delta_softplus, saved.numel(), with_output, log_A, reverse, y.device,
+        )  # fmt: skip
         _launch_forward(layout, inputs, y, last_state, saved)
-
-
-def _layout(
-    inputs: Inputs, delta_softplus: bool, saved: Tensor, with_output: bool, log_A: bool, reverse: bool
-) -> Layout:  # fmt: skip
-    return cached(
-        lambda: Layout(inputs, delta_softplus, saved, with_output, log_A, reverse),
-        inputs, delta_softplus, saved.numel(), with_output, log_A, reverse, inputs.u.device,
-    )  # fmt: skip
 
 
 def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
@@ -112,7 +106,7 @@ def backward_pass(
     with torch.cuda.device_of(u):
         layout = cached(
             lambda: Layout(inputs, delta_softplus, saved, gated is None, log_A, reverse),
-            (*inputs, grad_y, grad_last, saved, gated), delta_softplus, log_A, reverse, u.device,
+            (*inputs, grad_y, grad_last, saved, gated, *grads), delta_softplus, log_A, reverse, u.device,
         )  # fmt: skip
         _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated)
 

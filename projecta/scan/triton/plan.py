@@ -21,6 +21,9 @@ PROGRAMS_PER_PROCESSOR = 3  # programs that a processor holds at a time
 PARTS, SHORTEST = 64, 8  # maximum chunks; minimum slabs per chunk
 
 
+SHORT = 32  # slabs up to which lanes along time, of which each has two, are half idle
+
+
 LONG_CHUNK = 40  # slabs per chunk from which on chunks beat lanes along time, if u is float32
 
 
@@ -44,7 +47,8 @@ def plan(
     whole = Plan(False, 1, slabs)
     programs = b * groups * -(-(d // groups) * lanes_of(n) // (32 * WARPS))
     fill = PROGRAMS_PER_PROCESSOR * processors // programs
-    if packed or fill < 2:
+    short = not saves and slabs <= SHORT and programs >= processors
+    if packed or fill < 2 or short:
         return whole
     parts = min(fill, PARTS, slabs // SHORTEST)
     if not saves and n <= 32:
