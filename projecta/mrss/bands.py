@@ -93,8 +93,8 @@ def _backward(
             band = backend.Coarse(own, softplus, period)
             parts = band.backward(grad_y[:, span], last, saved[span.start], to)
             return start, [
-                partial(band.spread, part, target, not only)
-                for part, target, only in zip(parts, targets, alone, strict=True)
+                partial(band.spread, name, part, target, not only)
+                for name, part, target, only in zip("BC", parts, targets, alone, strict=True)
             ]
         dB, dC = (t if only else torch.empty_like(t) for t, only in zip(targets, alone, strict=True))
         to = to._replace(B=dB, C=dC)

@@ -388,8 +388,8 @@ class Coarse:
                 grad.copy_(each[:, : self.d].sum(0))
         return dB, dC
 
-    def spread(self, gradient: Tensor, to: Tensor, add: bool) -> None:
-        """Write the gradient of B or C by block to that by token, or add it."""
+    def spread(self, name: str, gradient: Tensor, to: Tensor, add: bool) -> None:
+        """Write the gradient of B or C (`name`) by block to that by token, or add it."""
         if to.dim() == 4:
             gradient = (gradient / self.blocks.sizes.to(self.real))[..., self.blocks.of]
         if add:

@@ -252,9 +252,7 @@ class Coarse:
         self.leads = None
         if bounds is not None:
             self.extent["begins"], self.extent["sizes"], self.leads = _packed_blocks(bounds, self.blocks)
-        B, C = (self._means(t) for t in (inputs.B, inputs.C))
-        start = inputs.initial_state
-        self.call = Inputs(u, u, inputs.A, B, C, None, None, None, start, self.blocks.bounds)
+        self.launches: dict = {}
 
     def _tiles(self, like: Tensor) -> tuple[dict[str, int], int, int]:
         """A tile that suits the memory of `like` (b, d, l); how many there are over channels and blocks."""
@@ -268,7 +266,7 @@ class Coarse:
 
     def _start(
         self, kernel: Any, tensors: dict[str, Tensor | None], strides: dict[str, Tensor | None], like: Tensor,
-        **options: Any,
+        name: str = "", **options: Any,
     ) -> None:  # fmt: skip
         period = self.blocks.period
 
@@ -282,20 +280,30 @@ class Coarse:
             shape |= {"PERIOD": period, "WHOLE": whole}
             return (len(like) * tiles * parts,), sizes, shape | options
 
-        launches = cached(dict, tensors.values(), self.l, period, *options.values(), like.device)
-        start_kernel(launches, kernel, tensors, describe)
+        start_kernel(self.launches, kernel, tensors, describe, name)
 
     def _new(self, *shape: int) -> Tensor:
         return self.inputs.A.new_empty(shape or (self.b, self.d, self.blocks.number))
 
-    def _means(self, t: Tensor) -> Tensor:
+    def _launches_of(self, *others: Tensor | None) -> dict:
+        """The compiled launches of calls whose tensors differ from these in values only."""
+        tensors = *self.inputs, *others
+        return cached(dict, tensors, "mrss", self.softplus, self.blocks.period, self.inputs.u.device)
+
+    def _scan(self, x: Tensor, span: Tensor) -> Inputs:
+        """The inputs of the scan of the blocks."""
+        _, _, A, B, C, *_, start, _ = self.inputs
+        B, C = self._means("B", B), self._means("C", C)
+        return Inputs(x, span, A, B, C, None, None, None, start, self.blocks.bounds)
+
+    def _means(self, name: str, t: Tensor) -> Tensor:
         """B or C (b, g, n, l) as (b, g, n, blocks); constant ones as they are."""
         if t.dim() == 2:
             return t
         flat = t.flatten(1, 2)
         mean = self._new(*flat.shape[:2], self.blocks.number)
         tensors = {"u": flat, "delta": None, "bias": None, **self.extent, "x": mean, "span": None}
-        self._start(pool, tensors, {"u": flat, "s": None}, flat, SOFTPLUS=False)
+        self._start(pool, tensors, {"u": flat, "s": None}, flat, name, SOFTPLUS=False)
         return mean.unflatten(1, t.shape[1:3])
 
     def _sums(self) -> Tensor:
@@ -304,10 +312,11 @@ class Coarse:
 
     def forward(self, y: Tensor, last: Tensor, save: bool) -> list[Tensor]:
         u, delta, _, _, _, D, z, bias, *_ = self.inputs
+        self.launches = self._launches_of(y)
         x, span, values = self._new(), self._new(), self._new()
         tensors = {"u": u, "delta": delta, "bias": bias, **self.extent, "x": x, "span": span}
         self._start(pool, tensors, {"u": u, "s": delta}, u, SOFTPLUS=self.softplus)
-        own = self.call._replace(u=x, delta=span)
+        own = self._scan(x, span)
         saved = self._new(*(scan.saved_shape(own, self.sequences, 8) if save else (0,)))
         scan.forward_pass(own, False, values, last, saved)
         tensors = {"values": values, "u": u, "z": z, "D": D, **self.extent, "leads": self.leads, "y": y}
@@ -318,13 +327,14 @@ class Coarse:
         """Write the gradients; return those of B and C by block, for `spread`."""
         u, delta, _, _, _, D, z, bias, *_ = self.inputs
         saved, x, span, values = kept
+        self.launches = self._launches_of(grad_y, *grads)
         dvalues, dx, dspan, by_D, by_bias = self._new(), self._new(), self._new(), self._sums(), self._sums()
         tensors = {
             "values": values, "u": u, "z": z, "D": D, **self.extent, "leads": self.leads, "grad_y": grad_y,
             "dvalues": dvalues, "dz": grads.z, "sums": by_D,
         }  # fmt: skip
         self._start(expand_back, tensors, {"u": u, "z": z, "g": grad_y, "dz": grads.z}, u)
-        own = self.call._replace(u=x, delta=span)
+        own = self._scan(x, span)
         dB, dC = (torch.empty_like(t) for t in (own.B, own.C))
         to = Inputs(dx, dspan, grads.A, dB, dC, None, None, None, grads.initial_state)
         scan.backward_pass(dvalues, grad_last, saved, own, False, to)
@@ -339,14 +349,14 @@ class Coarse:
                 grad.copy_(each.sum(0))
         return dB, dC
 
-    def spread(self, gradient: Tensor, to: Tensor, add: bool) -> None:
-        """Write the gradient of B or C by block to that by token, or add it."""
+    def spread(self, name: str, gradient: Tensor, to: Tensor, add: bool) -> None:
+        """Write the gradient of B or C (`name`) by block to that by token, or add it."""
         if to.dim() == 2:
             to.copy_(gradient)
             return
         flat = to.flatten(1, 2)  # a view: `to` holds its groups and states densely
         tensors = {"values": gradient, **self.extent, "y": flat}
-        self._start(spread, tensors, {"y": flat}, flat, ADD=add)
+        self._start(spread, tensors, {"y": flat}, flat, f"spread {name}", ADD=add)
 
 
 def _packed_blocks(bounds: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:

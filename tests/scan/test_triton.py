@@ -53,7 +53,7 @@ SAVED_RARELY = ("length 33", "whole slabs", "packed", "float16, odd")
 ARCHITECTURES = (75, 80, 90, 100)
 
 
-def plan_of(mode, b, d, l, n, groups, packed, saves, wide, processors):
+def plan_of(mode, b, d, l, n, groups, packed, saves, wide, along, processors):
     from projecta.scan.triton.plan import Plan
 
     slabs = -(-l // 8)
@@ -506,13 +506,13 @@ def _check_plan():
     }
     for (b, d, l), cases in table.items():
         for (saves, wide), expected in cases.items():
-            times, parts, chunk = plan(b, d, l, 16, 1, False, saves, wide, 132)
+            times, parts, chunk = plan(b, d, l, 16, 1, False, saves, wide, True, 132)
             assert (times, parts) == expected, (b, d, l, saves, wide)
             assert (parts - 1) * chunk < -(-l // 8) <= parts * chunk  # every chunk has a slab
     for l in range(1, 3000, 7):
         for d in (1, 8, 100, 1000):
             for saves in (False, True):
-                _, parts, chunk = plan(1, d, l, 16, 1, False, saves, True, 132)
+                _, parts, chunk = plan(1, d, l, 16, 1, False, saves, True, True, 132)
                 assert (parts - 1) * chunk < -(-l // 8) <= parts * chunk, (d, l, saves)
 
 

@@ -38,7 +38,7 @@ class Layout:
         self.least = min(t.element_size() for t in (u, inputs.delta, inputs.z) if t is not None)
         self.plan = plan(
             self.sequences, self.d, self.l, self.n, self.g, self.packed, saved.numel() > 0, self.size == 4,
-            self.processors,
+            all(t.stride(2) == 1 for t in (u, inputs.delta, inputs.z) if t is not None), self.processors,
         )  # fmt: skip
         self.padded = padded_states(self.n)
         self.lanes = lanes_of(self.n)

@@ -37,11 +37,13 @@ WARPS = 4  # of a program that reads B and C through shared memory
 
 
 def plan(
-    b: int, d: int, l: int, n: int, groups: int, packed: bool, saves: bool, wide: bool, processors: int
-) -> Plan:
+    b: int, d: int, l: int, n: int, groups: int, packed: bool, saves: bool, wide: bool, along: bool,
+    processors: int,
+) -> Plan:  # fmt: skip
     """Choose the number of chunks of time that fill the GPU's processors once, or lanes along time.
 
-    `saves`: a backward pass will follow. `wide`: u is float32. Measured on an H100 (132 processors).
+    `saves`: a backward pass will follow. `wide`: u is float32. `along`: time is last in memory.
+    Measured on an H100 (132 processors).
     """
     slabs = -(-l // SLAB)
     whole = Plan(False, 1, slabs)
@@ -53,9 +55,9 @@ def plan(
     parts = min(fill, PARTS, slabs // SHORTEST)
     if not saves and n <= 32:
         many = b * d >= CHANNELS_TO_FILL * processors or parts < 2
-        if many and (not wide or slabs < LONG_CHUNK * fill):
+        if along and many and (not wide or slabs < LONG_CHUNK * fill):
             return Plan(True, 1, slabs)
-        if wide and fill == 2:  # scanning the first half twice costs what two chunks gain
+        if fill == 2 and (wide or not along):  # scanning the first half twice costs what two chunks gain
             return whole
     if parts < 2:
         return whole
