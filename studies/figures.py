@@ -333,6 +333,29 @@ def mrss_time() -> str:
     return table(["pass", "scan", *(f"l = {l}" for l in columns)], rows)
 
 
+def mrss_gpu() -> str:
+    """MRSS beside the full scan on a GPU: times by replay of a CUDA graph, and relative to the full scan."""
+    found = read("mrss_gpu.csv")
+    inputs = ["dtype", "batch", "length", "last", "pass"]
+    known = {(*(r[name] for name in inputs), r["scan"]): r for r in found}
+    ways = [
+        name for name in dict.fromkeys(r["scan"] for r in found) if name not in ("full scan", "half per 4")
+    ]
+    rows = []
+    for key in dict.fromkeys(tuple(r[name] for name in inputs) for r in found):
+        full, own = known[*key, "full scan"], known[*key, "half per 8"]
+        dtype, batch, length, last, way = key
+        shares = [float(known[*key, name]["graph_ms"]) / float(full["graph_ms"]) for name in ways]
+        more = [float(own[name]) / float(full[name]) for name in ("peak_mib", "eager_ms")]
+        rows.append(
+            [f"{dtype}, b {batch}, l {length}, {last} last", way, ms(full["graph_ms"])]
+            + [f"{share:.2f}" for share in (*shares, *more)]
+        )
+    return table(
+        ["inputs", "pass", "full scan", *ways, "memory, half per 8", "called eagerly, half per 8"], rows
+    )
+
+
 def _false_alarms(tool: str) -> tuple[int, int]:
     """REGRESSED gates on identical code, and all gates. gate_rates.csv has several rows per gate."""
     by_gate: dict[tuple[str, str], list[str]] = {}
@@ -434,6 +457,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         vision_figures.vision_gpu,
         mrss_accuracy,
         mrss_time,
+        mrss_gpu,
         gate_rates,
         compat_tests,
         histories,

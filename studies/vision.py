@@ -83,7 +83,7 @@ def main() -> None:
     rows: list[Row] = []
     for size, pixels, batch, keep in cases():
         images = torch.randn(batch, 3, pixels, pixels, device="cuda", dtype=torch.bfloat16)
-        for tower in TOWERS if batch == LARGE_BATCH else TOWERS[:2]:  # MRSS has no GPU kernels
+        for tower in TOWERS if batch == LARGE_BATCH else TOWERS[:2]:
             model = models[tower, size]
             with prune(model, Plan(keep=keep, score="norm", at=0)):
                 call = call_of(model, images)

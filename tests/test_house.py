@@ -22,7 +22,7 @@ ARROWS = {  # part of the package: the parts that it may import
     "_triton": set(),
     "scan": {"_backends", "_checks", "_operators", "_cpu", "_triton"},
     "conv": {"_backends", "_checks", "_operators", "_cpu", "_triton"},
-    "mrss": {"_backends", "_checks", "_operators", "_cpu", "scan"},
+    "mrss": {"_backends", "_checks", "_operators", "_cpu", "_triton", "scan"},
     "parallel": {"_checks"},
     "mamba": {"_backends", "_checks", "_operators", "_triton", "conv", "mrss", "parallel", "scan"},
     "compat": {"_checks", "conv", "mamba", "scan"},

@@ -52,6 +52,44 @@ def test_outputs_and_gradients_are_those_of_the_formula(case, on):
         assert error <= tolerance * wanted.detach().abs().max().clamp_min(1.0), name
 
 
+GPU = {
+    **{name: case for name, case in CASES.items() if name not in ("complex", "float64", "many channels")},
+    "channels last": {"d": 40, "l": 17},
+    "float16": {"dtype": torch.float16, "l": 32},
+}
+PERIODS = {"half per 4": COARSE, "all per 3": ((1.0, 3),), "three bands": ((0.25, 100), (0.25, 1), (0.5, 8))}
+
+
+def _errors_on_a_gpu(case, bands):
+    """The error of each output and gradient, over the largest value, in the interpreter."""
+    torch.manual_seed(0)
+    arguments = make_scan(**{"d": 8, "n": 3, **GPU[case]})
+    if case == "channels last":
+        arguments |= {k: arguments[k].mT.contiguous().mT for k in ("u", "delta", "z", "B", "C")}
+    truth = run({name: widen(t) for name, t in arguments.items()}, bands=bands, backend="reference")
+    got = run(arguments, bands=bands, backend="triton")
+    with torch.no_grad():
+        got["y alone"] = mrss_scan(**arguments, delta_softplus=True, bands=bands, backend="triton")
+    truth["y alone"] = truth["y"]
+    return {
+        name: float(
+            (widen(got[name].detach()) - t.detach()).abs().max() / t.detach().abs().max().clamp_min(1)
+        )
+        for name, t in truth.items()
+        if t is not None and t.numel()
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "periods"),
+    [(c, p) for c in GPU for p in PERIODS if p == "half per 4" or c in ("plain", "packed", "channels last")],
+)
+def test_the_kernels_of_the_gpu_are_those_of_the_formula(interpreter, case, periods):
+    found = interpreter.submit(_errors_on_a_gpu, case, PERIODS[periods]).result(timeout=300)
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(GPU[case].get("dtype"), 2e-6)
+    assert {name: error for name, error in found.items() if not error <= tolerance} == {}
+
+
 def plain(u, delta, A, B, C, D, z, period):
     """The formula of the module, in a loop over blocks, of one coarse band."""
     y = torch.zeros_like(u)

@@ -225,6 +225,8 @@ def _module_of(kernel):
     places = {"forward": "forward", "backward": "backward", "carry": "backward"}
     if "convolve" in kernel or kernel == "sum_totals":
         return "projecta.conv.triton.kernels"
+    if kernel.partition("_")[0] in ("pool", "expand", "spread"):
+        return "projecta.mrss.triton"
     return "projecta.scan.triton." + places.get(kernel.partition("_")[0], "pack_and_step")
 
 
@@ -246,12 +248,18 @@ def _compile(kernel, element, architecture, constants):
         "B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start", "weight", "dweight",
     }  # fmt: skip
 
+    by_block = {"x", "span", "values", "dx", "dspan", "dvalues"} if "mrss" in function.__module__ else set()
+
     def kind(name):
         if name in constants:
             return "constexpr"
+        if name in by_block:
+            return "*fp32"
         if name in own or (name in {"B", "C", "dB", "dC"} and "pack_and_step" in _module_of(kernel)):
             return "*" + element
-        return "*fp32" if name in wide else "*i32" if name == "bounds" else "i32"
+        return (
+            "*fp32" if name in wide else "*i32" if name in {"bounds", "begins", "sizes", "leads"} else "i32"
+        )
 
     warps = constants.get("THREADS", 32) // 32 * constants.get("WARPS", 1)
     constants = {name: value for name, value in constants.items() if name in names}
@@ -280,6 +288,11 @@ _SCAN = {
     "bounds": None, "SOFTPLUS": True, "LOG_A": False, "STEADY_B": False, "STEADY_C": False, "WIDE": True, "WHOLE": True, "N": 16,
     "LANES": 4, "CHANNELS": 8, "WARPS": 4,
 }  # fmt: skip
+_MRSS = {
+    "begins": None, "sizes": None, "leads": None, "SOFTPLUS": True, "PERIOD": 8, "STEPS": 8, "WHOLE": True,
+    "CHANNELS": 1, "BLOCKS": 128, "WARPS": 4, "ul": 1, "sl": 1, "zl": 1, "yl": 1, "gl": 1,
+}  # fmt: skip
+_ACROSS = _MRSS | {"CHANNELS": 32, "BLOCKS": 4, "WARPS": 1, "ud": 1, "sd": 1, "zd": 1, "yd": 1, "gd": 1}
 KERNELS = {
     "forward_states": _SCAN | {"start": None, "UNROLL": 4, "EVERY": 1},
     "forward_times": _SCAN | {"start": None, "WARPS": 1, "NATIVE": False, "PIN": True},
@@ -298,6 +311,9 @@ KERNELS = {
     "convolve_backward_start": {"bounds": None, "WIDTH": 4, "SILU": True, "BLOCK": 128, "WARPS": 4},
     "convolve_step": {"WIDTH": 4, "SILU": True, "BLOCK": 128, "KEPT": 3, "WARPS": 4},
     "sum_totals": {"WIDTH": 4, "BLOCK": 128, "WARPS": 4},
+    **{name: _MRSS for name in ("pool", "expand", "expand_back", "pool_back")},
+    **{f"{name}, channels last": _ACROSS for name in ("pool", "expand_back", "pool_back")},
+    "spread": _MRSS | {"ADD": True},
     "update_state": {
         "SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WHOLE": True, "RANK": 48,
         "WARPS": 4,
