@@ -20,10 +20,14 @@ from typing import Any, NoReturn
 import torch
 from asv_runner.benchmarks.mark import SkipNotImplemented
 
+with contextlib.suppress(ImportError):
+    import numba  # noqa: F401  once, before the forks
+
 LENGTHS = (512, 2048, 8192)
 PEAK_LENGTHS = (2048, 8192)
 LONG_LENGTHS = (2048, 8192, 32768, 65536)
 FULL = os.environ.get("PROJECTA_FULL") == "1"
+CHECKED = os.environ.get("PROJECTA_CHECKED") == "1"  # the gate's first pair has checked the same results
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}  # backends that need one device type
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of glibc's malloc.h
 

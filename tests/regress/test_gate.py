@@ -320,6 +320,28 @@ def test_time_that_runs_out_is_inconclusive(project):
     assert "more pairs are needed" in text
 
 
+def test_the_first_pair_alone_is_asked_for_checks(workplace, monkeypatch):
+    monkeypatch.setattr(pair, "MOST", 5)
+    suite = f"""
+        import os
+        class Work:
+            def setup(self):
+                with open({str(workplace / ".asv/seen")!r}, "a") as file:
+                    print(os.environ.get("PROJECTA_CHECKED", "check"), file=file)
+            def time_work(self):
+                pass
+    """
+    foreign.make(workplace, suite)
+    foreign.commit(workplace, "one", work="A = 1")
+    foreign.commit(workplace, "two", work="A = 2")
+    assert run("gate", "HEAD^", "--budget", "0")[0] in (0, 5)
+    seen = (workplace / ".asv/seen").read_text().split()
+    first = seen.index("1")  # asv calls setup before each sample
+    assert 0 < first < len(seen)
+    assert set(seen[:first]) == {"check"}
+    assert set(seen[first:]) == {"1"}
+
+
 @pytest.mark.serial
 def test_broken_beats_all_but_regressed(project):
     code, text = run("gate", "HEAD^", "--bench", "track_broken|track_absent")

@@ -172,7 +172,7 @@ def run_session(
                 break
             order = SIDES if pair % 2 == 0 else SIDES[::-1]
             for name in order:
-                workers[name].restart(trace=pair == 0 and changed is not None)
+                workers[name].restart(pair == 0 and changed is not None, checked=pair > 0)
             for row in open_rows:
                 for name, outcome in measure_pair({n: workers[n] for n in order}, row.cases).items():
                     row.outcomes[name].append(outcome)

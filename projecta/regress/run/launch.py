@@ -30,7 +30,7 @@ from projecta.regress.run.case import (
     too_long,
 )
 from projecta.regress.run.group import Guard, end_group
-from projecta.regress.run.worker import TRACE
+from projecta.regress.run.worker import CHECKED, TRACE
 
 
 class Worker:
@@ -45,7 +45,7 @@ class Worker:
         self.build, self.settings = build, dict(settings)
         self.guard = Guard()
         self._process: subprocess.Popen[bytes] | None = None
-        self._trace = False
+        self._trace, self._checked = False, False
         self._folder = Path()  # of the process: what it prints, and a folder for each order
         self._caches: dict[str, tempfile.TemporaryDirectory[str]] = {}
         self._failed_caches: dict[str, Outcome] = {}  # a setup_cache that failed is not tried again
@@ -94,15 +94,20 @@ class Worker:
             return None if found is None else set(found)
         return None
 
-    def restart(self, trace: bool = False) -> None:
-        """End the process, and start another; with `trace` it notes the files that each benchmark reads."""
+    def restart(self, trace: bool = False, checked: bool = False) -> None:
+        """End the process, and start another; with `trace` it notes the files that each benchmark reads.
+
+        `checked` tells the benchmarks that an earlier process has checked their results.
+        """
         self.end()
-        self._trace = trace
+        self._trace, self._checked = trace, checked
         self._folder = Path(tempfile.mkdtemp(prefix="projecta-"))
         own, other = socket.socketpair()
         with (self._folder / "printed").open("wb") as out, other:
             words = [self.build.python, str(WORKER), str(other.fileno()), *self.build.worker_arguments]
-            variables = self.build.variables | ({TRACE: "1"} if trace else {})
+            variables = self.build.variables | {
+                name: "1" for name, wanted in ((TRACE, trace), (CHECKED, checked)) if wanted
+            }
             self._process = self.guard.start(words, out, self._folder, variables, [other.fileno()])
         self._socket, self._incoming, self._outgoing = own, own.makefile("r"), own.makefile("w")
 
@@ -152,7 +157,7 @@ class Worker:
         """A waiting worker process; without fork each order takes a new process."""
         self._case, self._began = case, time.monotonic()
         if self._process is None or self._process.poll() is not None or not self.build.forks:
-            self.restart(self._trace)
+            self.restart(self._trace, self._checked)
         self._mark = (self._folder / "printed").stat().st_size
 
     def _send(self, message: dict[str, Any]) -> None:

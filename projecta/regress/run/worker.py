@@ -15,7 +15,8 @@ Orders arrive over a socket, one JSON object a line:
     {"name": ..., "paired": true}     set up, answer {"ready": true}, then take samples on {"seconds": s}
                                       and answer {"sampled": true}, until {"seconds": 0}
 
-With PROJECTA_TRACE=1 the files that an order has read are written beside its result.
+With PROJECTA_TRACE=1 the files that an order has read are written beside its result. PROJECTA_CHECKED=1 tells
+the benchmarks that an earlier process has checked their results.
 """
 
 from __future__ import annotations  # the environment's Python may be older than projecta's
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 TRACE = "PROJECTA_TRACE"  # set: note the files that each order reads
+CHECKED = "PROJECTA_CHECKED"  # set: an earlier process of the same build has run each benchmark's checks
 SPAWNS = ("subprocess.Popen", "os.posix_spawn", "os.spawn", "os.exec", "os.system", "os.fork", "os.forkpty")
 LEAST = 0.005  # seconds of a sample of a test: its calls are repeated for so long
 
