@@ -51,17 +51,23 @@ def _run(what: str, mode: str, l: int):
     if mode == "captured" and common.device().type != "cuda":
         common.skip("there is no CUDA graph on a CPU")
     x, grad = common.randn(1, l, WIDTH, seed=0), common.randn(1, l, WIDTH, seed=1)
-    block, truth = _block(), _block(double=True)
-    state = block.initial_state(1)
-    run = functools.partial(_call, what, block, x, grad, state)
+    block = _block()
+    run = functools.partial(_call, what, block, x, grad, block.initial_state(1))
+    if not common.CHECKED:
+        _check(what, block, x, grad)
+    run()  # compiles what this length needs
+    return _captured(run) if mode == "captured" else run
+
+
+def _check(what: str, block, x: torch.Tensor, grad: torch.Tensor) -> None:
+    """Compare a pass over the first tokens with that of the float64 block."""
+    truth, l = _block(double=True), x.shape[1]
     short = min(l, 32)  # the block is causal; gradients are checked on the first tokens
     got = _call(what, block, x[:, :short].clone(), grad[:, :short], block.initial_state(1))
     wide = [t[:, :short].detach().cpu().double() for t in (x, grad)]
     wanted = _call(what, truth, *wide, truth.initial_state(1))
     for i, (g, t) in enumerate(zip(got, wanted, strict=True)):
         common.check_close(f"{what} result {i}", g.detach(), t.detach(), 1e-4)
-    run()  # compiles what this length needs
-    return _captured(run) if mode == "captured" else run
 
 
 def _captured(run):
