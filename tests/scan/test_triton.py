@@ -311,9 +311,9 @@ KERNELS = {
     "convolve_backward_start": {"bounds": None, "WIDTH": 4, "SILU": True, "BLOCK": 128, "WARPS": 4},
     "convolve_step": {"WIDTH": 4, "SILU": True, "BLOCK": 128, "KEPT": 3, "WARPS": 4},
     "sum_totals": {"WIDTH": 4, "BLOCK": 128, "WARPS": 4},
-    **{name: _MRSS for name in ("pool", "expand", "expand_back", "pool_back")},
+    **{f"{name}, time last": _MRSS for name in ("pool", "expand", "expand_back", "pool_back")},
     **{f"{name}, channels last": _ACROSS for name in ("pool", "expand_back", "pool_back")},
-    "spread": _MRSS | {"ADD": True},
+    "spread, added": _MRSS | {"ADD": True},
     "update_state": {
         "SOFTPLUS": True, "LOG_A": False, "CHANNELS": 64, "N": 16, "GROUPED": False, "WHOLE": True, "RANK": 48,
         "WARPS": 4,
