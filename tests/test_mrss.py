@@ -58,6 +58,7 @@ GPU = {
         for name in ("plain", "constant B", "groups", "no gate", "bare", "packed", "bfloat16")
     },
     "channels last": {"d": 40, "l": 17},
+    "groups, channels last": {"g": 2, "l": 17},
     "whole blocks of float16": {"dtype": torch.float16, "l": 32},
 }
 PERIODS = {"half per 4": COARSE, "three bands": ((0.25, 100), (0.25, 1), (0.5, 3))}
@@ -67,8 +68,9 @@ def _errors_on_a_gpu(case, bands):
     """The error of each output and gradient, over the largest value, in the interpreter."""
     torch.manual_seed(0)
     arguments = make_scan(**{"d": 8, "n": 3, **GPU[case]})
-    if case == "channels last":
+    if "channels last" in case:
         arguments |= {k: arguments[k].mT.contiguous().mT for k in ("u", "delta", "z", "B", "C")}
+        arguments |= {k: torch.stack([arguments[k]] * 2, -1)[..., 0] for k in ("D", "delta_bias")}
     truth = run({name: widen(t) for name, t in arguments.items()}, bands=bands, backend="reference")
     got = run(arguments, bands=bands, backend="triton")
     with torch.no_grad():
@@ -91,6 +93,19 @@ def test_the_kernels_of_the_gpu_are_those_of_the_formula(interpreter, case, peri
     found = interpreter.submit(_errors_on_a_gpu, case, PERIODS[periods]).result(timeout=300)
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(GPU[case].get("dtype"), 2e-6)
     assert {name: error for name, error in found.items() if not error <= tolerance} == {}
+
+
+def _refused_on_a_gpu(**case):
+    try:
+        mrss_scan(**make_scan(**case), backend="triton")
+    except TypeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("case", [{"dtype": torch.float64}, {"complex_A": True}])
+def test_the_gpu_refuses_what_the_scan_refuses_there(interpreter, case):
+    message = interpreter.submit(_refused_on_a_gpu, **case).result(timeout=300)
+    assert "A must be real, and u not float64, for backend 'triton'" in message
 
 
 def plain(u, delta, A, B, C, D, z, period):

@@ -1,7 +1,7 @@
 """MRSS band by band, as one autograd node, for backends with kernels of their own.
 
-Such a backend is a module here with NAME, `scan` (the scan's launches on that device), `Coarse`, `new_like`
-and `may_run_beside`. Bands read and write the caller's tensors in place.
+Such a backend is a module here with NAME, `takes`, `scan` (the scan's launches on that device), `Coarse`,
+`new_like` and `may_run_beside`. Bands read and write the caller's tensors in place.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from projecta.scan._operator import Inputs
 
 def scan_bands(inputs: Inputs, softplus: bool, cut: Cut, backend: ModuleType) -> tuple[Tensor, Tensor] | None:
     """y and the last state; None if the call needs torch's operators."""
-    if inputs.A.is_complex() or not inputs.u.numel() or not is_plain(inputs):
+    if inputs.A.is_complex() or not (inputs.u.numel() and is_plain(inputs) and backend.takes(inputs)):
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         forward = partial(_forward, softplus, cut, backend, True)
@@ -78,7 +78,7 @@ def _backward(
     if grad_last is None:
         grad_last = A.new_zeros(len(inputs.u) if bounds is None else len(bounds) - 1, *A.shape)
     new: list[Any] = [None if t is None else backend.new_like(t) for t in inputs[:9]]
-    new[3:5] = (torch.empty_like(t, dtype=A.dtype) for t in (inputs.B, inputs.C))
+    new[3:5] = (A.new_empty(t.shape) for t in (inputs.B, inputs.C))  # dense: bands write groups of them
     found, parts = Inputs(*new), iter(kept)
     saved = {span.start: [next(parts) for _ in range(1 if period == 1 else 4)] for span, period in cut}
 

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from projecta._triton.launch import cached, ordered_strides, start_kernel
+from projecta._triton.launch import cached, narrow, ordered_strides, start_kernel
 from projecta._triton.warp import constant, sigmoid, softplus
 from projecta.mrss.reference import Blocks, cut_blocks
 from projecta.scan._operator import Inputs
 from projecta.scan.triton import launch as scan
 
 NAME = "triton"
-LARGE = 1 << 26  # elements of u from which on bands run side by side: for fewer, two streams cost the
-LARGE_IN_GRAPH = 1 << 20  # processor more than they gain, but in a CUDA graph
+# Elements of u from which on bands run side by side: a second stream costs the processor time, not in a graph.
+LARGE, LARGE_IN_GRAPH = 1 << 26, 1 << 20
 TINY = constant(1.2e-38)
 new_like = torch.empty_like
 LONGEST, TILE = 64, 1024  # of a tile: most steps of a block, and elements
@@ -244,7 +244,8 @@ class Coarse:
 
     def __init__(self, inputs: Inputs, softplus: bool, period: int):
         u, bounds = inputs.u, inputs.cu_seqlens
-        self.inputs, self.softplus = inputs, softplus
+        D, bias = narrow(inputs.D), narrow(inputs.delta_bias)
+        self.inputs, self.softplus = inputs._replace(D=D, delta_bias=bias), softplus
         self.b, self.d, self.l = u.shape
         self.sequences = self.b if bounds is None else len(bounds) - 1
         self.blocks = cut_blocks(self.l, period, bounds, u.device)
@@ -367,6 +368,11 @@ def _packed_blocks(bounds: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tens
     begins = starts[own] + (k - first[own]) * blocks.period
     sizes = (starts[own + 1] - begins).clamp(0, blocks.period)
     return begins.int(), sizes.int(), (k == first[own]).int()
+
+
+def takes(inputs: Inputs) -> bool:
+    """Whether the arithmetic is float32; the scan refuses or narrows anything else."""
+    return all(t is None or t.dtype != torch.float64 for t in (inputs.A, inputs.delta, inputs.z))
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def test_scans_of_random_strides_agree_with_the_reference(name, calls):
 
 def test_the_multi_resolution_scan_of_random_strides_agrees_with_the_reference():
     draw = random.Random(2)
-    for seed in range(50):
+    for seed in range(100):
         arguments = random_scan(draw)
         if arguments["A"].is_complex():
             continue
