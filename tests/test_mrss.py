@@ -58,7 +58,7 @@ GPU = {
         for name in ("plain", "constant B", "groups", "no gate", "bare", "packed", "bfloat16")
     },
     "channels last": {"d": 40, "l": 17},
-    "groups, channels last": {"g": 2, "l": 17},
+    "groups, channels last": {"g": 4, "l": 17},
     "whole blocks of float16": {"dtype": torch.float16, "l": 32},
 }
 PERIODS = {"half per 4": COARSE, "three bands": ((0.25, 100), (0.25, 1), (0.5, 3))}

@@ -21,7 +21,7 @@ from projecta.scan._operator import Inputs
 from projecta.scan.triton import launch as scan
 
 NAME = "triton"
-# Elements of u from which on bands run side by side: a second stream costs the processor time, not in a graph.
+# Elements of u from which on bands run side by side: outside of a graph a second stream costs processor time.
 LARGE, LARGE_IN_GRAPH = 1 << 26, 1 << 20
 TINY = constant(1.2e-38)
 new_like = torch.empty_like
