@@ -548,6 +548,43 @@ def test_a_repeated_call_is_one_launch(interpreter):
     interpreter.submit(_check_repeats).result(timeout=300)
 
 
+def _check_outputs():
+    """Launches that are kept for a call are another call's, if only the strides of its outputs differ."""
+    from projecta._triton import launch
+    from projecta.scan._operator import Inputs
+    from projecta.scan.triton.launch import backward_pass, forward_pass, saved_shape
+
+    a = make_scan(b=2, d=4, l=9, n=3)
+    inputs = Inputs(
+        *(
+            a[k][:, None] if k in "BC" else a[k]
+            for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+        )
+    )
+    saved, last, found = torch.empty(saved_shape(inputs, 2, 8)), torch.empty(2, 4, 3), []
+    for lay in (torch.empty_like, lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]):
+        y, before = lay(inputs.u), len(launch._known)
+        forward_pass(inputs, True, y, last, saved)
+        found += [y, len(launch._known) - before]
+        before, grads = (
+            len(launch._known),
+            Inputs(
+                *(
+                    lay(t) if t.dim() == 3 and t is not inputs.initial_state else torch.empty_like(t)
+                    for t in inputs[:9]
+                )
+            ),
+        )
+        backward_pass(inputs.u, None, saved, inputs, True, grads)
+        found.append(len(launch._known) - before)
+    assert torch.equal(found[0], found[3])
+    assert [found[i] for i in (1, 2, 4, 5)] == [1, 1, 1, 1]
+
+
+def test_kept_launches_know_the_strides_of_outputs(interpreter):
+    interpreter.submit(_check_outputs).result(timeout=300)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_compiles_from_the_t4_on(compiler, kernel):
     """No tensor cores, no bfloat16 arithmetic for sm_75, little shared memory, few spills."""
