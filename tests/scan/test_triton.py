@@ -525,6 +525,8 @@ def _check_plan():
             times, parts, chunk = plan(b, d, l, 16, 1, False, saves, wide, True, 132)
             assert (times, parts) == expected, (b, d, l, saves, wide)
             assert (parts - 1) * chunk < -(-l // 8) <= parts * chunk  # every chunk has a slab
+    for l, along, expected in ((2048, True, True), (2048, False, False), (256, True, False)):
+        assert plan(8, 768, l, 16, 1, False, False, False, along, 132)[:2] == (expected, 1), (l, along)
     for l in range(1, 3000, 7):
         for d in (1, 8, 100, 1000):
             for saves in (False, True):
