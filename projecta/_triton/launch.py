@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Sizes and strides: the compiled code is the same for all values (see `start_kernel`).
 SIZES = [
     "d", "l", "n", "per_group", "tiles", "slabs", "chunk", "groups", "over", "count", "processors", "parts",
-    "blocks",
+    "links", "blocks",
     *(f"{t}{a}" for t in ("u", "s", "z", "y", "g", "du", "ds", "dz", "dx", "B", "C", "x") for a in "bdl"),
     "Bg", "Bn", "Cg", "Cn", "per_B", "per_C",
 ]  # fmt: skip
@@ -69,7 +69,7 @@ def cached(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:
 
 
 def start_kernel(
-    launches: dict, kernel, tensors: dict[str, Tensor | None], describe: Callable, name: str = ""
+    launches: dict, kernel, tensors: dict[str, Tensor | None], describe: Callable, name: Any = None
 ) -> None:
     """Launch a kernel. Its arguments are `tensors`, in its order, then numbers, then constants.
 

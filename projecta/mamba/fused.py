@@ -227,19 +227,22 @@ def _forward(
     u = made.convolved(conv_start)
     s = torch.mm(w.x_proj, u)
     delta = made.delta(s)
+    link = None
     if where is not None:
-        received[1] = where.receive((b, made.d, made.n), hidden.device)
-        state = state if received[1] is None else received[1]
+        link, before = _link(where, u, (b, made.d, made.n))
+        received[1], state = before, state if before is None else before
     inputs = made.scan_inputs(u, s, delta, state)
     y, last = torch.empty_like(u), u.new_empty(b, made.d, made.n, dtype=torch.float32)
     saved = u.new_empty(scan.saved_states(inputs, b, call.every) if call.every else 0, dtype=torch.float32)
     rows = _rows(y, b, l)
-    repeated(
-        call.records, "scan", inputs[:9], (rows, last, saved),
-        lambda: scan.forward_pass(inputs, True, rows, last, saved, False, log_A=True),
-    )  # fmt: skip
-    if where is not None:
-        where.send(last)
+
+    def launch() -> None:
+        scan.forward_pass(inputs, True, rows, last, saved, False, log_A=True, link=link)
+
+    if link is None:
+        repeated(call.records, "scan", inputs[:9], (rows, last, saved), launch)
+    else:
+        launch()
     if w.out_bias is None:
         out = torch.mm(y.t(), w.out_proj.t())
     else:
@@ -248,6 +251,21 @@ def _forward(
     if call.keep:
         outputs += (made.x[..., l - call.keep :].contiguous(),)
     return outputs, (xz, s, saved, *received)
+
+
+def _link(
+    where: Context, like: Tensor, shape: tuple[int, ...], back: bool = False
+) -> tuple[scan.Link, Tensor | None]:
+    """The scan's link to the ranks beside this one, and where what it receives will be, if it receives."""
+    arriving = (where.after if back else where.before) is not None
+    place = like.new_empty(shape, dtype=torch.float32) if arriving else None
+
+    def receive() -> None:
+        found = where.receive(shape, like.device, back)
+        if place is not None and found is not None:
+            place.copy_(found)
+
+    return scan.Link(receive, lambda t: where.send(t, back)), place
 
 
 def _backward(
@@ -318,17 +336,20 @@ def _scan_backward(
         None if t is None else torch.empty_like(t) for t in (w.A_log, w.D, w.dt_bias, state)
     )  # fmt: skip
     grads = Inputs(rows, inputs.delta, dA, dB, dC, dD, _rows(dxz, b, l, d, d), dbias, dstate)  # type: ignore[arg-type]
+    link = None
     if where is not None:
-        grad_last = where.receive((b, d, made.n), sent.device, back=True)
+        link, grad_last = _link(where, u, (b, d, made.n), back=True)
     if grad_last is not None:
         grad_last = grad_last.contiguous()
-    repeated(  # y takes the place of dx until dx is computed
-        made.records, ("scan back", grad_last is None), (*inputs[:9], rows, grad_last),
-        (saved, dx, *grads[2:9]),
-        lambda: scan.backward_pass(rows, grad_last, saved, inputs, True, grads, dx, log_A=True),
-    )  # fmt: skip
-    if where is not None and dstate is not None:
-        where.send(dstate, back=True)
+
+    def launch() -> None:  # y takes the place of dx until dx is computed
+        scan.backward_pass(rows, grad_last, saved, inputs, True, grads, dx, log_A=True, link=link)
+
+    if link is None:
+        given, written = (*inputs[:9], rows, grad_last), (saved, dx, *grads[2:9])
+        repeated(made.records, ("scan back", grad_last is None), given, written, launch)
+    else:
+        launch()
     found |= {
         "out_proj": torch.mm(sent.t(), dxz[:d].t()), "dt_proj": torch.mm(delta, s[:r].t()), "A_log": dA,
         "D": dD, "dt_bias": dbias, "state": dstate, "out_bias": None if w.out_bias is None else sent.sum(0),

@@ -245,7 +245,7 @@ def _compile(kernel, element, architecture, constants):
     }  # fmt: skip
     wide = {
         "A", "D", "bias", "last", "saved", "start", "grad_last", "sums", "totals", "carried", "spans", "state",
-        "B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start", "weight", "dweight",
+        "B", "C", "to_B", "to_C", "dA", "dD", "dbias", "grad_start", "weight", "dweight", "to",
     }  # fmt: skip
 
     by_block = {"x", "span", "values", "dx", "dspan", "dvalues"} if "mrss" in function.__module__ else set()
@@ -305,6 +305,7 @@ KERNELS = {
     | {"WIDE": -1, "EVERY": 1, "carried": None, "spans": None, "grad_start": None, "gated": None},
     "pack_weights": {"N": 16, "LANES": 0, "BLOCK": 128, "UNIT": True},
     "reduce_tiles": {"N": 16, "BLOCK": 128},
+    "fold_chunks": {"start": None, "BACK": False, "LOG_A": True, "N": 16, "STATES": 16, "BLOCK": 16},
     "convolve": _CONV,
     "convolve, along channels": _CONV | {"TIME": False, "WIDE": False, "WHOLE": False, "WIDTH": 8},
     "convolve_backward": _CONV,

@@ -95,14 +95,14 @@ def _carry_block(
 @kernel
 def carry(
     delta, A, C, z, bias, grad_y, carried, spans, sb, sd, sl, zb, zd, zl, gb, gd, gl, d, l, n, per_group,
-    tiles, slabs, chunk, groups, count, parts, processors, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr,
-    STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    N: tl.constexpr, LANES: tl.constexpr,
+    tiles, slabs, chunk, groups, count, parts, links, processors, SOFTPLUS: tl.constexpr,
+    LOG_A: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that each chunk of time but the first adds to its start state, and its sum of delta.
+    """The gradient that each of the last `links` chunks adds to its start state, and its sum of delta.
 
-    A program: WARPS times CHANNELS channels of a row and one of these `parts` chunks.
+    A program: WARPS times CHANNELS channels of a row and one of these chunks.
     """
     V: tl.constexpr = STEPS * UNROLL // LANES
     K: tl.constexpr = N // LANES
@@ -112,7 +112,7 @@ def carry(
     chosen = program_index(count, processors)
     if chosen >= count:
         return
-    tile, part, row, group = split_program(chosen, groups, tiles, parts)
+    tile, link, row, group = split_program(chosen, groups, tiles, links)
     index, zero = tl.arange(0, THREADS), tl.zeros((THREADS,), tl.float32)
     lane, column, leader = lane_of(index, LANES)
     at_C = C + ((row * groups + group) * slabs) * STRIDE
@@ -125,7 +125,8 @@ def carry(
     p, constant_C, rates = repeat(zero, K), (), own_rates(A, channel, lane, n, LOG_A, K, LANES)
     if STEADY_C:
         constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
-    first, final = (part + 1) * chunk, tl.minimum((part + 2) * chunk, slabs)
+    part = parts - links + link
+    first, final = part * chunk, tl.minimum((part + 1) * chunk, slabs)
     blocks, span = tl.cdiv(final - first, UNROLL), zero
     buffer, turn = shared_buffer(index, 2 * UNROLL * S * 4), 0
     slab = first + (blocks - 1) * UNROLL
@@ -159,7 +160,7 @@ def carry(
         if S > 0:
             store_shared(coming, buffer + turn * (UNROLL * S * 4), index, UNROLL * S, THREADS)
             barrier(index)
-    at = row * parts + part
+    at = row * links + link
     tl.store(spans + at * d + channel, all_reduce(span, index, 2, LANES), real)
     for j in tl.static_range(K):
         tl.store(carried + (at * N + j * LANES + lane) * d + channel, p[j], real)
@@ -512,8 +513,8 @@ def _go_back(
 def backward(
     u, delta, A, B, C, D, z, bias, bounds, grad_y, grad_last, saved, ungated, carried, spans, du, ddelta, dz,
     gated, sums, totals, grad_start, ub, ud, ul, sb, sd, sl, zb, zd, zl, gb, gd, gl, dub, dud, dul, dsb, dsd,
-    dsl, dzb, dzd, dzl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, processors,
-    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
+    dsl, dzb, dzd, dzl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts, links,
+    processors, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr, STEADY_C: tl.constexpr,
     WIDE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
     WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
@@ -569,7 +570,7 @@ def backward(
         constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
     if carried is not None:
         for back in range(1, parts - part):  # the last chunk first; the first passes nothing on
-            at = sequence * (parts - 1) + parts - 1 - back
+            at = sequence * links + links - back
             p = state_after_chunk(p, rates, carried, spans, at, channel, lane, d, real, LANES)
     p, total_D, total_bias, total_A, total_B, total_C = _go_back(
         p, rates, constant_B, constant_C, u, delta, z, grad_y, ungated, saved, bounds, at_u, at_s, at_z,

@@ -117,7 +117,7 @@ def _advance_block(
 
 @triton.jit
 def _first_states(
-    A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B: tl.constexpr,
+    A, B, C, start, carried, spans, sequence, channel, lane, part, links, d, n, zero, STEADY_B: tl.constexpr,
     STEADY_C: tl.constexpr, LOG_A: tl.constexpr, ENDS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A lane's states at the start of a chunk, its rates, and its B and C if they are constant."""
@@ -131,7 +131,7 @@ def _first_states(
         constant_C = own_rows(C + channel * n, lane, n, 1.0, K, LANES)
     if carried is not None and not ENDS:
         for before in range(0, part):
-            at = sequence * (parts - 1) + before
+            at = sequence * links + before
             h = state_after_chunk(h, rates, carried, spans, at, channel, lane, d, lane >= 0, LANES)
     return h, rates, constant_B, constant_C
 
@@ -171,13 +171,13 @@ def _write_states(
 def forward_states(
     u, delta, A, B, C, D, z, bias, start, bounds, carried, spans, y, last, saved, ungated, ub, ud, ul, sb,
     sd, sl, zb, zd, zl, yb, yd, yl, d, l, n, per_group, tiles, slabs, chunk, groups, count, parts,
-    processors, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr,
+    links, processors, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEADY_B: tl.constexpr,
     STEADY_C: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """WARPS times CHANNELS channels of a sequence and a chunk; saves the state before each EVERY-th slab.
 
-    Without y it computes the end state from zero of each chunk but the last, and its sum of delta.
+    Without y it computes the end state from zero of each of the first `links` chunks, and its sum of delta.
     """
     ENDS: tl.constexpr = y is None
     V: tl.constexpr = STEPS * UNROLL // LANES
@@ -205,7 +205,7 @@ def forward_states(
         at_z = z + row * zb + channel * zd + first_step(zl, l)
     own_bias, skip = channel_numbers(bias, channel, zero), channel_numbers(D, channel, zero)
     h, rates, constant_B, constant_C = _first_states(
-        A, B, C, start, carried, spans, sequence, channel, lane, part, parts, d, n, zero, STEADY_B, STEADY_C,
+        A, B, C, start, carried, spans, sequence, channel, lane, part, links, d, n, zero, STEADY_B, STEADY_C,
         LOG_A, ENDS, K, LANES,
     )  # fmt: skip
     buffer, turn = shared_buffer(index, 2 * UNROLL * S * 4), 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,13 +19,26 @@ from projecta.scan.triton.plan import padded_states, rows_saved
 from projecta.scan.triton.steps import SLAB
 
 
+class Link(NamedTuple):
+    """How a pass over a piece of a sequence gets a state from the piece before, and hands its own on.
+
+    receive: writes the state before the piece, to where the pass reads it. send: takes the state after it.
+    Going back they are the gradients of the state after the piece and of the one before. The state to send is
+    known before the outputs are, unless the pass runs as one chunk of time.
+    """
+
+    receive: Callable[[], None]
+    send: Callable[[Tensor], None]
+
+
 def forward_pass(
     inputs: Inputs, delta_softplus: bool, y: Tensor, last_state: Tensor, saved: Tensor,
-    with_output: bool = True, log_A: bool = False, reverse: bool = False,
+    with_output: bool = True, log_A: bool = False, reverse: bool = False, link: Link | None = None,
 ) -> None:  # fmt: skip
     """Write y, the last state and, unless it is empty, `saved`: states, and y before the gate if wanted.
 
     With `log_A`, A is log(-A). A, D and the bias may have any real type. `reverse`: from the last step on.
+    link: the initial state arrives during the pass.
     """
     if not y.numel():
         last_state.copy_(inputs.initial_state) if inputs.initial_state is not None else last_state.zero_()
@@ -34,10 +48,12 @@ def forward_pass(
             lambda: Layout(inputs, delta_softplus, saved, with_output, log_A, reverse),
             (*inputs, y), delta_softplus, saved.numel(), with_output, log_A, reverse, y.device,
         )  # fmt: skip
-        _launch_forward(layout, inputs, y, last_state, saved)
+        _launch_forward(layout, inputs, y, last_state, saved, link)
 
 
-def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+def _launch_forward(
+    layout: Layout, inputs: Inputs, y: Tensor, last_state: Tensor, saved: Tensor, link: Link | None
+) -> None:
     u, delta, A, B, C, D, z, bias, start, bounds = inputs
     D, bias = narrow(D), narrow(bias)
 
@@ -45,6 +61,9 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
         grid, sizes, found = described
         return grid, layout.strides(u=u, s=delta, z=z, y=y) | sizes, found | options
 
+    parts = layout.plan.parts
+    if link is not None and parts == 1:
+        link.receive()
     if layout.plan.times:
         if layout.native:
             B, C = (t if t.dim() == 4 else t.float().contiguous() for t in (B, C))
@@ -61,19 +80,21 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
             return with_strides((grid, sizes, options), WIDE=layout.wide(layout.unroll, u, delta, z, y))
 
         start_kernel(layout.launches, forward.forward_times, tensors, describe_times)
+        if link is not None:
+            link.send(last_state)
         return
     B, C = layout.arranged(B, C)
     states, ungated = layout.kept(saved, u)
-    carried, spans = layout.carried(u)
+    links = layout.links(link)
+    carried, spans = layout.carried(u, links)
     if bounds is not None:
         bounds = bounds.contiguous()
         if states is not None:
             states.zero_()  # rows that no sequence uses are the same at every call
-    parts = layout.plan.parts
     for ends in (True, False) if parts > 1 else (False,):
 
         def describe(ends=ends):
-            described = layout.over_states(layout.unroll, parts - ends)
+            described = layout.over_states(layout.unroll, links if ends else parts, links)
             wide = layout.wide(layout.unroll, u, delta, z, y)
             return with_strides(described, WIDE=wide, UNROLL=layout.unroll, EVERY=layout.every)
 
@@ -83,17 +104,43 @@ def _launch_forward(layout: Layout, inputs: Inputs, y: Tensor, last_state: Tenso
             "start": start, "bounds": bounds, "carried": carried, "spans": spans, "y": written[1],
             "last": last_state, "saved": written[2], "ungated": written[3],
         }  # fmt: skip
-        name = "ends" if ends else "states"
-        start_kernel(layout.launches, forward.forward_states, tensors, describe, name)
+        start_kernel(layout.launches, forward.forward_states, tensors, describe, (ends, links))
+        if ends and link is not None:
+            link.receive()
+            after = torch.empty_like(last_state)  # which the kernel below writes while this one is sent
+            link.send(_fold(layout, carried, spans, A, start, after))
+    if link is not None and parts == 1:
+        link.send(last_state)
+
+
+def _fold(
+    layout: Layout, carried: Tensor | None, spans: Tensor | None, A: Tensor, start: Tensor | None, to: Tensor,
+    back: bool = False,
+) -> Tensor:  # fmt: skip
+    """`to`, the state after all chunks of each sequence; or `back`, the gradient before them."""
+
+    def describe():
+        sizes = {"d": layout.d, "n": layout.n, "parts": layout.plan.parts}
+        options = {
+            "BACK": back, "LOG_A": layout.flags["LOG_A"], "N": layout.padded,
+            "STATES": triton.next_power_of_2(layout.n), "BLOCK": 16, "num_warps": 1,
+        }  # fmt: skip
+        return (-(-layout.d // 16), layout.sequences), sizes, options
+
+    tensors = {"carried": carried, "spans": spans, "A": A, "start": start, "to": to}
+    start_kernel(layout.launches, pack_and_step.fold_chunks, tensors, describe)
+    return to
 
 
 def backward_pass(
     grad_y: Tensor, grad_last: Tensor | None, saved: Tensor, inputs: Inputs, delta_softplus: bool,
     grads: Inputs, gated: Tensor | None = None, log_A: bool = False, reverse: bool = False,
+    link: Link | None = None,
 ) -> None:  # fmt: skip
     """Write the gradients; with `gated` (the output's shape) also y again, which `saved` then does not hold.
 
-    The gradients of u, delta and z may take the place of grad_y, delta and z.
+    The gradients of u, delta and z may take the place of grad_y, delta and z. link: `grad_last` arrives
+    during the pass.
     """
     u = inputs.u
     if not u.numel():
@@ -108,22 +155,25 @@ def backward_pass(
             lambda: Layout(inputs, delta_softplus, saved, gated is None, log_A, reverse),
             (*inputs, grad_y, grad_last, saved, gated, *grads), delta_softplus, log_A, reverse, u.device,
         )  # fmt: skip
-        _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated)
+        grad_last = None if grad_last is None else grad_last.contiguous()
+        _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated, link)
 
 
 def _launch_backward(
     layout: Layout, inputs: Inputs, grad_y: Tensor, grad_last: Tensor | None, saved: Tensor, grads: Inputs,
-    gated: Tensor | None,
+    gated: Tensor | None, link: Link | None,
 ) -> None:  # fmt: skip
     u, delta, A, B, C, D, z, bias, _, bounds = inputs
     D, bias = narrow(D), narrow(bias)
     parts, padded, slabs = layout.plan.parts, layout.padded, layout.slabs
     states, ungated = layout.kept(saved, u)
     arranged_B, arranged_C = layout.arranged(B, C)
-    carried, spans = layout.carried(u)
+    links = layout.links(link)
+    carried, spans = layout.carried(u, links)
 
     def describe_carry():
-        grid, sizes, options = layout.over_states(layout.unroll, parts - 1)
+        grid, sizes, options = layout.over_states(layout.unroll, links, links)
+        sizes["parts"] = parts
         options |= {"WIDE": layout.wide(layout.unroll, delta, z, grad_y), "UNROLL": layout.unroll}
         return grid, layout.strides(s=delta, z=z, g=grad_y) | sizes, options
 
@@ -132,7 +182,13 @@ def _launch_backward(
             "delta": delta, "A": A, "C": arranged_C, "z": z, "bias": bias, "grad_y": grad_y,
             "carried": carried, "spans": spans,
         }  # fmt: skip
-        start_kernel(layout.launches, backward.carry, tensors, describe_carry)
+        start_kernel(layout.launches, backward.carry, tensors, describe_carry, ("carry", links))
+    grad_start = grads.initial_state
+    if link is not None:
+        link.receive()
+        if parts > 1 and grad_start is not None:
+            link.send(_fold(layout, carried, spans, A, grad_last, grad_start, back=True))
+            grad_start = None
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
     over, width = layout.sequences * parts, 2 + padded * (1 + steady_B + steady_C)
     totals = new_buffer(u, over * layout.d * width)
@@ -141,7 +197,7 @@ def _launch_backward(
     sums = new_buffer(u, tiles * each_row)
 
     def describe():
-        grid, sizes, options = layout.over_states(1, parts)
+        grid, sizes, options = layout.over_states(1, parts, links)
         wide = layout.wide(1, u, delta, z, grad_y, grads.u, grads.delta, grads.z, gated)
         strides = layout.strides(
             u=u, s=delta, z=z, g=grad_y, du=grads.u, ds=grads.delta, dz=grads.z, y=gated
@@ -149,15 +205,15 @@ def _launch_backward(
         return grid, strides | sizes, options | {"WIDE": wide, "EVERY": layout.every}
 
     bounds = None if bounds is None else bounds.contiguous()
-    grad_last = None if grad_last is None else grad_last.contiguous()
     tensors = {
         "u": u, "delta": delta, "A": A, "B": arranged_B, "C": arranged_C, "D": D, "z": z, "bias": bias,
         "bounds": bounds, "grad_y": grad_y, "grad_last": grad_last, "saved": states, "ungated": ungated,
         "carried": carried, "spans": spans, "du": grads.u, "ddelta": grads.delta,
-        "dz": grads.z, "gated": gated, "sums": sums, "totals": totals, "grad_start": grads.initial_state,
+        "dz": grads.z, "gated": gated, "sums": sums, "totals": totals, "grad_start": grad_start,
     }  # fmt: skip
-    start_kernel(layout.launches, backward.backward, tensors, describe)
-
+    start_kernel(layout.launches, backward.backward, tensors, describe, ("back", links))
+    if link is not None and grad_start is not None:
+        link.send(grad_start)
     _reduce_sums(layout, A, sums, totals, grads)
 
 

@@ -77,9 +77,13 @@ class Layout:
         }  # fmt: skip
         return grid, sizes, options
 
-    def over_states(self, block: int, parts: int) -> tuple:
-        """The same of a kernel over states, with `parts` chunks of time and blocks of `block` slabs."""
-        grid, sizes = self.cut(self.width, parts)
+    def over_states(self, block: int, chunks: int, links: int) -> tuple:
+        """The same of a kernel over states, for `chunks` chunks of time and blocks of `block` slabs.
+
+        links: chunks of a sequence that pass on a state.
+        """
+        grid, sizes = self.cut(self.width, chunks)
+        sizes["links"] = links
         whole = not self.packed and self.l % (SLAB * block) == 0 and self.d // self.g % self.width == 0
         options = self.flags | {
             "LANES": self.lanes, "CHANNELS": 32 // self.lanes, "N": self.padded, "WARPS": self.warps,
@@ -164,11 +168,15 @@ class Layout:
             start_kernel(self.launches, pack_and_step.pack_weights, tensors, describe)
         return outs[0], outs[1]
 
-    def carried(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Buffers for the values that each chunk passes on: a state, and its sum of delta."""
+    def links(self, link: object) -> int:
+        """Chunks of a sequence that pass on a state; with a `Link` the last one does, too."""
+        return self.plan.parts - (link is None)
+
+    def carried(self, u: Tensor, links: int) -> tuple[Tensor | None, Tensor | None]:
+        """Buffers for the values that `links` chunks pass on: a state, and its sum of delta."""
         if self.plan.parts == 1:
             return None, None
-        size = self.b * (self.plan.parts - 1) * self.d
+        size = self.b * links * self.d
         return new_buffer(u, size * self.padded), new_buffer(u, size)
 
     def kept(self, saved: Tensor, u: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,11 +1,11 @@
-"""The small Triton kernels: pack B and C for the scan, reduce sums to gradients, one step of decoding."""
+"""The small Triton kernels: pack B and C, reduce sums to gradients, fold chunks, one step of decoding."""
 
 import triton.language as tl
 
 from projecta._triton.launch import kernel
 from projecta._triton.memory import first_step
 from projecta._triton.warp import LOG2_E, exp2, sigmoid, softplus
-from projecta.scan.triton.steps import STEPS
+from projecta.scan.triton.steps import STEPS, rate_of
 
 
 @kernel
@@ -97,6 +97,28 @@ def reduce_chunks(
     if STEADY_C:
         where = at - (WIDTH - N)
         tl.store(dC + channel * n + where, sum.to(dC.dtype.element_ty), (where >= 0) & (where < n))
+
+
+@kernel
+def fold_chunks(
+    carried, spans, A, start, to, d, n, parts, BACK: tl.constexpr, LOG_A: tl.constexpr, N: tl.constexpr,
+    STATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state after all chunks of a sequence (or BACK, the gradient before them), from `start` or zero."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sequence, state = tl.program_id(1).to(tl.int64), tl.arange(0, STATES)[:, None]
+    inside = (channel < d) & (state < n)
+    at = channel * n + state
+    rate = rate_of(tl.load(A + at, inside, 0.0), inside, LOG_A)
+    h = tl.zeros((STATES, BLOCK), tl.float32)
+    if start is not None:
+        h = tl.load(start + sequence * d * n + at, inside, 0.0)
+    for i in range(parts):
+        chunk = sequence * parts + (parts - 1 - i if BACK else i)
+        passed = tl.load(spans + chunk * d + channel, channel < d, 0.0)
+        gained = tl.load(carried + (chunk * N + state) * d + channel, inside, 0.0)
+        h = exp2(rate * passed) * h + gained
+    tl.store(to + sequence * d * n + at, h, inside)
 
 
 @kernel
