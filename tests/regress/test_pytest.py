@@ -95,7 +95,7 @@ def sorting(workplace):
 
 @pytest.mark.serial
 def test_a_slower_function_is_found(sorting, monkeypatch):
-    monkeypatch.setattr(pair, "MOST", 5)
+    monkeypatch.setattr(pair, "MOST", 2)
     words = ("--pytest", "tests", "--json", "out.json")
     code, text = run("gate", "HEAD^", "HEAD", *words, "--bench", "pedantic")
     (row,) = json.loads((sorting / "out.json").read_text())["benchmarks"]

@@ -30,7 +30,7 @@ def tool(workplace):
     """A tool in C: the second commit sleeps for longer, the third needs more memory."""
     (workplace / "Makefile").write_text(MAKEFILE)
     git(workplace, "init", "--quiet", "--initial-branch", "main")
-    for ms, mib in ((20, 40), (60, 40), (20, 60)):
+    for ms, mib in ((20, 8), (60, 8), (20, 12)):
         text = TOOL.replace("MIB", str(mib)).replace("MS", str(ms))
         (workplace / "tool.c").write_text(text)
         git(workplace, "add", "--all")
@@ -40,7 +40,7 @@ def tool(workplace):
 
 @pytest.mark.serial
 def test_a_slower_command_and_a_larger_one_are_found(tool, monkeypatch):
-    monkeypatch.setattr(pair, "MOST", 5)
+    monkeypatch.setattr(pair, "MOST", 2)
     words = ("--build", "make", "--command", "./tool", "--json", "out.json", "--bench")
     found = {}
     for head, name in (("HEAD^", "time"), ("HEAD^", "peak"), ("HEAD", "peak")):
@@ -51,7 +51,7 @@ def test_a_slower_command_and_a_larger_one_are_found(tool, monkeypatch):
     assert 1.2 < found["HEAD^", "time"][0] < 3
     assert found["HEAD^", "peak"][1:] == ("PASS", 0)
     assert found["HEAD", "peak"][1:] == ("REGRESSED", 1)
-    assert 1.4 < found["HEAD", "peak"][0] < 1.55
+    assert 1.3 < found["HEAD", "peak"][0] < 1.55
     assert git(tool, "status", "--porcelain") == "?? out.json\n"  # what it writes is ignored
 
 
