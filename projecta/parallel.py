@@ -5,7 +5,8 @@ from the rank before it the last d_conv - 1 inputs, and the state of the scan: d
 each sequence, whatever its length. Two schedules hand on the state:
 
     "pass"     from rank to rank, as soon as it is known. Rank r runs layer i while rank r + 1 finishes layer
-               i - 1: a stack of L layers fills the ranks once, and no work is done twice.
+               i - 1: a stack of L layers fills the ranks once, and no work is done twice. On a GPU, where a
+               long scan with gradients runs in chunks of time, that is before the layer's outputs.
     "gather"   every rank scans from zero for its end state and its sum of steps; one all-gather; each rank
                folds those before it, h_r = exp(A S_{r-1}) h_{r-1} + e_{r-1}, and scans from there. For single
                layers and very many ranks.
@@ -86,7 +87,7 @@ def choose_schedule(layers: int, ranks: int) -> str:
 
 
 # Measured on NVIDIA H200: see docs/parallel.md.
-WAIT = 0.68  # the part of a layer's time for which a rank waits for the one before; the rest needs no state
+WAIT = 0.37  # the part of a layer's time for which a rank waits for the one before; the rest needs no state
 GATHER_COST = 2.1
 
 
