@@ -45,7 +45,7 @@ class Worker:
         self.build, self.settings = build, dict(settings)
         self.guard = Guard()
         self._process: subprocess.Popen[bytes] | None = None
-        self._trace, self._checked = False, False
+        self._trace, self._checked, self._used = False, False, False
         self._folder = Path()  # of the process: what it prints, and a folder for each order
         self._caches: dict[str, tempfile.TemporaryDirectory[str]] = {}
         self._failed_caches: dict[str, Outcome] = {}  # a setup_cache that failed is not tried again
@@ -54,12 +54,17 @@ class Worker:
         """Run a benchmark as asv does; return what it gave."""
         return self.begin(case, paired=False) or self.outcome()
 
+    def prepare(self) -> None:
+        """Have a process that waits for an order; without fork each order takes a new process."""
+        if self._process is None or self._process.poll() is not None or self._used:
+            self.restart(self._trace, self._checked)
+
     def begin(self, case: Case, paired: bool) -> Outcome | None:
         """Send the order to run a benchmark; return why it cannot run, if so."""
         missing = self._set_up_cache(case)
         if missing is not None:
             return missing
-        self._ensure_process(case)
+        self._expect(case)
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         self._result = folder / "result.json"
         cwd = str(folder) if case.cache is None else self._caches[case.cache].name
@@ -100,7 +105,7 @@ class Worker:
         `checked` tells the benchmarks that an earlier process has checked their results.
         """
         self.end()
-        self._trace, self._checked = trace, checked
+        self._trace, self._checked, self._used = trace, checked, False
         self._folder = Path(tempfile.mkdtemp(prefix="projecta-"))
         own, other = socket.socketpair()
         with (self._folder / "printed").open("wb") as out, other:
@@ -137,7 +142,7 @@ class Worker:
             return self._failed_caches[case.cache]
         folder = tempfile.TemporaryDirectory(prefix="projecta-", ignore_cleanup_errors=True)
         limit = case.cache_timeout or case.timeout
-        self._ensure_process(case)
+        self._expect(case)
         self._send({"cache": asv_name(case), "cwd": folder.name})
         code = self._ended(limit)
         if code == 0:
@@ -153,11 +158,11 @@ class Worker:
         self._failed_caches[case.cache] = found
         return found
 
-    def _ensure_process(self, case: Case) -> None:
-        """A waiting worker process; without fork each order takes a new process."""
+    def _expect(self, case: Case) -> None:
+        """Note what the next order is, and have a process for it."""
         self._case, self._began = case, time.monotonic()
-        if self._process is None or self._process.poll() is not None or not self.build.forks:
-            self.restart(self._trace, self._checked)
+        self.prepare()
+        self._used = not self.build.forks
         self._mark = (self._folder / "printed").stat().st_size
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ MOST, LEAST, TOTAL = 20, 4, 4.0  # requests to each side; after TOTAL seconds on
 
 def measure_pair(workers: Mapping[str, Worker], cases: Mapping[str, Case]) -> dict[str, Outcome]:
     """Outcomes by side; the first side starts. Each side has its own case, because indices may differ."""
+    for worker in workers.values():  # their processes start at once
+        worker.prepare()
     if not all(case.timed for case in cases.values()):
         return {name: worker.run(cases[name]) for name, worker in workers.items()}
     found: dict[str, Outcome] = {}
