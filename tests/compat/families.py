@@ -1,6 +1,6 @@
 """Small models in the style of published ones, as a script that imports mamba_ssm: trains some steps.
 
-Prints the loss before and after. Each model uses the names that its family imports.
+Prints each model's loss before and after. A model uses the names that its family imports.
 """
 
 import sys
@@ -248,10 +248,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def main() -> None:
+def train(family: str) -> tuple[float, float]:
+    """The losses of the first step and of the last."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = MODELS[sys.argv[1]]().to(device)
+    model = MODELS[family]().to(device)
     images = torch.rand(6, 1, 16, 16, device=device)
     labels = torch.tensor([0, 1, 2, 0, 1, 2], device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -264,8 +265,9 @@ def main() -> None:
         assert not missing, missing
         optimizer.step()
         losses.append(loss.item())
-    print(losses[0], losses[-1])
+    return losses[0], losses[-1]
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        print(name, *train(name))
