@@ -1,6 +1,7 @@
 """Backends: modules of one package with the same functions, imported when they are first used."""
 
 import os
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -49,4 +50,5 @@ def require_backend(check: Checker, package: str, backend: str, device: str = ""
         raise BackendUnavailable(
             f"{check.function}: backend must be able to run here; got {backend!r}: {reason}."
         )
-    return _loaded[f"{package}.{backend}"]
+    # not from a table, of which torch.compile may have a copy from before the import
+    return getattr(sys.modules[package], backend)  # type: ignore[no-any-return]

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projecta._checks import Checker
-from projecta.compat.scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj
+from projecta.compat.scan import bimamba_inner_fn
 from projecta.conv import last_inputs
 from projecta.mamba import MambaBlock, State
+from projecta.mamba.layer import run_both_ways
 
 KINDS = ("none", "v1", "v2")
 
@@ -38,7 +38,7 @@ class Mamba(MambaBlock):
     ):  # fmt: skip
         super().__init__(
             d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
-            conv_bias, bias, device=device, dtype=dtype,
+            conv_bias, bias, bidirectional=bimamba_type == "v2", device=device, dtype=dtype,
         )  # fmt: skip
         Checker("Mamba").one_of("bimamba_type", bimamba_type or "none", KINDS)
         self.expand, self.use_fast_path, self.layer_idx = expand, use_fast_path, layer_idx
@@ -48,16 +48,9 @@ class Mamba(MambaBlock):
         self.init_layer_scale = init_layer_scale
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((d_model,), init_layer_scale, device=device, dtype=dtype))
-        if self.bimamba_type != "none":
+        if self.bimamba_type == "v1":
             self.A_b_log = nn.Parameter(self.A_log.detach().clone())
             self.A_b_log._no_weight_decay = True  # type: ignore[attr-defined]
-        if self.bimamba_type == "v2":
-            other = MambaBlock(
-                d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
-                conv_bias, bias, device=device, dtype=dtype,
-            )  # fmt: skip
-            self.conv1d_b, self.x_proj_b, self.dt_proj_b = other.conv1d, other.x_proj, other.dt_proj
-            self.D_b = other.D
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
         """Map (b, l, d_model) to the same shape. `inference_params` keeps the state between calls."""
@@ -79,24 +72,15 @@ class Mamba(MambaBlock):
         return output * self.gamma if self.init_layer_scale is not None else output
 
     def _both_ways(self, hidden_states: Tensor) -> Tensor:
+        if self.bimamba_type == "v2":
+            return run_both_ways(self, hidden_states, self.backend, halve=self.if_divide_out)
         xz = self.in_proj(hidden_states).transpose(1, 2)
-        weights = self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight
         A, A_b = (-torch.exp(t.float()) for t in (self.A_log, self.A_b_log))
-        if self.bimamba_type == "v1":
-            return bimamba_inner_fn(
-                xz, *weights, self.out_proj.weight, self.out_proj.bias, A, A_b, D=self.D.float(),
-                delta_bias=self.dt_proj.bias.float(),
-            )  # fmt: skip
-        other = self.conv1d_b.weight, self.conv1d_b.bias, self.x_proj_b.weight, self.dt_proj_b.weight
-        y = mamba_inner_fn_no_out_proj(
-            xz, *weights, A, D=self.D.float(), delta_bias=self.dt_proj.bias.float()
+        return bimamba_inner_fn(
+            xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+            self.out_proj.weight, self.out_proj.bias, A, A_b, D=self.D.float(),
+            delta_bias=self.dt_proj.bias.float(),
         )  # fmt: skip
-        back = mamba_inner_fn_no_out_proj(
-            xz.flip(-1), *other, A_b, D=self.D_b.float(), delta_bias=self.dt_proj_b.bias.float()
-        )
-        y = y + back.flip(-1)
-        y = y / 2 if self.if_divide_out else y
-        return F.linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
 
     def step(  # type: ignore[override]
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor

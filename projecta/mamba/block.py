@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from projecta import parallel
 from projecta._checks import Checker
-from projecta.mamba.layer import check_backend, check_piece, draw_steps, fused, run, run_piece, step_layer
+from projecta.mamba.layer import (
+    check_backend,
+    check_piece,
+    draw_steps,
+    fused,
+    run,
+    run_both_ways,
+    run_piece,
+    step_layer,
+)
 from projecta.mrss import Bands, MrssState, check_bands
 
 
@@ -37,6 +46,9 @@ class MambaBlock(nn.Module):
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have a bias.
         backend: backend of the scan, as in `projecta.selective_scan`.
+        bidirectional: whether a second direction, with a convolution, projections and rates of its own (names
+            ending in _b, as in Vim's checkpoints), reads the sequence from its end; the gated outputs of both
+            are added. Source: Zhu et al., "Vision Mamba" (2024), section 3.3.
         mrss: bands of `projecta.mrss_scan`, for example `projecta.mrss.BANDS`. The channels are sorted at
             initialisation: the first band takes the largest steps.
 
@@ -68,6 +80,7 @@ class MambaBlock(nn.Module):
         bias: bool = False,
         *,
         backend: str = "auto",
+        bidirectional: bool = False,
         mrss: Bands | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -81,7 +94,8 @@ class MambaBlock(nn.Module):
         check_backend(check, backend)
         if mrss is not None:
             check_bands(check, mrss, int(expand * d_model), name="mrss")
-        self.backend, self.mrss = backend, mrss
+            check.that(not bidirectional, "mrss", "be None if the block is bidirectional", mrss)
+        self.backend, self.bidirectional, self.mrss = backend, bidirectional, mrss
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
@@ -107,6 +121,13 @@ class MambaBlock(nn.Module):
             self.dt_proj.weight.copy_(weight)
             self.dt_proj.bias.copy_(bias_of_steps)
             self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        if bidirectional:
+            back = MambaBlock(
+                d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
+                conv_bias, bias, **to,
+            )  # fmt: skip
+            self.conv1d_b, self.x_proj_b, self.dt_proj_b = back.conv1d, back.x_proj, back.dt_proj
+            self.A_b_log, self.D_b = back.A_log, back.D
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token: zeros."""
@@ -129,6 +150,8 @@ class MambaBlock(nn.Module):
         cu_seqlens: int32 (s + 1), packs s sequences into one row (b = 1), as in `projecta.selective_scan`;
         the states are then (s, ...).
 
+        A bidirectional block has no state, and does not run within `projecta.parallel.context`.
+
         Returns the output, with `return_state` also the state after the last token. Within
         `projecta.parallel.context` the first rank takes `state`, and the last rank returns the last one.
         """
@@ -139,6 +162,9 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
         check.that(cu_seqlens is None or self.mrss is None, "cu_seqlens", "be None with mrss", "a packed row")
         where = parallel.context_of(self)
+        if self.bidirectional:
+            self._check_one_way(check, state is None and not return_state and where is None, "a state")
+            return run_both_ways(self, hidden_states, self.backend, cu_seqlens)
         if where is not None:
             check_piece(check, where, self.mrss, cu_seqlens)
             before = (None, None) if state is None else state
@@ -155,9 +181,13 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
         return (output, State(*after)) if return_state else output
 
+    def _check_one_way(self, check: Checker, holds: bool, what: str) -> None:
+        check.that(holds, "bidirectional", f"be False for {what} or a piece of a sequence", True)
+
     def step(self, hidden_states: Tensor, state: State) -> Tensor:
         """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
         check = Checker("MambaBlock.step")
+        self._check_one_way(check, not self.bidirectional, "a step")
         check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
         if self.mrss is None and not torch.is_grad_enabled():
             module, weights = fused(self, hidden_states, self.backend)

@@ -97,13 +97,14 @@ _PRODUCTS = ("in_proj", "in_bias", "x_proj", "dt_proj", "out_proj", "out_bias")
 
 def run(
     hidden: Tensor, weights: Weights, conv_start: Tensor | None = None, state: Tensor | None = None,
-    keep: int = 0, where: Context | None = None,
+    keep: int = 0, where: Context | None = None, reverse: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The output (b, l, d_model) and the state after the last step; differentiable in every tensor.
 
     conv_start: the d_conv - 1 inputs of the convolution before the first (b, d, d_conv - 1).
     keep: also return the last `keep` inputs of the convolution (b, d, keep).
     where: hidden is this rank's piece of a sequence, and the states go from rank to rank.
+    reverse: convolution and scan go from the last step to the first.
     """
     hidden = hidden.to(weights.in_proj.dtype)
     conv_start = None if conv_start is None else conv_start.contiguous()
@@ -113,8 +114,8 @@ def run(
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     every = SAVE_EVERY[hidden.element_size()] if graded else 0
     receives = where is not None and where.before is not None
-    records = _records_of(hidden, conv_start, state, every, weights, receives)
-    call = _Call(records, every, keep, where)
+    records = _records_of(hidden, conv_start, state, every, weights, receives, reverse)
+    call = _Call(records, every, keep, where, reverse)
     if graded:
         return differentiable(
             "MambaBlock", "triton", partial(_forward, call), partial(_backward, call), given
@@ -149,6 +150,7 @@ class _Call(NamedTuple):
     every: int
     keep: int
     where: Context | None
+    reverse: bool
 
 
 def _rows(t: Tensor, b: int, l: int, first: int = 0, rows: int | None = None) -> Tensor:
@@ -159,11 +161,12 @@ def _rows(t: Tensor, b: int, l: int, first: int = 0, rows: int | None = None) ->
 
 def _records_of(
     hidden: Tensor, conv_start: Tensor | None, state: Tensor | None, every: int, weights: Weights,
-    receives: bool,
+    receives: bool, reverse: bool,
 ) -> dict[Any, Recording]:  # fmt: skip
     """The recorded launches of all calls that differ from this one in values only."""
     others = map(traits, (conv_start, state, *weights))
-    return remembered(_records, (every, receives, hidden.dtype, hidden.device, hidden.shape, *others), dict)
+    key = every, receives, reverse, hidden.dtype, hidden.device, hidden.shape, *others
+    return remembered(_records, key, dict)
 
 
 _records: dict[tuple, dict[Any, Recording]] = {}
@@ -172,8 +175,8 @@ _records: dict[tuple, dict[Any, Recording]] = {}
 class _Pass:
     """The tensors of one pass, as views: x and z of xz, dt, B and C of s; all but dt (b, rows, l)."""
 
-    def __init__(self, xz: Tensor, weights: Weights, b: int, l: int, records: dict[Any, Recording]):
-        self.b, self.l, self.weights, self.records = b, l, weights, records
+    def __init__(self, xz: Tensor, weights: Weights, b: int, l: int, call: "_Call"):
+        self.b, self.l, self.weights, self.records, self.reverse = b, l, weights, call.records, call.reverse
         self.d, self.rank = weights.dt_proj.shape
         self.n = weights.A_log.shape[1]
         self.x, self.z = _rows(xz, b, l, 0, self.d), _rows(xz, b, l, self.d, self.d)
@@ -183,7 +186,7 @@ class _Pass:
         u = self.z.new_empty(self.d, self.b * self.l)
         inputs, y = self.conv_inputs(start), _rows(u, self.b, self.l)
         repeated(
-            self.records, "conv", inputs[:4], (y,), lambda: conv.forward_pass(inputs, True, y)
+            self.records, "conv", inputs[:4], (y,), lambda: conv.forward_pass(inputs, True, y, self.reverse)
         )  # fmt: skip
         return u
 
@@ -219,7 +222,7 @@ def _forward(
         xz = torch.mm(w.in_proj, columns)
     else:
         xz = torch.addmm(w.in_bias[:, None], w.in_proj, columns)
-    made = _Pass(xz, w, b, l, call.records)
+    made = _Pass(xz, w, b, l, call)
     if where is not None:
         where.send(made.x[..., l - kept :].float())
         received[0] = where.receive((b, made.d, kept), hidden.device)
@@ -237,7 +240,7 @@ def _forward(
     rows = _rows(y, b, l)
 
     def launch() -> None:
-        scan.forward_pass(inputs, True, rows, last, saved, False, log_A=True, link=link)
+        scan.forward_pass(inputs, True, rows, last, saved, False, log_A=True, reverse=call.reverse, link=link)
 
     if link is None:
         repeated(call.records, "scan", inputs[:9], (rows, last, saved), launch)
@@ -278,7 +281,7 @@ def _backward(
     last_x = grad_x[0] if grad_x else None
     if received[0] is not None:
         conv_start, state = received
-    made, flat, dxz = _Pass(xz, w, b, l, call.records), hidden.reshape(b * l, m), torch.empty_like(xz)
+    made, flat, dxz = _Pass(xz, w, b, l, call), hidden.reshape(b * l, m), torch.empty_like(xz)
     if grad_output is None:
         grad_output = torch.zeros_like(hidden)
     found: dict[str, Tensor | None] = {}
@@ -315,7 +318,7 @@ def _conv_backward(
     grads = ConvGrads(dx, dweight.squeeze(1), dbias, dstart)
     repeated(
         made.records, "conv back", (rows, *inputs[:4]), grads,
-        lambda: conv.backward_pass(rows, inputs, True, grads),
+        lambda: conv.backward_pass(rows, inputs, True, grads, made.reverse),
     )  # fmt: skip
     found |= {"conv": dweight, "conv_bias": dbias}
     return dstart
@@ -343,7 +346,9 @@ def _scan_backward(
         grad_last = grad_last.contiguous()
 
     def launch() -> None:  # y takes the place of dx until dx is computed
-        scan.backward_pass(rows, grad_last, saved, inputs, True, grads, dx, log_A=True, link=link)
+        scan.backward_pass(
+            rows, grad_last, saved, inputs, True, grads, dx, log_A=True, reverse=made.reverse, link=link
+        )
 
     if link is None:
         given, written = (*inputs[:9], rows, grad_last), (saved, dx, *grads[2:9])

@@ -65,15 +65,19 @@ def activate(layer: Any, x: Tensor) -> Tensor:
 
 
 def convolve(
-    layer: Any, x: Tensor, before: Tensor | None, backend: str, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x."""
+    layer: Any, x: Tensor, before: Tensor | None, backend: str, cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor:  # fmt: skip
+    """The causal depthwise convolution of x (b, l, d) and its activation; zeros, or `before`, precede x.
+
+    `reverse`: from the last step to the first.
+    """
     kept, silu = layer.conv1d.kernel_size[0] - 1, _is_silu(layer)
     start = None if before is None else before[..., before.shape[-1] - kept :]
     y: Any = causal_conv(
         x.transpose(1, 2), layer.conv1d.weight.squeeze(1), layer.conv1d.bias,
         activation="silu" if silu else None, initial_state=start, cu_seqlens=cu_seqlens,
-        backend=_conv_backend(backend),
+        backend=_conv_backend(backend), reverse=reverse,
     )  # fmt: skip
     y = y.transpose(1, 2)
     return y if silu else activate(layer, y)
@@ -126,15 +130,15 @@ def as_wide(t: Tensor) -> Tensor:
 
 def scan_layer(
     layer: Any, x: Tensor, z: Tensor, initial_state: Any, backend: str, bands: Bands | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, reverse: bool = False,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """y (b, l, d) and the last state, of x and z (b, l, d); by MRSS if `bands` are given."""
     delta, bias, B, C = select(layer, x)
     u, delta, B, C, z = (t.transpose(1, 2) for t in (x, delta, B, C, z))
     A, D = -torch.exp(as_wide(layer.A_log)), as_wide(layer.D)
-    options = {"initial_state": initial_state, "backend": backend}
+    options: dict[str, Any] = {"initial_state": initial_state, "backend": backend}
     if bands is None:
-        options["cu_seqlens"] = cu_seqlens
+        options |= {"cu_seqlens": cu_seqlens, "reverse": reverse}
         y, last_state = selective_scan(u, delta, A, B, C, D, z, bias, True, True, **options)
     else:
         y, last_state = mrss_scan(u, delta, A, B, C, D, z, bias, True, True, bands=bands, **options)
@@ -164,6 +168,41 @@ def run(
     y, last = scan_layer(layer, u, z, ssm, backend, bands, cu_seqlens)
     after = last_inputs(x.transpose(1, 2), kept, conv, cu_seqlens) if keep else None
     return layer.out_proj(y), after, last
+
+
+class _Reverse:
+    """The reverse direction of a layer, under the names of a layer's own parts."""
+
+    def __init__(self, layer: Any):
+        self.conv1d, self.x_proj, self.dt_proj = layer.conv1d_b, layer.x_proj_b, layer.dt_proj_b
+        self.A_log, self.D = layer.A_b_log, layer.D_b
+        own = {"conv1d": self.conv1d, "x_proj": self.x_proj, "dt_proj": self.dt_proj}
+        self._modules = {"in_proj": layer.in_proj, "out_proj": layer.out_proj} | own
+        self._parameters = {"A_log": self.A_log, "D": self.D}
+
+
+def run_both_ways(
+    layer: Any, hidden: Tensor, backend: str, cu_seqlens: Tensor | None = None, halve: bool = False
+) -> Tensor:
+    """The output of hidden (b, l, d_model): the sum, or mean, of the gated scans in both directions."""
+    ways = ((layer, False), (_Reverse(layer), True))
+    if cu_seqlens is None:
+        nodes = [fused(way, hidden, backend) for way, _ in ways]
+        if all(module is not None for module, _ in nodes):
+            outputs = [
+                module.run(hidden, weights._replace(out_bias=None), reverse=reverse)[0]
+                for (module, weights), (_, reverse) in zip(nodes, ways, strict=True)
+            ]
+            total, bias = outputs[0] + outputs[1], nodes[0][1].out_bias
+            total = total / 2 if halve else total
+            return total if bias is None else total + bias
+    x, z = layer.in_proj(hidden).chunk(2, -1)
+    parts = []
+    for way, reverse in ways:
+        u = convolve(way, x, None, backend, cu_seqlens, reverse)
+        parts.append(scan_layer(way, u, z, None, backend, None, cu_seqlens, reverse)[0])
+    total = parts[0] + parts[1]
+    return layer.out_proj(total / 2 if halve else total)
 
 
 def run_piece(

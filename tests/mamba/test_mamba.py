@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import subprocess
 import sys
 import warnings
 
@@ -471,6 +472,22 @@ def test_block_compiles_and_trains_in_one_graph():
     block(x).square().sum().backward()
     for name, parameter in block.named_parameters():
         close(compiled[name], parameter.grad)
+
+
+def test_blocks_compile_before_any_eager_call():
+    """The backends are imported while the compiler traces."""
+    code = """if True:
+        import torch
+        from projecta import MambaBlock
+        from projecta.mrss import BANDS
+        blocks = [MambaBlock(8, **o) for o in ({}, {"bidirectional": True}, {"mrss": BANDS})]
+        x = torch.randn(2, 9, 8)
+        found = [torch.compile(b, backend="aot_eager", fullgraph=True)(x) for b in blocks]
+        for block, y in zip(blocks, found):
+            torch.testing.assert_close(y, block(x))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
