@@ -8,8 +8,8 @@ each sequence, whatever its length. Two schedules hand on the state:
                i - 1: a stack of L layers fills the ranks once, and no work is done twice. On a GPU, where a
                long scan with gradients runs in chunks of time, that is before the layer's outputs.
     "gather"   every rank scans from zero for its end state and its sum of steps; one all-gather; each rank
-               folds those before it, h_r = exp(A S_{r-1}) h_{r-1} + e_{r-1}, and scans from there. For single
-               layers and very many ranks.
+               folds those before it, h_r = exp(A S_{r-1}) h_{r-1} + e_{r-1}, and scans from there. For few
+               layers on many ranks.
 
 The backward pass goes the same way in reverse. States travel in float32. All ranks call the same layers.
 """

@@ -163,7 +163,8 @@ class MambaBlock(nn.Module):
         check.that(cu_seqlens is None or self.mrss is None, "cu_seqlens", "be None with mrss", "a packed row")
         where = parallel.context_of(self)
         if self.bidirectional:
-            self._check_one_way(check, state is None and not return_state and where is None, "a state")
+            one_way = state is None and not return_state and where is None
+            check.that(one_way, "bidirectional", "be False for a state or a piece of a sequence", True)
             return run_both_ways(self, hidden_states, self.backend, cu_seqlens)
         if where is not None:
             check_piece(check, where, self.mrss, cu_seqlens)
@@ -181,13 +182,10 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
         return (output, State(*after)) if return_state else output
 
-    def _check_one_way(self, check: Checker, holds: bool, what: str) -> None:
-        check.that(holds, "bidirectional", f"be False for {what} or a piece of a sequence", True)
-
     def step(self, hidden_states: Tensor, state: State) -> Tensor:
         """Map one token (b, d_model) to (b, d_model), overwriting `state` with the state after it."""
         check = Checker("MambaBlock.step")
-        self._check_one_way(check, not self.bidirectional, "a step")
+        check.that(not self.bidirectional, "bidirectional", "be False for a step", True)
         check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
         if self.mrss is None and not torch.is_grad_enabled():
             module, weights = fused(self, hidden_states, self.backend)

@@ -46,7 +46,9 @@ UNKNOWN = {
     "import mamba_ssm.ops.triton.ssd_combined": "out of projecta's scope. The names of mamba_ssm.ops.triton",
     "from mamba_ssm.modules.mamba3 import Mamba3": "it is Mamba-3",
     "from mamba_ssm.modules.mha import MHA": "not a part of Mamba-1",
-    "from causal_conv1d import nothing": "does not have it. The names of causal_conv1d are: causal",
+    "from causal_conv1d import nothing": (
+        "projecta does not have it. The names of causal_conv1d are: causal"
+    ),
     "import mamba_ssm.nothing": "MambaLMHeadModel, ops, modules, models, utils.",
 }
 

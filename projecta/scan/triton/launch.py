@@ -48,7 +48,12 @@ def forward_pass(
             lambda: Layout(inputs, delta_softplus, saved, with_output, log_A, reverse),
             (*inputs, y), delta_softplus, saved.numel(), with_output, log_A, reverse, y.device,
         )  # fmt: skip
-        _launch_forward(layout, inputs, y, last_state, saved, link)
+        if link is None or layout.plan.parts > 1:
+            _launch_forward(layout, inputs, y, last_state, saved, link)
+        else:
+            link.receive()
+            _launch_forward(layout, inputs, y, last_state, saved, None)
+            link.send(last_state)
 
 
 def _launch_forward(
@@ -61,9 +66,6 @@ def _launch_forward(
         grid, sizes, found = described
         return grid, layout.strides(u=u, s=delta, z=z, y=y) | sizes, found | options
 
-    parts = layout.plan.parts
-    if link is not None and parts == 1:
-        link.receive()
     if layout.plan.times:
         if layout.native:
             B, C = (t if t.dim() == 4 else t.float().contiguous() for t in (B, C))
@@ -80,12 +82,10 @@ def _launch_forward(
             return with_strides((grid, sizes, options), WIDE=layout.wide(layout.unroll, u, delta, z, y))
 
         start_kernel(layout.launches, forward.forward_times, tensors, describe_times)
-        if link is not None:
-            link.send(last_state)
         return
     B, C = layout.arranged(B, C)
     states, ungated = layout.kept(saved, u)
-    links = layout.links(link)
+    parts, links = layout.plan.parts, layout.links(link)
     carried, spans = layout.carried(u, links)
     if bounds is not None:
         bounds = bounds.contiguous()
@@ -109,8 +109,6 @@ def _launch_forward(
             link.receive()
             after = torch.empty_like(last_state)  # which the kernel below writes while this one is sent
             link.send(_fold(layout, carried, spans, A, start, after))
-    if link is not None and parts == 1:
-        link.send(last_state)
 
 
 def _fold(
@@ -156,7 +154,13 @@ def backward_pass(
             (*inputs, grad_y, grad_last, saved, gated, *grads), delta_softplus, log_A, reverse, u.device,
         )  # fmt: skip
         grad_last = None if grad_last is None else grad_last.contiguous()
-        _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated, link)
+        if link is None or layout.plan.parts > 1:
+            _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated, link)
+        else:
+            link.receive()
+            _launch_backward(layout, inputs, grad_y, grad_last, saved, grads, gated, None)
+            if grads.initial_state is not None:
+                link.send(grads.initial_state)
 
 
 def _launch_backward(
@@ -186,7 +190,7 @@ def _launch_backward(
     grad_start = grads.initial_state
     if link is not None:
         link.receive()
-        if parts > 1 and grad_start is not None:
+        if grad_start is not None:
             link.send(_fold(layout, carried, spans, A, grad_last, grad_start, back=True))
             grad_start = None
     steady_B, steady_C = B.dim() == 2, C.dim() == 2
@@ -212,8 +216,6 @@ def _launch_backward(
         "dz": grads.z, "gated": gated, "sums": sums, "totals": totals, "grad_start": grad_start,
     }  # fmt: skip
     start_kernel(layout.launches, backward.backward, tensors, describe, ("back", links))
-    if link is not None and grad_start is not None:
-        link.send(grad_start)
     _reduce_sums(layout, A, sums, totals, grads)
 
 
