@@ -27,8 +27,8 @@ def use_interpreter():
         return plain(self, *args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
-    # Two fifths of the rest: each sum of integers is computed again in 64 bits, though no sum of these small
-    # tensors is large; and each array builds the table of types again.
+    # Half of the rest: each sum of integers is computed again in 64 bits, and compared for an assertion that
+    # only debug=True makes; and each array builds the table of types again.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     find, types = interpreter._get_np_dtype, {}
 
