@@ -37,9 +37,8 @@ def flat(t: Tensor) -> np.ndarray:
     Kernels add offsets to an array's address and ignore its strides. So every array for a kernel comes from
     here, and a tensor that is not contiguous is an error.
     """
-    t = t.detach()
     if t.is_complex():
-        t = torch.view_as_real(t)
+        t = torch.view_as_real(t.detach())
     if not t.is_contiguous():
         raise AssertionError(
             f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
@@ -48,13 +47,15 @@ def flat(t: Tensor) -> np.ndarray:
 
 
 def memory(t: Tensor, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The memory of a (b, d, l) tensor as a flat array, and the strides with which kernels address it.
+    """The memory of a tensor (..., l) as a flat array, and the strides with which kernels address it.
 
     `reverse`: the array begins at the last step, and the stride of time is negative.
     """
     if reverse and t.numel():
         array, forward = memory(t)
-        return array[(t.shape[2] - 1) * forward[2] :], forward * [1, 1, -1]
+        array = array[(t.shape[-1] - 1) * forward[-1] :]
+        forward[-1] = -forward[-1]
+        return array, forward
     strides = t.stride()
     if not t.is_contiguous():
         last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))

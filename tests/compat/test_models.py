@@ -207,38 +207,12 @@ def test_models_in_the_style_of_the_families_train():
     assert all(float(after) < float(before) for _, before, after in lines), lines
 
 
-TRANSFORMERS = """
-import sys, torch, transformers
-from projecta import compat
-if sys.argv[1] == "compat":
-    compat.install()
-torch.manual_seed(0)
-shape = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2}
-configs = {
-    "Mamba": dict(shape, state_size=4), "FalconMamba": dict(shape, state_size=4),
-    "Jamba": dict(shape, num_attention_heads=2, num_key_value_heads=2, mamba_d_state=4, intermediate_size=16,
-                  attn_layer_offset=1, attn_layer_period=2, num_experts=2, expert_layer_period=2, use_mamba_kernels=True),
-}
-found = {}
-for name, config in configs.items():
-    model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**config))
-    ids = torch.randint(3, 30, (2, 7))
-    with torch.no_grad():
-        found[name + " eval"] = model.eval()(ids).logits
-        found[name + " tokens"] = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
-    loss = model.train()(ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    found |= {name + " " + n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-torch.save(found, sys.argv[2])
-"""
-
-
 def test_stock_transformers_computes_the_same(tmp_path):
     pytest.importorskip("transformers")
     results, said = [], []
     for kind in ("stock", "compat"):
         path = tmp_path / f"{kind}.pt"
-        command = [sys.executable, "-c", TRANSFORMERS, kind, str(path)]
+        command = [sys.executable, str(HERE / "stock_models.py"), kind, str(path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         said.append(done.stderr)
@@ -248,8 +222,8 @@ def test_stock_transformers_computes_the_same(tmp_path):
     stock, ours = results
     assert stock.keys() == ours.keys()
     for name, wanted in stock.items():
-        if name.endswith("tokens"):
+        if wanted.dtype == torch.long:
             assert torch.equal(ours[name], wanted), name
         else:
-            scale = max(float(wanted.abs().max()), 1e-4)
-            assert float((ours[name] - wanted).abs().max()) <= 1e-4 * scale, name
+            bound = (6e-2 if name.endswith("half") else 1e-4) * max(float(wanted.abs().max()), 1e-4)
+            assert float((ours[name] - wanted).abs().max()) <= bound, name

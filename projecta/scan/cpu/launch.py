@@ -82,7 +82,7 @@ def _backward_run(
     dA, dD, dbias = empty(s, d, layout.rows), empty(s, d), empty(s, d)
     constant = [empty(s if t.dim() == 2 else 0, d, layout.rows) for t in (inputs.B, inputs.C)]
     sums = [
-        empty(layout.b if t.dim() == 4 else 0, layout.g, layout.supers // layout.g, layout.l, layout.padded)
+        empty(layout.b * layout.supers * layout.l * layout.padded if t.dim() == 4 else 0)
         for t in (inputs.B, inputs.C)
     ]
     vectors = backward.backward_workspace.py_func(layout.padded, int(layout.sizes[6]))
@@ -105,15 +105,13 @@ def _backward_run(
     for grad, each in ((grads.D, dD), (grads.delta_bias, dbias)):
         if grad is not None:
             grad.copy_(each.sum(0))
-    for grad, each, part, conjugate in (
-        (grads.B, constant[0], sums[0], False), (grads.C, constant[1], sums[1], True),
+    for grad, each, parts, conjugate in (
+        (grads.B, constant[0], totals.B, False), (grads.C, constant[1], totals.C, True),
     ):  # fmt: skip
         if grad.dim() == 2:
             grad.copy_(layout.gradient(each.sum(0), conjugate))
         else:
-            over = part.sum(2)[..., : layout.rows]
-            found = layout.gradient(over, conjugate).transpose(2, 3)
-            grad.copy_(found.flip(3) if layout.reverse else found)
+            layout.unpack(parts, grad, conjugate)
 
 
 selective_scan = define("scan_cpu", forward_pass, backward_pass, saved_shape)

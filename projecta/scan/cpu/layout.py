@@ -7,7 +7,7 @@ in use. So results do not depend on it either.
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from projecta._cpu.memory import flat, memory, round_up
 from projecta._cpu.simd import BYTES
+from projecta._cpu.threads import run
 from projecta.scan._operator import Inputs
+from projecta.scan.cpu.tiles import TILE
+from projecta.scan.cpu.weights import pack, unpack
 
 CHUNK = 16  # steps between saved states
 UNROLL = 4  # rows of states that one loop over time advances
@@ -154,17 +157,38 @@ class Layout:
         return self.weights(self.inputs.B), self.weights(self.inputs.C, conjugate=True)
 
     def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
-        """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
+        """B or C, flat: (d, rows) if constant, else (b, g, l, padded rows). Complex: y is 2 Re(C h)."""
         if self.rotate:
-            B = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
-        if B.dim() - (1 if self.rotate else 0) == 2:
+            pairs = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
+            B = pairs.flatten(1) if B.dim() == 2 else pairs.transpose(3, 4).flatten(2, 3)
+        if B.dim() == 2:
             return flat(B.to(self.real).contiguous())
-        packed = torch.empty(self.b, self.g, self.l, self.padded, dtype=self.real)
-        if self.padded > self.rows:
-            packed[..., self.rows :] = 0
-        B = B.flip(3) if self.reverse else B
-        packed[..., : self.rows] = B.transpose(2, 3).flatten(3)
-        return flat(packed)
+        packed = np.empty(self.b * self.g * self.l * self.padded, _NUMPY[self.real])
+        B = self.readable(B)
+        self.by_tiles(pack, B, *memory(B, self.reverse), packed)
+        return packed
+
+    def unpack(self, parts: np.ndarray, grad: Tensor, conjugate: bool) -> None:
+        """Write the gradient of B or C over time: the sum over the superblocks' `parts`."""
+        if self.rotate or self.readable(grad) is not grad:
+            found = torch.empty(self.b, self.g, self.rows, self.l, dtype=self.real)
+        else:
+            found = grad
+        target, strides = memory(found, self.reverse)
+        self.by_tiles(unpack, found, parts, target, strides)
+        if found is not grad:
+            grad.copy_(self.gradient(found.transpose(2, 3), conjugate).transpose(2, 3))
+
+    def by_tiles(self, kernel: Any, t: Tensor, *arrays: np.ndarray) -> None:
+        """Run `pack` or `unpack` between a tensor (b, g, n, l) and the layout of the kernels."""
+        tiles = -(-self.l // TILE)
+        sizes = np.array([self.g, self.l, self.rows, self.padded, tiles, self.supers // self.g])
+        types = (t.dtype, self.real)
+        run(kernel, self.b * self.g * tiles, t.numel(), sizes, *arrays, types=types)
+
+    def readable(self, t: Tensor) -> Tensor:
+        """A tensor of a type that kernels read into vectors of the state's type."""
+        return t if t.itemsize == 2 else t.to(self.real)
 
     def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Buffers for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""
