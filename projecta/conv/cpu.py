@@ -217,6 +217,7 @@ def backward(
     G holds the gradient before the activation of the item's steps and the k - 1 after them.
     """
     kept, d = taps.width - 1, taps.d
+    begin, back = np.int64(0), np.int64(-1)  # no constants: numba would compile a function again for each
     thread = claim(counter[1:])
     G = workspace[thread * size : (thread + 1) * size]
     item = claim(counter)
@@ -229,14 +230,14 @@ def backward(
         G[(last - t0) * move : (t1 + kept - t0) * move] = 0
         if silu is not None:
             _convolve_steps(
-                source, base, source.strides[2], sequence, t_start, t0, last, taps, c, count, G, 0, move,
-                None, along,
+                source, base, source.strides[2], sequence, t_start, t0, last, taps, c, count, G, begin,
+                move, None, along,
             )  # fmt: skip
         if along is not None:
             if silu is not None:
-                _scale_by_slope(G, 0, grad, at, last - t0)
+                _scale_by_slope(G, begin, grad, at, last - t0)
             else:
-                _copy(G, 0, grad, at, last - t0)
+                _copy(G, begin, grad, at, last - t0)
         else:
             for t in range(last - t0):
                 if silu is not None:
@@ -245,14 +246,15 @@ def backward(
                     _copy(G, t * move, grad, at + t * grad_strides[2], count)
         to = row * dx_strides[0] + c * dx_strides[1] + t0 * dx_strides[2]
         if along is not None:
-            _convolve_row(G, kept, -1, source.start, 0, 0, plain, c, t1 - t0, dx, to, None, along)
+            _convolve_row(G, kept, back, source.start, begin, begin, plain, c, t1 - t0, dx, to, None, along)
             where = item // blocks * (taps.width + 1) * d + c
             _sum_along_time(G, source, base, sequence, t_start, t0, t1, taps, c, totals, where)
         else:
             for t in range(t1 - t0):
                 here = to + t * dx_strides[2]
                 _convolve_row(
-                    G, (t + kept) * move, -move, source.start, 0, 0, plain, c, count, dx, here, None, along
+                    G, (t + kept) * move, -move, source.start, begin, begin, plain, c, count, dx, here, None,
+                    along,
                 )  # fmt: skip
             where = item // blocks * (taps.width + 1) * d + c
             _sum_along_channels(

@@ -38,13 +38,14 @@ from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
     clear_vectors,
+    fetch_channels,
     fetch_rows,
     limits_of,
     look_ahead,
     read,
     write,
     write_rows,
-    write_vectors,
+    write_steps,
 )  # fmt: skip
 
 NAME = "cpu"
@@ -151,8 +152,8 @@ def forward(counter, items, band, x, work, blocks, weights, states, keep, steady
         clear_vectors(H, 0, n)
         if states.start.size:
             fetch_rows(states.start, place, channels, rows, n, 1.0, 1.0, H, 0)
-        fetch_rows(weights.bias, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
-        fetch_rows(weights.D, channel, channels, 1, 1, 1.0, 1.0, ends, width)
+        fetch_channels(weights.bias, channel, channels, ends, 0)
+        fetch_channels(weights.D, channel, channels, ends, width)
         biases, skips, value, limits = load(ends, 0), load(ends, width), zero(ends), limits_of(rates, 0, n)
         total, product, left, unread = zero(ends), zero(ends), period, period
         start, end = band.bounds[2 * sequence], band.bounds[2 * sequence + 1]
@@ -161,9 +162,9 @@ def forward(counter, items, band, x, work, blocks, weights, states, keep, steady
             count = min(TILE, end - t0)
             read(x.delta, x.delta_strides, row, channel, channels, t0, count, S, 0)
             read(x.u, x.u_strides, row, channel, channels, t0, count, X, 0)
-            look_ahead(ahead, 0, x.delta, x.delta_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 4, x.u, x.u_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 8, x.z, x.z_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[0:], x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[4:], x.u, x.u_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[8:], x.z, x.z_strides, row, channel, t0 + TILE)
             found, fits, total, product, left = _sum_tile(
                 band, S, X, sums, drive, means, count, t0 + count == end, biases, limits, ahead, total,
                 product, left,
@@ -182,9 +183,9 @@ def forward(counter, items, band, x, work, blocks, weights, states, keep, steady
                 done += steps
             if keep:
                 to = (row * l + first + index) * band.sizes[3] + channel
-                write_vectors(blocks.u, to, 1, band.sizes[3], channels, found, means, 0)
-                write_vectors(blocks.delta, to, 1, band.sizes[3], channels, found, sums, 0)
-                write_vectors(blocks.y, to, 1, band.sizes[3], channels, found, Y, 0)
+                write_steps(blocks.u, to, band.sizes[3], channels, found, means)
+                write_steps(blocks.delta, to, band.sizes[3], channels, found, sums)
+                write_steps(blocks.y, to, band.sizes[3], channels, found, Y)
             if band.has_z:
                 read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)
             value, unread = _read_tile(band, X, Z, Y, S, count, skips, value, unread)
@@ -224,9 +225,9 @@ def expand_back(counter, items, band, x, D, blocks, dz, dz_strides, dblocks, dD)
             read(x.y, x.y_strides, row, channel, channels, t0, count, G, 0)
             if band.has_z:
                 read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)
-            look_ahead(ahead, 0, x.u, x.u_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 4, x.y, x.y_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 8, x.z, x.z_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[0:], x.u, x.u_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[4:], x.y, x.y_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[8:], x.z, x.z_strides, row, channel, t0 + TILE)
             for at in range(0, count * width, width):
                 _fetch(ahead, 3, at // width)
                 grad, u = load(G, at), load(X, at)
@@ -270,10 +271,10 @@ def pool_back(counter, items, band, x, D, bias, means, spans, dmeans, dspans, du
             read(x.y, x.y_strides, row, channel, channels, t0, count, G, 0)
             if band.has_z:
                 read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)
-            look_ahead(ahead, 0, x.delta, x.delta_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 4, x.u, x.u_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 8, x.y, x.y_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 12, x.z, x.z_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[0:], x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[4:], x.u, x.u_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[8:], x.y, x.y_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[12:], x.z, x.z_strides, row, channel, t0 + TILE)
             for at in range(0, count * width, width):
                 _fetch(ahead, 4, at // width)
                 if left == 0:

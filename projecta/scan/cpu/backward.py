@@ -42,11 +42,13 @@ from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
     clear_vectors,
+    fetch_channels,
     fetch_rows,
     limits_of,
     look_ahead,
     read,
     write,
+    write_channels,
     write_rows,
 )
 
@@ -347,8 +349,8 @@ def _begin_block(
     width = lanes(ends)
     fetch_rows(weights.A, channel * rows, channels, rows, n, unit, turn, rates, own)
     store(ends, e + 5 * width, limits_of(rates, own, n))
-    fetch_rows(weights.bias, channel, channels, 1, 1, 1.0, 1.0, ends, e)
-    fetch_rows(weights.D, channel, channels, 1, 1, 1.0, 1.0, ends, e + width)
+    fetch_channels(weights.bias, channel, channels, ends, e)
+    fetch_channels(weights.D, channel, channels, ends, e + width)
     if steady_B is not None:
         fetch_rows(weights.B, channel * rows, channels, rows, n, 1.0, 1.0, own_B, own)
     if steady_C is not None:
@@ -362,10 +364,10 @@ def _end_block(
     """Write a block's sums over its sequence; `place` indexes its first channel in (sequence, d)."""
     width = lanes(ends)
     write_rows(sums.dA, place * rows, channels, rows, sums_A, own)
-    write_rows(sums.dD, place, channels, 1, ends, e + 2 * width)
-    write_rows(sums.dbias, place, channels, 1, ends, e + 3 * width)
+    write_channels(sums.dD, place, channels, ends, e + 2 * width)
+    write_channels(sums.dbias, place, channels, ends, e + 3 * width)
     if states.spans.size:
-        write_rows(states.spans, place, channels, 1, ends, e + 4 * width)
+        write_channels(states.spans, place, channels, ends, e + 4 * width)
     if states.start_grad.size:
         write_rows(states.start_grad, place * rows, channels, rows, carries, own)
     if steady_B is not None:
@@ -383,10 +385,10 @@ def _begin_tile(work, x, T, o, area, row, channel, channels, t0, steps, ends, e,
     if work.has_z:
         read(x.z, x.z_strides, row, channel, channels, t0, steps, T, o + 7 * area)
     inside = _prepare(T, o, area, steps, ends, e, work.softplus, work.has_z)
-    look_ahead(ahead, i, x.delta, x.delta_strides, row, channel, t0 - TILE)
-    look_ahead(ahead, i + 4, x.u, x.u_strides, row, channel, t0 - TILE)
-    look_ahead(ahead, i + 8, x.y, x.y_strides, row, channel, t0 - TILE)
-    look_ahead(ahead, i + 12, x.z, x.z_strides, row, channel, t0 - TILE)
+    look_ahead(ahead[i:], x.delta, x.delta_strides, row, channel, t0 - TILE)
+    look_ahead(ahead[i + 4 :], x.u, x.u_strides, row, channel, t0 - TILE)
+    look_ahead(ahead[i + 8 :], x.y, x.y_strides, row, channel, t0 - TILE)
+    look_ahead(ahead[i + 12 :], x.z, x.z_strides, row, channel, t0 - TILE)
     return inside
 
 

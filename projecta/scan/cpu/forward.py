@@ -33,11 +33,13 @@ from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
     clear_vectors,
+    fetch_channels,
     fetch_rows,
     limits_of,
     look_ahead,
     read,
     write,
+    write_channels,
     write_rows,
 )
 
@@ -174,8 +176,8 @@ def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C
             fetch_rows(states.start, place, channels, rows, n, 1.0, 1.0, H, 0)
         else:
             clear_vectors(H, 0, n)
-        fetch_rows(weights.bias, channel, channels, 1, 1, 1.0, 1.0, ends, 0)
-        fetch_rows(weights.D, channel, channels, 1, 1, 1.0, 1.0, ends, width)
+        fetch_channels(weights.bias, channel, channels, ends, 0)
+        fetch_channels(weights.D, channel, channels, ends, width)
         biases, skips, span = load(ends, 0), load(ends, width), zero(ends)
         start, end = work.bounds[2 * sequence], work.bounds[2 * sequence + 1]
         for t0 in range(start, end, TILE):
@@ -183,10 +185,10 @@ def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C
             read(x.delta, x.delta_strides, row, channel, channels, t0, count, S, 0)
             read(x.u, x.u_strides, row, channel, channels, t0, count, X, 0)
             fits, span = _prepare(S, X, Y, count, biases, skips, span, limits, work.softplus)
-            look_ahead(ahead, 0, x.delta, x.delta_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 4, x.u, x.u_strides, row, channel, t0 + TILE)
-            look_ahead(ahead, 8, x.z, x.z_strides, row, channel, t0)
-            look_ahead(ahead, 12, x.z, x.z_strides, row, channel, t0)
+            look_ahead(ahead[0:], x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[4:], x.u, x.u_strides, row, channel, t0 + TILE)
+            look_ahead(ahead[8:], x.z, x.z_strides, row, channel, t0)
+            look_ahead(ahead[12:], x.z, x.z_strides, row, channel, t0)
             stride = CHUNK if save else TILE
             for t in range(0, count, stride):
                 if save:
@@ -203,6 +205,6 @@ def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C
         write_rows(states.last, place, channels, rows, H, 0)
         if states.spans.size:
             store(ends, 2 * width, span)
-            write_rows(states.spans, sequence * d + channel, channels, 1, ends, 2 * width)
+            write_channels(states.spans, sequence * d + channel, channels, ends, 2 * width)
         item = claim(counter)
     fence()

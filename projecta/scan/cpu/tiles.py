@@ -2,7 +2,11 @@
 
 A tile is `TILE` steps of as many channels as a vector has lanes. `read` transposes memory of any strides and
 dtype, so that each step is one vector; `write` is the inverse.
+
+numba compiles a function again for each constant argument: np.int64(1) is none.
 """
+
+import numpy as np
 
 from projecta._cpu.simd import (
     BYTES,
@@ -51,7 +55,7 @@ def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
 
 
 @inner
-def write_vectors(target, base, channel_stride, step_stride, channels, steps, tile, at):
+def _write(target, base, channel_stride, step_stride, channels, steps, tile, at):
     """The inverse of `_read`."""
     width = lanes(tile)
     done = 0
@@ -82,24 +86,37 @@ def write_vectors(target, base, channel_stride, step_stride, channels, steps, ti
 def read(source, strides, row, channel, channels, first, steps, tile, at):
     """Load steps of some channels of a (b, d, l) tensor into vectors at tile[at:]; other lanes are 0."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
-    _read(source, base, strides[1], strides[2], channels, steps, tile, at)
+    _read(source, base, strides[1], strides[2], channels, steps, tile, np.int64(at))
 
 
 @inner
 def write(target, strides, row, channel, channels, first, steps, tile, at):
     """The inverse of `read`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
-    write_vectors(target, base, strides[1], strides[2], channels, steps, tile, at)
+    _write(target, base, strides[1], strides[2], channels, steps, tile, np.int64(at))
+
+
+@inner
+def write_steps(target, base, step_stride, channels, steps, tile):
+    """Write vectors of adjacent channels, one for each step."""
+    _write(target, base, np.int64(1), step_stride, channels, steps, tile, np.int64(0))
 
 
 @inner
 def write_rows(target, base, channels, rows, tile, at):
     """Write `rows` vectors from tile[at:] as `rows` adjacent numbers per channel."""
-    write_vectors(target, base, rows, 1, channels, rows, tile, at)
+    _write(target, base, rows, np.int64(1), channels, rows, tile, np.int64(at))
 
 
 @inner
-def look_ahead(ahead, i, source, strides, row, channel, first):
+def write_channels(target, base, channels, tile, at):
+    """Write the vector at tile[at:] as one number per channel."""
+    for c in range(channels):
+        put(target, base + c, get(tile, at + c))
+
+
+@inner
+def look_ahead(ahead, source, strides, row, channel, first):
     """Write base, stride, shift and mask of the 64 cache lines of a tile of a (b, d, l) tensor to `ahead`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
     channel_stride, step_stride, size = strides[1], strides[2], source.itemsize
@@ -107,10 +124,10 @@ def look_ahead(ahead, i, source, strides, row, channel, first):
         base, step_stride = base - TILE + 1, 1
     contiguous = step_stride == 1
     per_row = TILE * size // BYTES if contiguous else 1
-    ahead[i] = address(source, base)
-    ahead[i + 1] = size * (channel_stride if contiguous else step_stride)
-    ahead[i + 2] = 0 if per_row == 1 else 1 if per_row == 2 else 2 if per_row == 4 else 3
-    ahead[i + 3] = per_row - 1
+    ahead[0] = address(source, base)
+    ahead[1] = size * (channel_stride if contiguous else step_stride)
+    ahead[2] = 0 if per_row == 1 else 1 if per_row == 2 else 2 if per_row == 4 else 3
+    ahead[3] = per_row - 1
 
 
 @inner
@@ -127,12 +144,20 @@ def fetch_rows(source, base, channels, rows, padded, scale, scale_next, tile, at
     Even rows are multiplied by `scale`, odd rows by `scale_next`.
     """
     width = lanes(tile)
-    _read(source, base, rows, 1, channels, rows, tile, at)
+    _read(source, base, rows, np.int64(1), channels, rows, tile, np.int64(at))
     for q in range(0, rows, 2):
         store(tile, at + q * width, load(tile, at + q * width) * scale)
     for q in range(1, rows, 2):
         store(tile, at + q * width, load(tile, at + q * width) * scale_next)
     clear_vectors(tile, at + rows * width, padded - rows)
+
+
+@inner
+def fetch_channels(source, base, channels, tile, at):
+    """Load one number per channel into the vector at tile[at:]; other lanes are 0."""
+    store(tile, at, zero(tile))
+    for c in range(channels):
+        put(tile, at + c, get(source, base + c))
 
 
 @inner
