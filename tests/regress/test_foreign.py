@@ -109,7 +109,7 @@ def test_an_installed_copy_is_not_taken_for_the_commit(workplace):
     folder = workplace / "project"
     folder.mkdir()
     suite = "def track_cost():\n    import tiny\n    return tiny.COST\n"  # imports when it runs, not before
-    foreign.make(folder, suite, project="fast-yaml", benchmark_dir="benchmarks")
+    foreign.make(folder, suite, project="fast-yaml", benchmark_dir="benchmarks", environment_type="existing")
     (folder / "lib").mkdir()
     commits = []
     for cost in (1, 10):

@@ -179,7 +179,7 @@ def asv(folder, *words):
 def test_results_that_left_the_suite_are_kept(workplace):
     """Results of a removed benchmark, parameter or version stay in the file or in the journal."""
     text = suite([1, 2]) + "\n    def track_gone():\n        return 42\n"
-    foreign.make(workplace, text)
+    foreign.make(workplace, text, environment_type="existing")
     commit = foreign.commit(workplace, "one")
     asv(workplace, "machine", "--yes", "--machine", "desk")
     asv(workplace, "run", f"--python={sys.executable}", "--set-commit-hash", commit, "--machine", "desk")

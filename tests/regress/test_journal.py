@@ -429,7 +429,7 @@ def test_a_machine_that_nothing_describes_and_leftovers(measured):
 
 
 def test_earlier_results_of_asv_are_imported(project):
-    foreign.make(project)
+    foreign.make(project, environment_type="existing")
     commit = foreign.commit(project, "one")
     asv = [sys.executable, "-m", "asv"]
     subprocess.run([*asv, "machine", "--yes", "--machine", "desk"], check=True, capture_output=True)
