@@ -93,7 +93,7 @@ def _deterministic():
         torch._dynamo.reset()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter():
     """A process in which Triton is set to interpret before it is imported."""
     if importlib.util.find_spec("triton") is None:  # not imported here: the interpreter is chosen before that

@@ -44,13 +44,16 @@ def _work(rank, size, port, job, options, results):
 
 def launch(job, size, **options):
     """What `job(rank, size)` returns on each rank; the text of an error as a string."""
-    spawn = mp.get_context("spawn")
     os.environ.pop("TRITON_INTERPRET", None)
     if options.pop("interpreted", False):
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    results, port = spawn.Queue(), _port()
+        context = mp.get_context("spawn")
+    else:
+        context = mp.get_context("forkserver")  # which has imported torch
+        context.set_forkserver_preload(["torch.distributed", "torch.distributed.fsdp", "projecta.mamba"])
+    results, port = context.Queue(), _port()
     processes = [
-        spawn.Process(target=_work, args=(r, size, port, job, options, results)) for r in range(size)
+        context.Process(target=_work, args=(r, size, port, job, options, results)) for r in range(size)
     ]
     for process in processes:
         process.start()
@@ -264,8 +267,15 @@ def _every_size(rank, size, ports):
     return found
 
 
+def _compile(dtype):
+    """Leave the kernels on disk: each rank would compile them."""
+    model, x = _blocks(backend="cpu").to(dtype), _sequence().to(dtype)
+    model(x).sum().backward()
+
+
 @functools.cache
 def _results():
+    _compile(torch.float64)
     return launch(_every_size, max(SIZES), ports=[_port() for _ in SIZES])
 
 
@@ -303,6 +313,7 @@ def _fused(rank, size):
 def test_the_node_of_the_gpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # restored after the test
+    _compile(torch.float32)
     for rank, error in launch(_fused, 3, interpreted=True).items():
         assert isinstance(error, float), error
         assert error < 1e-5, (rank, error)

@@ -1,6 +1,7 @@
 """The vision towers that can be pruned: the names of the parts of CLIP, ViT, DINOv2, SigLIP, Vision Mamba."""
 
 import gc
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -121,10 +122,11 @@ def scan_costs(tower: Any, block: Any, embedding: int) -> ScanCosts:
 def is_averaged(tower: nn.Module) -> bool:
     """Whether any model in memory averages the tower's patches in its classifier."""
     kinds = {k for k in _subclasses(nn.Module) if any(base.__name__ in _AVERAGING for base in k.__mro__)}
-    return bool(kinds) and any(
-        type(thing) in kinds and any(child is tower for child in vars(thing).get("_modules", {}).values())
-        for thing in gc.get_objects()
-    )
+    if not kinds:
+        return False
+    things = gc.get_objects()  # hundreds of thousands: no Python code runs for each
+    models = itertools.compress(things, map(kinds.__contains__, map(type, things)))
+    return any(tower is child for model in models for child in vars(model).get("_modules", {}).values())
 
 
 def _subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:

@@ -445,11 +445,10 @@ def test_runs_without_a_folder_for_its_cache(tmp_path):
     """Read-only installations compile anew in each process."""
     code = (
         "import numba.core.caching as c; c.CacheImpl._locator_classes = []; import torch, projecta; "
-        "u = torch.ones(1, 2, 3); A = -torch.ones(2, 1); B = torch.ones(1, 1, 3); "
-        "print(projecta.selective_scan(u, u, A, B, B, backend='cpu')[0, 0].tolist())"
+        "print(projecta.causal_conv(torch.ones(1, 2, 3), torch.ones(2, 2), activation=None, backend='cpu')[0, 0].tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [round(v, 4) for v in ast.literal_eval(done.stdout)] == [1.0, 1.3679, 1.5032]
+    assert ast.literal_eval(done.stdout) == [1.0, 2.0, 2.0]
 
 
 def test_inference_mode_and_autocast(backend):
