@@ -125,11 +125,11 @@ def wait_for_writes(folder, process, count):
 
 
 def test_a_run_killed_at_any_moment_keeps_its_results_and_resumes(project):
-    """kill -9 at twelve random moments: in turn by time, and as it writes. Processes of the run end as well."""
+    """kill -9 at eight random moments: in turn by time, and as it writes. Processes of the run end as well."""
     foreign.make(project, SLOW)
     foreign.commit(project, "one")
     draw, counts = random.Random(0), []
-    for i in range(12):
+    for i in range(8):
         process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
         if i % 2:
             wait_for_writes(project, process, draw.randint(1, 6))
