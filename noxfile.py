@@ -97,7 +97,7 @@ def rehearse(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def tests(session: nox.Session) -> None:
-    """Run all tests, with doctests, and every benchmark once. Tests that measure time run alone."""
+    """Run all tests, with doctests, and every benchmark once. Tests that measure time run last."""
     # Python compiles what the tests import; all that is installed would take 40 s.
     session.install("--no-compile", *PINNED, TRITON, *EXTRAS["gate"], *EXTRAS["dev"])
     install_project(session)
@@ -106,7 +106,8 @@ def tests(session: nox.Session) -> None:
         return
     one_thread = {"OMP_NUM_THREADS": "1"}  # one thread of torch for each of the two workers
     session.run("pytest", "-n", "2", "--dist", "loadgroup", "-m", "not serial", env=one_thread)
-    session.run("pytest", "-m", "serial")
+    # Beside each other these leave each its own core: a gate runs one side at a time.
+    session.run("pytest", "-n", "2", "-m", "serial", env=one_thread)
 
 
 # Tests that depend on the versions of other libraries. `oldest` has torch 2.9; some indexes have only its

@@ -121,7 +121,11 @@ def scan_costs(tower: Any, block: Any, embedding: int) -> ScanCosts:
 
 def is_averaged(tower: nn.Module) -> bool:
     """Whether any model in memory averages the tower's patches in its classifier."""
-    kinds = {k for k in _subclasses(nn.Module) if any(base.__name__ in _AVERAGING for base in k.__mro__)}
+    modules = {base.__module__ for base in type(tower).__mro__}
+    kinds = {
+        kind for kind in _subclasses(nn.Module)
+        if any(base.__name__ in _AVERAGING and base.__module__ in modules for base in kind.__mro__)
+    }  # fmt: skip
     if not kinds:
         return False
     things = gc.get_objects()  # hundreds of thousands: no Python code runs for each

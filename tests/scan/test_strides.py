@@ -17,20 +17,20 @@ WAYS = [
 ]  # fmt: skip
 
 
-def random_scan(draw: random.Random):
+def random_scan(draw: random.Random, ways: list[dict] = WAYS):
     """A small scan whose tensors have random strides, inside margins of NaN."""
     way = {
         "b": draw.choice((1, 2)),
         "l": draw.choice((1, 5, 8)),
         "n": draw.choice((1, 3, 4, 8)),
-    } | draw.choice(WAYS)
+    } | draw.choice(ways)
     if "packed" in way:
         way["l"] = way["packed"][-1]
     arguments = make_scan(d=draw.choice((2, 4, 16, 18)), **way)
     return {name: strided(t, draw) for name, t in arguments.items()}
 
 
-@pytest.mark.parametrize(("name", "calls"), [("cpu", 1200), ("vectorised", 500)])
+@pytest.mark.parametrize(("name", "calls"), [("cpu", 800), ("vectorised", 400)])
 def test_scans_of_random_strides_agree_with_the_reference(name, calls):
     draw = random.Random(1)
     for seed in range(calls):
@@ -44,10 +44,9 @@ def test_scans_of_random_strides_agree_with_the_reference(name, calls):
 
 def test_the_multi_resolution_scan_of_random_strides_agrees_with_the_reference():
     draw = random.Random(2)
-    for seed in range(100):
-        arguments = random_scan(draw)
-        if arguments["A"].is_complex():
-            continue
+    real = [way for way in WAYS if not way.keys() & {"complex_A", "dtype"}]
+    for seed in range(80):
+        arguments = random_scan(draw, [*real, {"dtype": torch.float16}])
         d, g = (
             arguments["A"].shape[0],
             max(arguments[k].shape[1] if arguments[k].dim() == 4 else 1 for k in "BC"),
