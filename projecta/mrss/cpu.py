@@ -19,6 +19,7 @@ from projecta._cpu.simd import (
     claim,
     fence,
     fma,
+    get,
     lanes,
     load,
     magnitude_below,
@@ -200,6 +201,27 @@ def forward(counter, items, band, x, work, blocks, weights, states, keep, steady
     fence()
 
 
+@compiled
+def means(counter, items, sizes, source, strides, target):
+    """Means over blocks of (b, g, n, l) with `strides`, as (b, g, blocks, n).
+
+    sizes: g, l, n, period, blocks, tiles. Item i is tile i % tiles of blocks of row i // tiles of (b, g).
+    """
+    g, l, n, period, blocks, tiles = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
+    item = claim(counter)
+    while item < items:
+        row, first = item // tiles, item % tiles * TILE
+        base = row // g * strides[0] + row % g * strides[1]
+        for k in range(first, min(first + TILE, blocks)):
+            start, end = k * period, min((k + 1) * period, l)
+            for c in range(n):
+                at, total = base + c * strides[2], 0.0
+                for t in range(start, end):
+                    total += get(source, at + t * strides[3])
+                target[(row * blocks + k) * n + c] = total / (end - start)
+        item = claim(counter)
+
+
 @inner
 def workspace_vectors(n):
     """Workspace of a thread, in vectors: tiles of tokens and of blocks, and states."""
@@ -323,7 +345,20 @@ class Coarse:
         self.items = self.sequences * each
         looks = np.zeros(16 * torch.get_num_threads(), np.int64)
         self.band = Band(sizes, rows, ends, first, softplus, z is not None, flat(workspace), looks)
-        self.B, self.C = (block_means(t, self.blocks, self.real) for t in (B, C))
+        self.B, self.C = (self.means(t) for t in (B, C))
+
+    def means(self, t: Tensor) -> Tensor:
+        """`block_means` of B or C."""
+        if t.dim() == 2 or self.blocks.bounds is not None:
+            return block_means(t, self.blocks, self.real)
+        b, g, n, l = t.shape
+        found, tiles = (
+            torch.empty(b, g, self.blocks.number, n, dtype=self.real),
+            -(-self.blocks.number // TILE),
+        )
+        sizes = np.array([g, l, n, self.blocks.period, self.blocks.number, tiles])
+        run(means, b * g * tiles, t.numel(), sizes, *memory(t), flat(found), types=(t.dtype, self.real))
+        return found.transpose(2, 3)
 
     def new(self) -> Tensor:
         """A value of each block and channel, as (b, d, blocks): a view of (b, blocks, padded)."""
