@@ -106,7 +106,7 @@ def tests(session: nox.Session) -> None:
         return
     one_thread = {"OMP_NUM_THREADS": "1"}  # one thread of torch for each of the two workers
     session.run("pytest", "-n", "2", "--dist", "loadgroup", "-m", "not serial", env=one_thread)
-    # Beside each other these leave each its own core: a gate runs one side at a time.
+    # A gate runs one side at a time, so two of these tests have a core each.
     session.run("pytest", "-n", "2", "-m", "serial", env=one_thread)
 
 

@@ -217,7 +217,7 @@ def backward(
     G holds the gradient before the activation of the item's steps and the k - 1 after them.
     """
     kept, d = taps.width - 1, taps.d
-    begin, back = np.int64(0), np.int64(-1)  # no constants: numba would compile a function again for each
+    begin, back = np.int64(0), np.int64(-1)  # no literals: numba would compile a function again for each
     thread = claim(counter[1:])
     G = workspace[thread * size : (thread + 1) * size]
     item = claim(counter)

@@ -163,7 +163,7 @@ def forward(counter, items, band, x, work, blocks, weights, states, keep, steady
             count = min(TILE, end - t0)
             read(x.delta, x.delta_strides, row, channel, channels, t0, count, S, 0)
             read(x.u, x.u_strides, row, channel, channels, t0, count, X, 0)
-            look_ahead(ahead[0:], x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead, x.delta, x.delta_strides, row, channel, t0 + TILE)
             look_ahead(ahead[4:], x.u, x.u_strides, row, channel, t0 + TILE)
             look_ahead(ahead[8:], x.z, x.z_strides, row, channel, t0 + TILE)
             found, fits, total, product, left = _sum_tile(
@@ -202,7 +202,7 @@ def forward(counter, items, band, x, work, blocks, weights, states, keep, steady
 
 
 @compiled
-def means(counter, items, sizes, source, strides, target):
+def average(counter, items, sizes, source, strides, target):
     """Means over blocks of (b, g, n, l) with `strides`, as (b, g, blocks, n).
 
     sizes: g, l, n, period, blocks, tiles. Item i is tile i % tiles of blocks of row i // tiles of (b, g).
@@ -247,7 +247,7 @@ def expand_back(counter, items, band, x, D, blocks, dz, dz_strides, dblocks, dD)
             read(x.y, x.y_strides, row, channel, channels, t0, count, G, 0)
             if band.has_z:
                 read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)
-            look_ahead(ahead[0:], x.u, x.u_strides, row, channel, t0 + TILE)
+            look_ahead(ahead, x.u, x.u_strides, row, channel, t0 + TILE)
             look_ahead(ahead[4:], x.y, x.y_strides, row, channel, t0 + TILE)
             look_ahead(ahead[8:], x.z, x.z_strides, row, channel, t0 + TILE)
             for at in range(0, count * width, width):
@@ -293,7 +293,7 @@ def pool_back(counter, items, band, x, D, bias, means, spans, dmeans, dspans, du
             read(x.y, x.y_strides, row, channel, channels, t0, count, G, 0)
             if band.has_z:
                 read(x.z, x.z_strides, row, channel, channels, t0, count, Z, 0)
-            look_ahead(ahead[0:], x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead, x.delta, x.delta_strides, row, channel, t0 + TILE)
             look_ahead(ahead[4:], x.u, x.u_strides, row, channel, t0 + TILE)
             look_ahead(ahead[8:], x.y, x.y_strides, row, channel, t0 + TILE)
             look_ahead(ahead[12:], x.z, x.z_strides, row, channel, t0 + TILE)
@@ -352,12 +352,11 @@ class Coarse:
         if t.dim() == 2 or self.blocks.bounds is not None:
             return block_means(t, self.blocks, self.real)
         b, g, n, l = t.shape
-        found, tiles = (
-            torch.empty(b, g, self.blocks.number, n, dtype=self.real),
-            -(-self.blocks.number // TILE),
-        )
-        sizes = np.array([g, l, n, self.blocks.period, self.blocks.number, tiles])
-        run(means, b * g * tiles, t.numel(), sizes, *memory(t), flat(found), types=(t.dtype, self.real))
+        number = self.blocks.number
+        tiles = -(-number // TILE)
+        found = torch.empty(b, g, number, n, dtype=self.real)
+        sizes = np.array([g, l, n, self.blocks.period, number, tiles])
+        run(average, b * g * tiles, t.numel(), sizes, *memory(t), flat(found), types=(t.dtype, self.real))
         return found.transpose(2, 3)
 
     def new(self) -> Tensor:

@@ -58,17 +58,15 @@ def generated(model, ids):
         "sampled": {"do_sample": True, "top_k": 5}, "sampled beams": {"do_sample": True, "num_beams": 2},
         "padded": {"attention_mask": mask}, "without a cache": {"use_cache": False},
     }  # fmt: skip
+    shared = {
+        "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids),
+        "pad_token_id": 0, "return_dict_in_generate": True, "output_scores": True,
+    }  # fmt: skip
     for name, words in options.items():
         torch.manual_seed(0)
-        words = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0} | words
-        yield name, model.generate(ids, max_new_tokens=6, min_new_tokens=6, **words)
-    torch.manual_seed(0)
-    found = model.generate(
-        ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids),
-        pad_token_id=0, return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    yield "sequences", found.sequences
-    yield from ((f"scores {i}", t.masked_fill(t.isinf(), 0.0)) for i, t in enumerate(found.scores))
+        found = model.generate(ids, **(shared | words))
+        yield name, found.sequences
+        yield from ((f"{name} {i}", t.masked_fill(t.isinf(), 0.0)) for i, t in enumerate(found.scores))
 
 
 def trained(model, ids):

@@ -159,10 +159,10 @@ def make(folder, suite=SUITE, **settings):
     (folder / ".asv").mkdir()
 
 
-def use_own_python(folder):
-    """Run the benchmarks in this interpreter: with what it has installed, or by asv's own commands."""
+def configure(folder, **settings):
+    """Change settings of the project."""
     path = folder / "asv.conf.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"environment_type": "existing"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def make_history(folder, commits, benchmarks, value, machine="desk", conditions=lambda i: {}):

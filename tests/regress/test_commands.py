@@ -10,7 +10,7 @@ from projecta.regress.project import git as project_git
 from projecta.regress.project.config import Project
 from projecta.regress.site import tables as report
 from projecta.regress.store.results import Measurement, list_machines, read_measurements
-from tests.regress.foreign import commit, git, make, run, use_own_python
+from tests.regress.foreign import commit, configure, git, make, run
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def foreign(workplace):
 
 def measure_with_asv(folder, commit="HEAD"):
     """Run asv as its user would by hand."""
-    use_own_python(folder)
+    configure(folder, environment_type="existing")
     commit = git(folder, "rev-parse", commit).strip()
     asv = [sys.executable, "-m", "asv"]
     subprocess.run(

@@ -398,9 +398,7 @@ def test_a_project_in_a_subfolder_and_a_src_layout(project):
 
 
 def test_an_installed_copy_does_not_replace_the_commit(project):
-    foreign.use_own_python(project)
-    config = json.loads((project / "asv.conf.json").read_text())
-    (project / "asv.conf.json").write_text(json.dumps(config | {"project": "pytest"}))
+    foreign.configure(project, project="pytest", environment_type="existing")
     code, text = run("gate", "HEAD^")
     assert code == 3
     assert "pytest is imported from" in text.replace("\n", " ")

@@ -183,8 +183,7 @@ def test_results_that_left_the_suite_are_kept(workplace):
     commit = foreign.commit(workplace, "one")
     asv(workplace, "machine", "--yes", "--machine", "desk")
     asv(workplace, "run", f"--python={sys.executable}", "--set-commit-hash", commit, "--machine", "desk")
-    config = json.loads((workplace / "asv.conf.json").read_text()) | {"pythons": [sys.executable]}
-    (workplace / "asv.conf.json").write_text(json.dumps(config))
+    foreign.configure(workplace, pythons=[sys.executable])
     before = stored(workplace)
     write(workplace, suite([2, 3]))
     assert run("bench", "HEAD", "--machine", "desk")[0] == 0

@@ -441,8 +441,7 @@ def test_earlier_results_of_asv_are_imported(project):
         if m.measured
     }
     assert len(before) == 7
-    config = json.loads((project / "asv.conf.json").read_text()) | {"pythons": [sys.executable]}
-    (project / "asv.conf.json").write_text(json.dumps(config))
+    foreign.configure(project, pythons=[sys.executable])
     code, text = run("bench", "HEAD", "--machine", "desk")
     assert code == 3  # the planted failure is tried again
     assert "time_sleep(" not in text.partition("Machine")[0]

@@ -185,7 +185,7 @@ def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C
             read(x.delta, x.delta_strides, row, channel, channels, t0, count, S, 0)
             read(x.u, x.u_strides, row, channel, channels, t0, count, X, 0)
             fits, span = _prepare(S, X, Y, count, biases, skips, span, limits, work.softplus)
-            look_ahead(ahead[0:], x.delta, x.delta_strides, row, channel, t0 + TILE)
+            look_ahead(ahead, x.delta, x.delta_strides, row, channel, t0 + TILE)
             look_ahead(ahead[4:], x.u, x.u_strides, row, channel, t0 + TILE)
             look_ahead(ahead[8:], x.z, x.z_strides, row, channel, t0)
             look_ahead(ahead[12:], x.z, x.z_strides, row, channel, t0)

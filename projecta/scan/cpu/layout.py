@@ -164,16 +164,15 @@ class Layout:
         if B.dim() == 2:
             return flat(B.to(self.real).contiguous())
         packed = np.empty(self.b * self.g * self.l * self.padded, _NUMPY[self.real])
-        B = self.readable(B)
+        B = B if self.can_read(B) else B.to(self.real)
         self.by_tiles(pack, B, *memory(B, self.reverse), packed)
         return packed
 
     def unpack(self, parts: np.ndarray, grad: Tensor, conjugate: bool) -> None:
         """Write the gradient of B or C over time: the sum over the superblocks' `parts`."""
-        if self.rotate or self.readable(grad) is not grad:
+        found = grad
+        if not self.can_read(grad):
             found = torch.empty(self.b, self.g, self.rows, self.l, dtype=self.real)
-        else:
-            found = grad
         target, strides = memory(found, self.reverse)
         self.by_tiles(unpack, found, parts, target, strides)
         if found is not grad:
@@ -186,9 +185,9 @@ class Layout:
         types = (t.dtype, self.real)
         run(kernel, self.b * self.g * tiles, t.numel(), sizes, *arrays, types=types)
 
-    def readable(self, t: Tensor) -> Tensor:
-        """A tensor of a type that kernels read into vectors of the state's type."""
-        return t if t.itemsize == 2 else t.to(self.real)
+    def can_read(self, t: Tensor) -> bool:
+        """Whether kernels read a tensor of this type into vectors of the state's type."""
+        return t.itemsize == 2 or t.dtype == self.real
 
     def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Buffers for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""

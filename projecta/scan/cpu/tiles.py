@@ -3,7 +3,7 @@
 A tile is `TILE` steps of as many channels as a vector has lanes. `read` transposes memory of any strides and
 dtype, so that each step is one vector; `write` is the inverse.
 
-numba compiles a function again for each constant argument: np.int64(1) is none.
+numba compiles a function again for each literal number that it is called with, but once for all np.int64.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for e
 
 
 @inner
-def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
+def read_vectors(source, base, channel_stride, step_stride, channels, steps, tile, at):
     """Load channels x steps of the caller's memory into vectors at tile[at:]; other lanes are 0."""
     width = lanes(tile)
     done = 0
@@ -55,8 +55,8 @@ def _read(source, base, channel_stride, step_stride, channels, steps, tile, at):
 
 
 @inner
-def _write(target, base, channel_stride, step_stride, channels, steps, tile, at):
-    """The inverse of `_read`."""
+def write_vectors(target, base, channel_stride, step_stride, channels, steps, tile, at):
+    """The inverse of `read_vectors`."""
     width = lanes(tile)
     done = 0
     if channels == width and channel_stride == 1:
@@ -86,26 +86,26 @@ def _write(target, base, channel_stride, step_stride, channels, steps, tile, at)
 def read(source, strides, row, channel, channels, first, steps, tile, at):
     """Load steps of some channels of a (b, d, l) tensor into vectors at tile[at:]; other lanes are 0."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
-    _read(source, base, strides[1], strides[2], channels, steps, tile, np.int64(at))
+    read_vectors(source, base, strides[1], strides[2], channels, steps, tile, np.int64(at))
 
 
 @inner
 def write(target, strides, row, channel, channels, first, steps, tile, at):
     """The inverse of `read`."""
     base = row * strides[0] + channel * strides[1] + first * strides[2]
-    _write(target, base, strides[1], strides[2], channels, steps, tile, np.int64(at))
+    write_vectors(target, base, strides[1], strides[2], channels, steps, tile, np.int64(at))
 
 
 @inner
 def write_steps(target, base, step_stride, channels, steps, tile):
     """Write vectors of adjacent channels, one for each step."""
-    _write(target, base, np.int64(1), step_stride, channels, steps, tile, np.int64(0))
+    write_vectors(target, base, np.int64(1), step_stride, channels, steps, tile, np.int64(0))
 
 
 @inner
 def write_rows(target, base, channels, rows, tile, at):
     """Write `rows` vectors from tile[at:] as `rows` adjacent numbers per channel."""
-    _write(target, base, rows, np.int64(1), channels, rows, tile, np.int64(at))
+    write_vectors(target, base, rows, np.int64(1), channels, rows, tile, np.int64(at))
 
 
 @inner
@@ -144,7 +144,7 @@ def fetch_rows(source, base, channels, rows, padded, scale, scale_next, tile, at
     Even rows are multiplied by `scale`, odd rows by `scale_next`.
     """
     width = lanes(tile)
-    _read(source, base, rows, np.int64(1), channels, rows, tile, np.int64(at))
+    read_vectors(source, base, rows, np.int64(1), channels, rows, tile, np.int64(at))
     for q in range(0, rows, 2):
         store(tile, at + q * width, load(tile, at + q * width) * scale)
     for q in range(1, rows, 2):
