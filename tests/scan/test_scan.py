@@ -28,6 +28,7 @@ CASES = {
     **{f"length {l}": {"l": l} for l in (0, 1, 2, 3, 15, 16, 17, 31, 33)},
     **{f"length {l}": {"b": 1, "d": 3, "l": l} for l in (2047, 2048, 2049)},
     **{f"states {n}": {"n": n, "d": 5} for n in (1, 3, 16, 17, 64, 256)},
+    **{f"40 channels of {n} states": {"d": 40, "n": n, "l": 70} for n in (5, 16)},  # several blocks
     "one channel": {"d": 1, "b": 1},
     "empty batch": {"b": 0},
     "two groups": {"g": 2},
