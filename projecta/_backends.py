@@ -21,11 +21,6 @@ def device_of(backend: str) -> str:
     return _ONLY.get(backend, "")
 
 
-def loaded(package: str, backend: str) -> ModuleType | None:
-    """The backend's module if a call has imported it."""
-    return _loaded.get(f"{package}.{backend}")
-
-
 def why_not(package: str, backend: str) -> str:
     """Import a backend; return why it cannot run here, or ""."""
     name = f"{package}.{backend}"

@@ -14,6 +14,7 @@ _KINDS = {
     torch.int64: "i8", torch.uint8: "u1", torch.bool: "u1",
 }  # fmt: skip
 _KINDS = {dtype: np.dtype(kind).str for dtype, kind in _KINDS.items()}
+NOTHING = {dtype: np.empty(0, kind) for dtype, kind in _KINDS.items()}  # an empty array of each type
 
 
 class _Memory:
@@ -43,7 +44,7 @@ def flat(t: Tensor) -> np.ndarray:
         raise AssertionError(
             f"a kernel needs contiguous memory; got strides {t.stride()} of {tuple(t.shape)}"
         )
-    return np.asarray(_Memory(t)) if t.numel() else np.empty(0, _KINDS[t.dtype])
+    return np.asarray(_Memory(t)) if t.numel() else NOTHING[t.dtype]
 
 
 def memory(t: Tensor, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.np import arrayobj
 
 BYTES = 64
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
@@ -369,6 +370,21 @@ def address(typing, array, offset):
         return builder.ptrtoint(_Emit(builder, types.float32).pointer(context, array, *args), _INT64)
 
     return types.int64(array, types.intp), lower
+
+
+@intrinsic
+def array_at(typing, address, size, like):
+    """The flat array of so many scalars, of the type of those of `like`, at a memory address."""
+    kind = types.Array(like.dtype, 1, "C")
+
+    def lower(context, builder, sig, args):
+        array, element = context.make_array(kind)(context, builder), context.get_data_type(kind.dtype)
+        itemsize = ir.Constant(_INT64, context.get_abi_sizeof(element))
+        data = builder.inttoptr(args[0], element.as_pointer())
+        arrayobj.populate_array(array, data, [args[1]], [itemsize], itemsize, None)
+        return array._getvalue()
+
+    return kind(types.int64, types.int64, like), lower
 
 
 @intrinsic

@@ -14,6 +14,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from projecta._calls import remembered, traits
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Sizes and strides: the compiled code is the same for all values (see `start_kernel`).
 SIZES = [
@@ -46,21 +48,6 @@ _STRIDED = {
 }  # fmt: skip
 
 _known: dict[tuple, Any] = {}
-
-
-def traits(t: Tensor | None) -> tuple | None:
-    """Everything of a tensor that a launch depends on, but its values and its device."""
-    return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
-
-
-def remembered(cache: dict, key: Any, make: Callable) -> Any:
-    """cache[key], made if it is missing; a full cache starts anew: many lengths must not fill the memory."""
-    found = cache.get(key)
-    if found is None:
-        if len(cache) >= 4096:
-            cache.clear()
-        found = cache[key] = make()
-    return found
 
 
 def cached(make: Callable, tensors: Iterable[Tensor | None], *others) -> Any:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projecta._calls import remembered, traits
 from projecta._operators import KINDS, differentiable, refuse_tangents, untraced
-from projecta._triton.launch import Recording, remembered, repeated, traits
+from projecta._triton.launch import Recording, repeated
 from projecta.conv import WIDEST
 from projecta.conv import triton as conv
 from projecta.conv._operator import Grads as ConvGrads

@@ -34,7 +34,7 @@ from projecta.mrss.reference import block_means, cut_blocks
 from projecta.scan._operator import Inputs
 from projecta.scan.cpu import launch as scan
 from projecta.scan.cpu.forward import States, advance_any, save_states
-from projecta.scan.cpu.layout import CHUNK, UNROLL, Layout, Steps, saved_shape
+from projecta.scan.cpu.layout import CHUNK, UNROLL, Layout, Steps, Weights, saved_shape
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
@@ -63,6 +63,14 @@ class Band(NamedTuple):
     has_z: bool
     workspace: np.ndarray
     looks: np.ndarray  # prefetch addresses of each thread
+
+
+class Blocks(NamedTuple):
+    """Values of each block of tokens and channel: mean of u, sum of delta, output of the scan."""
+
+    u: np.ndarray
+    delta: np.ndarray
+    y: np.ndarray
 
 
 @inner
@@ -385,17 +393,18 @@ class Coarse:
     def forward(self, y: Tensor, last: Tensor, save: bool) -> list[Tensor]:
         x, span, blocks = self.new(), self.new(), self.new()
         own, start = self.scan(x, span), self.inputs.initial_state
-        layout = Layout(own._replace(D=self.inputs.D, delta_bias=self.inputs.delta_bias), False)
+        layout = Layout(own, False)
         saved = x.new_empty(saved_shape(own, self.sequences, 8) if save else 0)
-        work, steps, weights = layout.arguments(blocks, 1)
+        weights = layout.weights(own._replace(D=self.inputs.D, delta_bias=self.inputs.delta_bias))
         none = saved[:0]
         states = States(
             flat(none), flat(none if start is None else start.contiguous()), flat(last), flat(saved)
         )
-        kept = steps._replace(u=_whole(x), delta=_whole(span), y=_whole(blocks))
+        kept = Blocks(_whole(x), _whole(span), _whole(blocks))
         run(
             forward, layout.sequences * layout.blocks, self.inputs.u.numel() * 4, self.band,
-            self.tokens(y), work, kept, weights, states, save, *layout.kinds[1:],
+            self.tokens(y), layout.work, kept, Weights(*map(flat, weights)), states, save,
+            *layout.variant[1:],
         )  # fmt: skip
         return [saved, x, span, blocks]
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from projecta._backends import BackendUnavailable as BackendUnavailable
-from projecta._backends import device_of, loaded, require_backend, why_not
+from projecta._backends import require_backend, why_not
 from projecta._checks import Checker
+from projecta.scan import _eager
 from projecta.scan._arguments import canonical_arguments, check_step, state_dtype
 from projecta.scan._operator import Inputs
 from projecta.scan.pool import blank_rows, read_rows, write_rows
@@ -114,12 +115,12 @@ def selective_scan(
 def _scan(
     given: tuple, softplus: bool, cu_seqlens: Tensor | None, save_every: int, backend: str, reverse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and the last state: a repeated call of backend "triton", or checks, a backend and its operator."""
+    """y and the last state: a call as an earlier one was, or checks, a backend and its operator."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = given
-    key, triton = None, loaded(__name__, "triton")
-    if triton is not None and _may_repeat(backend, u, cu_seqlens):
-        key = triton.eager.cache_key(given, softplus, save_every, reverse)
-        found = None if key is None else triton.eager.repeat(key, given)
+    key = None
+    if cu_seqlens is None and isinstance(u, Tensor) and not torch.compiler.is_compiling():
+        key = _eager.cache_key(given, softplus, save_every, reverse, backend)
+        found = None if key is None else _eager.repeat(key, given)
         if found is not None:
             return found
     check = Checker("selective_scan")
@@ -129,8 +130,8 @@ def _scan(
     check.one_of("save_every", save_every, SAVE_EVERY)
     module = choose_backend(check, backend, u, A.dtype)
     canonical = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if key is not None and module is triton:
-        found = module.eager.first(key, given, canonical, softplus, reverse)
+    if key is not None:
+        found = _eager.first(key, module, given, canonical, softplus, reverse)
         if found is not None:
             return found
     if reverse:
@@ -232,18 +233,6 @@ def selective_state_update(
 def _flattens(state: Tensor) -> bool:
     """Whether a state's heads and channels flatten into one axis without a copy."""
     return state.dim() == 3 or state.stride(1) == state.shape[2] * state.stride(2)
-
-
-def _may_repeat(backend: str, u: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether backend "triton" may repeat the launches of an earlier call."""
-    return (
-        cu_seqlens is None
-        and not torch.compiler.is_compiling()
-        and isinstance(u, Tensor)
-        and u.device.type == device_of("triton")
-        and u.dtype != torch.float64
-        and backend in ("triton", "auto" if u.is_cuda else "triton")
-    )
 
 
 def choose_backend(check: Checker, backend: str, u: Tensor, state: torch.dtype) -> ModuleType:

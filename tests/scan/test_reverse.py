@@ -109,12 +109,13 @@ def test_it_has_the_bits_of_flipped_tensors(case, on):
 
 def _compare_on_triton(options, mode):
     from projecta._triton import launch
-    from projecta.scan.triton import eager, layout
+    from projecta.scan import _eager
+    from projecta.scan.triton import layout
 
     with (
         mock.patch.object(layout, "plan", functools.partial(plan_of, mode)),
         mock.patch.dict(launch._known, clear=True),
-        mock.patch.dict(eager._calls, clear=True),
+        mock.patch.dict(_eager._calls, clear=True),
     ):
         _compare("triton", **options)
 

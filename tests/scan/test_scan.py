@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.common import peak_mib
 from projecta import available_backends, selective_scan, selective_state_update
-from projecta.scan import BackendUnavailable, vectorised
-from projecta.scan.cpu import launch, layout  # importing them registers the operators
+from projecta.scan import BackendUnavailable, _eager, vectorised
+from projecta.scan.cpu import backward, forward, layout  # importing them registers the operators
 from tests.cases import make_scan, run_with_gradients, widen
 
 TOLERANCE = {  # dtype of u: (rtol, atol) of y and every gradient, relative to the largest value
@@ -284,6 +284,7 @@ def _again(**options):
 
 @pytest.mark.parametrize("cores", [2, 100])
 def test_the_number_of_threads_changes_no_bit(cores, monkeypatch):
+    monkeypatch.setattr(_eager, "_calls", {})
     monkeypatch.setattr(layout, "CORES", cores)  # with 100 cores, time is cut into pieces
     monkeypatch.setattr(layout, "PIECE", 40)
     one, two, again = _bits("cpu", 1), _bits("cpu", 2), _bits("cpu", 2)
@@ -360,16 +361,18 @@ def test_rates_of_zero_sum_up(backend):
 )
 def test_pieces_of_time_give_the_same(options, monkeypatch):
     """As on a machine with more processors than the scan has blocks."""
+    monkeypatch.setattr(_eager, "_calls", {})
     monkeypatch.setattr(layout, "CORES", 20)
     monkeypatch.setattr(layout, "PIECE", 40)
     arguments = make_scan(l=333, n=3, **({"b": 1} | options))
     runs = []
 
-    def count(*args, run=launch.run, **options):
-        runs.append(args[1])
-        run(*args, **options)
+    def count(kernel, items, *args, run=layout.run, **options):
+        if kernel in (forward.forward, backward.backward):
+            runs.append(items)
+        run(kernel, items, *args, **options)
 
-    monkeypatch.setattr(launch, "run", count)
+    monkeypatch.setattr(layout, "run", count)
     truth = run_with_gradients(
         selective_scan, {n: widen(t) for n, t in arguments.items()}, backend="reference"
     )

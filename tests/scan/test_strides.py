@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from projecta import mrss_scan, selective_scan, selective_state_update
-from projecta.scan.cpu import layout
+from projecta._cpu import memory
 from tests.cases import make_scan, run_strided, strided, widen
 from tests.scan.test_scan import TOLERANCE, assert_close
 
@@ -82,8 +82,8 @@ def test_steps_of_random_strides_agree_with_contiguous_ones(heads):
 def test_flat_refuses_memory_with_gaps_and_memory_gives_its_strides():
     for t in (torch.ones(4, 6)[:, ::2], torch.ones(3, 4).T, torch.ones(1, 1).expand(3, 2)):
         with pytest.raises(AssertionError, match="a kernel needs contiguous memory; got strides"):
-            layout.flat(t)
-        array, strides = layout.memory(t)
+            memory.flat(t)
+        array, strides = memory.memory(t)
         rows, columns = t.shape
         lies = [[array[i * strides[0] + j * strides[1]] for j in range(columns)] for i in range(rows)]
         assert torch.equal(torch.tensor(lies), t)

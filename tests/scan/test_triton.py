@@ -417,7 +417,8 @@ def _check_repeats():
     """A call that differs only in values repeats the launches of the first call, with its own tensors."""
     from projecta import available_backends, selective_scan
     from projecta._triton import launch
-    from projecta.scan.triton import backward, eager, forward, layout, pack_and_step
+    from projecta.scan import _eager
+    from projecta.scan.triton import backward, forward, layout, pack_and_step
 
     log = []
 
@@ -444,7 +445,7 @@ def _check_repeats():
         for name, module in names.items():
             patches.enter_context(mock.patch.object(module, name, stubs[name]))
         patches.enter_context(mock.patch.object(layout, "processors_of", return_value=132))
-        for table in (eager._calls, launch._known):
+        for table in (_eager._calls, launch._known):
             patches.enter_context(mock.patch.dict(table, clear=True))
         for case, expected in (
             ({}, ["forward_times"]),
@@ -472,10 +473,10 @@ def _check_repeats():
             for row in rows[1:]:  # each kernel reads the output of `pack_weights`
                 assert (row["B"], row["C"]) == (rows[0]["to_B"], rows[0]["to_C"])
         first = inputs()
-        whole = len(eager._calls)
+        whole = len(_eager._calls)
         for change in ({"u": first["u"].mT.contiguous().mT}, {"D": first["D"].half()}, {"z": None}):
             assert call(**{**first, **change})[1]
-        assert len(eager._calls) == whole + 3
+        assert len(_eager._calls) == whole + 3
         first = inputs(l=32)
         call(**{**first, "delta": first["u"]})  # one tensor in two places, then two with the same key
         for _ in range(2):
@@ -502,7 +503,7 @@ def _check_repeats():
         with pytest.raises(ValueError, match=r"^selective_scan: save_every must"):
             call(**first, save_every=9)
     graded = torch.ones(3, requires_grad=True)
-    key = functools.partial(eager.cache_key, softplus=True, every=8, reverse=False)
+    key = functools.partial(_eager.cache_key, softplus=True, every=8, reverse=False, backend="triton")
     assert key((graded,)) != key((graded.detach(),))
     seen = []  # transforms need it too
     torch.func.vmap(lambda t: seen.append(key((t,))) or t)(torch.ones(3))

@@ -14,7 +14,14 @@ the forward pass saved every `CHUNK` steps, then goes through the chunk in rever
 summed over the channels of a superblock in vectors, then over lanes, then over superblocks in a fixed order.
 """
 
-from projecta.scan.cpu.launch import scan_reversed, selective_scan, selective_state_update
+from projecta.scan.cpu.launch import (
+    Passes,
+    repeats,
+    saved_shape,
+    scan_reversed,
+    selective_scan,
+    selective_state_update,
+)
 
 
 def unavailable() -> str:
@@ -22,4 +29,7 @@ def unavailable() -> str:
     return ""
 
 
-__all__ = ["scan_reversed", "selective_scan", "selective_state_update", "unavailable"]
+__all__ = [
+    "Passes", "repeats", "saved_shape", "scan_reversed", "selective_scan", "selective_state_update",
+    "unavailable",
+]  # fmt: skip

@@ -14,6 +14,7 @@ from projecta._cpu.simd import (
     BYTES,
     LOG2_E,
     address,
+    array_at,
     claim,
     fence,
     fma,
@@ -29,7 +30,7 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner
-from projecta.scan.cpu.layout import CHUNK, UNROLL
+from projecta.scan.cpu.layout import CHUNK, UNROLL, steps_at, weights_at
 from projecta.scan.cpu.recurrence import (
     decay_of,
     match_rows,
@@ -41,11 +42,13 @@ from projecta.scan.cpu.recurrence import (
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
+    aligned,
     clear_vectors,
     fetch_channels,
     fetch_rows,
     limits_of,
     look_ahead,
+    optional,
     read,
     write,
     write_channels,
@@ -187,7 +190,7 @@ def retrace(
 
 
 @inner
-def backward_workspace(n, size):
+def workspace_vectors(n, size):
     """Workspace of a thread of `backward` for `size` blocks, in vectors.
 
     Ten tiles per block; states and decays of a chunk; sums of dB and dC over the blocks; then for each block
@@ -226,6 +229,33 @@ class Sums(NamedTuple):
     dC: np.ndarray
     B: np.ndarray
     C: np.ndarray
+
+
+@inner
+def grads_at(places, kinds):
+    return Grads(
+        array_at(places[0], 1, kinds.u), places[1:4], array_at(places[4], 1, kinds.delta), places[5:8],
+        array_at(places[8], 1, kinds.z), places[9:12],
+    )  # fmt: skip
+
+
+@inner
+def states_at(places, kinds):
+    real = kinds.real
+    return States(
+        optional(places[0], real), optional(places[1], real), array_at(places[2], 1, real),
+        optional(places[3], real),
+    )  # fmt: skip
+
+
+@inner
+def sums_at(places, kinds):
+    real = kinds.real
+    return Sums(
+        array_at(places[0], 1, real), array_at(places[1], 1, real), array_at(places[2], 1, real),
+        array_at(places[3], 1, real), array_at(places[4], 1, real), array_at(places[5], 1, real),
+        array_at(places[6], 1, real),
+    )  # fmt: skip
 
 
 @inner
@@ -403,18 +433,20 @@ def _end_tile(work, grads, T, o, area, row, channel, channels, t0, steps, ends, 
 
 
 @compiled
-def backward(
-    counter, items, work, x, weights, states, grads, sums, rotate, steady_B, steady_C
-):  # fmt: skip
-    """Item i is superblock i % supers of sequence i // supers."""
+def backward(counter, items, work, kinds, places, rotate, steady_B, steady_C):
+    """Item i is superblock i % supers of sequence i // supers.
+
+    places: steps, the gradients of u, delta and z likewise, weights, then States and Sums.
+    """
+    x, grads, weights = steps_at(places, kinds), grads_at(places[16:], kinds), weights_at(places[28:], kinds)
+    states, sums, real = states_at(places[33:], kinds), sums_at(places[37:], kinds), kinds.real
     sizes, saved = work.sizes, states.saved
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     size, supers = sizes[6], sizes[7]
-    width, blocks, d, per_super = lanes(weights.bias), g * per_group, g * k, supers // g
+    width, blocks, d, per_super = lanes(real), g * per_group, g * k, supers // g
     area, held = (TILE + SKEW) * width, n * width
     tiles, each = 10 * area, size * held  # S X G Y DX DS U Z, slopes of softplus and gate
-    thread = claim(counter[1:])
-    T = work.workspace[thread * backward_workspace(n, size) * width :]
+    T = aligned(real, workspace_vectors(n, size))
     hs, own = T[size * tiles :], T[size * tiles + 4 * (CHUNK + 1) * width :]
     decays, collect_B = own, own[4 * CHUNK * width :]
     collect_C, own = collect_B[CHUNK * held :], collect_B[2 * CHUNK * held :]
@@ -422,7 +454,7 @@ def backward(
     sums_A, held_B, held_C, ends = own[4 * each :], own[5 * each :], own[6 * each :], own[7 * each :]
     fits = ends[6 * size * width :]
     B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
-    ahead = work.looks[16 * size * thread :]
+    ahead = np.zeros(16 * size, np.int64)  # what to prefetch
     unit = LOG2_E
     turn = 1.0 / (2 * math.pi) if rotate is not None else unit
     item = claim(counter)
@@ -442,7 +474,10 @@ def backward(
                 6 * i * width, steady_B, steady_C,
             )  # fmt: skip
             place = (sequence * d + channel) * rows
-            fetch_rows(states.last_grad, place, channels, rows, n, 1.0, 1.0, carries, i * held)
+            if states.last_grad.size:
+                fetch_rows(states.last_grad, place, channels, rows, n, 1.0, 1.0, carries, i * held)
+            else:
+                clear_vectors(carries, i * held, n)
         total = (end - start + TILE - 1) // TILE
         for tile in range(total - 1, -1, -1):
             t0 = start + tile * TILE

@@ -13,6 +13,7 @@ from projecta._cpu.simd import (
     BYTES,
     LOG2_E,
     address,
+    array_at,
     claim,
     fence,
     fma,
@@ -27,16 +28,18 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner
-from projecta.scan.cpu.layout import CHUNK, UNROLL
+from projecta.scan.cpu.layout import CHUNK, UNROLL, steps_at, weights_at
 from projecta.scan.cpu.recurrence import decay_of, step_rows, weight_of
 from projecta.scan.cpu.tiles import (
     SKEW,
     TILE,
+    aligned,
     clear_vectors,
     fetch_channels,
     fetch_rows,
     limits_of,
     look_ahead,
+    optional,
     read,
     write,
     write_channels,
@@ -79,12 +82,6 @@ def advance(S, X, Y, first, steps, A, B, C, w, n, H, ahead, clamp, rotate, stead
         store(H, k + width, h1)
         store(H, k + 2 * width, h2)
         store(H, k + 3 * width, h3)
-
-
-@inner
-def forward_workspace(n):
-    """Workspace of a thread of `forward`, in vectors: S X Y Z, H, A, B, C, bias, D and span."""
-    return 4 * (TILE + SKEW) + 4 * n + 3
 
 
 class States(NamedTuple):
@@ -145,18 +142,22 @@ def _gate(Y, Z, count):
 
 
 @compiled
-def forward(counter, items, work, x, weights, states, rotate, steady_B, steady_C):
-    """Item i is block i % blocks of sequence i // blocks."""
+def forward(counter, items, work, kinds, places, rotate, steady_B, steady_C):
+    """Item i is block i % blocks of sequence i // blocks. places: steps, weights, then States."""
+    x, weights, real = steps_at(places, kinds), weights_at(places[16:], kinds), kinds.real
+    states = States(
+        optional(places[21], real), optional(places[22], real), array_at(places[23], 1, real),
+        optional(places[24], real),
+    )  # fmt: skip
     sizes, saved = work.sizes, states.saved
     g, k, rows, n, per_group, l = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
-    width, blocks, d = lanes(weights.bias), g * per_group, g * k
+    width, blocks, d = lanes(real), g * per_group, g * k
     area, held = (TILE + SKEW) * width, n * width
-    thread = claim(counter[1:])
-    own = work.workspace[thread * forward_workspace(n) * width :]  # `forward_workspace` vectors
+    own = aligned(real, 4 * (TILE + SKEW) + 4 * n + 3)  # S X Y Z, then H, A, B, C, then bias, D and span
     S, X, Y, Z, own = own[:area], own[area:], own[2 * area :], own[3 * area :], own[4 * area :]
     H, rates, own_B, own_C, ends = own, own[held:], own[2 * held :], own[3 * held :], own[4 * held :]
     B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
-    ahead = work.looks[16 * thread :]
+    ahead = np.zeros(16, np.int64)  # what to prefetch
     save, lines = saved.size > 0, address(saved, 0) % BYTES == 0
     unit = LOG2_E
     turn = 1.0 / (2 * math.pi) if rotate is not None else unit

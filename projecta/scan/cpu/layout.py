@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from projecta._cpu.memory import flat, memory, round_up
-from projecta._cpu.simd import BYTES
-from projecta._cpu.threads import run
+from projecta._cpu.memory import NOTHING, round_up
+from projecta._cpu.simd import BYTES, array_at
+from projecta._cpu.threads import inner, run
 from projecta.scan._operator import Inputs
 from projecta.scan.cpu.tiles import TILE
 from projecta.scan.cpu.weights import pack, unpack
@@ -28,7 +28,7 @@ CORES = os.cpu_count() or 1
 
 
 class Work(NamedTuple):
-    """The work items of a kernel, and the workspace of its threads."""
+    """The work items of a kernel."""
 
     sizes: np.ndarray
     sequences: np.ndarray  # the row of each sequence
@@ -36,8 +36,16 @@ class Work(NamedTuple):
     chunks: np.ndarray  # index of the first saved chunk of each sequence
     softplus: bool
     has_z: bool
-    workspace: np.ndarray
-    looks: np.ndarray  # prefetch addresses of each thread
+
+
+class Kinds(NamedTuple):
+    """Empty arrays of the types of tensors: u, delta, z, y or its gradient, and the states and sums."""
+
+    u: np.ndarray
+    delta: np.ndarray
+    z: np.ndarray
+    y: np.ndarray
+    real: np.ndarray
 
 
 class Steps(NamedTuple):
@@ -54,11 +62,31 @@ class Steps(NamedTuple):
 
 
 class Weights(NamedTuple):
-    A: np.ndarray
-    B: np.ndarray
-    C: np.ndarray
-    D: np.ndarray
-    bias: np.ndarray
+    """Flat memory in the type of the state; B and C in the layout of `weights`."""
+
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    bias: Any
+
+
+@inner
+def steps_at(places, kinds):
+    """The arrays of u, delta, z and y: each takes four of `places`, its address and its strides."""
+    return Steps(
+        array_at(places[0], 1, kinds.u), places[1:4], array_at(places[4], 1, kinds.delta), places[5:8],
+        array_at(places[8], 1, kinds.z), places[9:12], array_at(places[12], 1, kinds.y), places[13:16],
+    )  # fmt: skip
+
+
+@inner
+def weights_at(places, kinds):
+    real = kinds.real
+    return Weights(
+        array_at(places[0], 1, real), array_at(places[1], 1, real), array_at(places[2], 1, real),
+        array_at(places[3], 1, real), array_at(places[4], 1, real),
+    )  # fmt: skip
 
 
 @functools.lru_cache(256)
@@ -71,11 +99,14 @@ def _piece_tables(b: int, l: int, pieces: int, piece: int) -> tuple[np.ndarray, 
 
 
 class Layout:
-    """The vector layout of a call's channels, states and sequences, and the arguments of both kernels."""
+    """The vector layout of a call's channels, states and sequences. It keeps no values of the call's tensors.
+
+    Kernels take the addresses of tensors: to make arrays of them would cost more than a small kernel.
+    """
 
     def __init__(self, inputs: Inputs, delta_softplus: bool, reverse: bool = False):
-        self.inputs, self.delta_softplus, self.reverse = inputs, delta_softplus, reverse
-        u, _, A, B, C = inputs[:5]
+        self.reverse = reverse
+        u, delta, A, B, C, _, z = inputs[:7]
         self.b, d, self.l = u.shape
         self.rotate = 1 if A.is_complex() else None
         self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # rows of states per block
@@ -88,102 +119,89 @@ class Layout:
         self.pieces, self.piece = 1, self.l
         if inputs.cu_seqlens is not None:
             ends = inputs.cu_seqlens.numpy().astype(np.int64)
-            self.order = np.zeros(len(ends) - 1, np.int64)
-            self.bounds = np.stack([ends[:-1], ends[1:]], 1).ravel()
-            self.chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
+            order = np.zeros(len(ends) - 1, np.int64)
+            bounds = np.stack([ends[:-1], ends[1:]], 1).ravel()
+            chunks = ends[:-1] // CHUNK + np.arange(len(ends) - 1)
         else:
             pieces = min(CORES // max(self.b * self.blocks, 1), self.l // PIECE)
             if pieces >= 4:  # pieces need two passes
                 self.pieces, self.piece = pieces, round_up(-(-self.l // pieces), CHUNK)
-            self.order, self.bounds, self.chunks = _piece_tables(self.b, self.l, self.pieces, self.piece)
-        self.sequences = len(self.order)
+            order, bounds, chunks = _piece_tables(self.b, self.l, self.pieces, self.piece)
+        self.sequences = len(order)
         size = max(1, min(SUPERBLOCK, self.sequences * self.blocks // 16))
         self.supers = self.g * -(-per_group // size)
-        self.sizes = np.array(
-            [self.g, d // self.g, self.rows, self.padded, per_group, self.l, size, self.supers]
+        sizes = [self.g, d // self.g, self.rows, self.padded, per_group, self.l, size, self.supers]
+        self.work = Work(np.array(sizes), order, bounds, chunks, delta_softplus, z is not None)
+        self.size = u.numel() * self.rows  # of the work, as `run` counts it
+        self.types = u.dtype, delta.dtype, u.dtype if z is None else z.dtype
+        # None or 1: numba compiles code of its own for complex states, constant B and constant C.
+        self.variant = self.rotate, *(1 if t.dim() == 2 else None for t in (B, C))
+        self.tiles = -(-self.l // TILE)
+        self.weight_sizes = np.array(
+            [self.g, self.l, self.rows, self.padded, self.tiles, self.supers // self.g]
         )
-        self.work = u.numel() * self.rows
+        self.no_channels = torch.zeros(d, dtype=self.real)
 
-    def arguments(self, y: Tensor, vectors: int) -> tuple[Work, Steps, Weights]:
-        """Arguments of both kernels, for y or its gradient, and a workspace of `vectors` per thread."""
-        u, delta, A, _, _, D, z, bias = self.inputs[:8]
-        workspace, looks = self.workspace(vectors)
-        work = Work(
-            self.sizes,
-            self.order,
-            self.bounds,
-            self.chunks,
-            self.delta_softplus,
-            z is not None,
-            workspace,
-            looks,
-        )
-        steps = Steps(*(part for t in (u, delta, u if z is None else z, y) for part in self.steps(t)))
-        return work, steps, Weights(
-            flat(A.contiguous()), *self.packed, self.channels(D), self.channels(bias)
+    def run(self, kernel: Any, items: int, y: Tensor, places: list[int], work: int) -> None:
+        """Run a kernel of this layout on tensors at `places`, with y or its gradient."""
+        types = *self.types, y.dtype, self.real
+        run(
+            kernel, items, work, self.work, Kinds(*(NOTHING[kind] for kind in types)), np.array(places),
+            *self.variant, types=(*types, *self.variant),
         )  # fmt: skip
 
-    def steps(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The memory of a (b, d, l) tensor and its strides, in the direction of the scan."""
-        return memory(t, self.reverse)
+    def places(self, *tensors: Tensor) -> list[int]:
+        """Address and strides, in the direction of the scan, of tensors (b, d, l)."""
+        found: list[int] = []
+        for t in tensors:
+            start, (row, channel, step) = t.data_ptr(), t.stride()
+            if self.reverse:
+                start, step = start + (self.l - 1) * step * t.itemsize, -step
+            found += start, row, channel, step
+        return found
 
-    @property
-    def kinds(self) -> tuple[int | None, int | None, int | None]:
-        """1 or None for complex states, constant B, constant C; numba compiles separate code for each."""
-        constant_B, constant_C = (1 if t.dim() == 2 else None for t in (self.inputs.B, self.inputs.C))
-        return self.rotate, constant_B, constant_C
+    def weights(self, inputs: Inputs) -> Weights:
+        """Tensors that the kernels read."""
+        return Weights(
+            inputs.A.contiguous(), self.packed(inputs.B), self.packed(inputs.C, conjugate=True),
+            self.channels(inputs.D), self.channels(inputs.delta_bias),
+        )  # fmt: skip
 
-    @property
-    def types(self) -> tuple:
-        """What the types of the kernels' arguments follow from."""
-        u, delta, _, _, _, _, z = self.inputs[:7]
-        return u.dtype, delta.dtype, None if z is None else z.dtype, self.real, *self.kinds
-
-    def workspace(self, vectors: int) -> tuple[np.ndarray, np.ndarray]:
-        """Buffers of each thread: `vectors` aligned vectors, and prefetch addresses."""
-        threads, size = torch.get_num_threads(), int(self.sizes[6])
-        workspace = torch.empty(threads * vectors * self.width, dtype=self.real)
-        return flat(workspace), np.zeros(threads * 16 * size, np.int64)
-
-    def channels(self, t: Tensor | None) -> np.ndarray:
+    def channels(self, t: Tensor | None) -> Tensor:
         """(d,) in the type of the state; zeros for None."""
-        if t is None:
-            return np.zeros(self.inputs.u.shape[1], _NUMPY[self.real])
-        return flat(t.to(self.real).contiguous())
+        return self.no_channels if t is None else t.to(self.real).contiguous()
 
-    @functools.cached_property
-    def packed(self) -> tuple[np.ndarray, np.ndarray]:
-        """B and C in the layout of `weights`."""
-        return self.weights(self.inputs.B), self.weights(self.inputs.C, conjugate=True)
-
-    def weights(self, B: Tensor, conjugate: bool = False) -> np.ndarray:
-        """B or C, flat: (d, rows) if constant, else (b, g, l, padded rows). Complex: y is 2 Re(C h)."""
+    def packed(self, B: Tensor, conjugate: bool = False) -> Tensor:
+        """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
         if self.rotate:
             pairs = torch.view_as_real((2 * B.conj() if conjugate else B).resolve_conj())
             B = pairs.flatten(1) if B.dim() == 2 else pairs.transpose(3, 4).flatten(2, 3)
         if B.dim() == 2:
-            return flat(B.to(self.real).contiguous())
-        packed = np.empty(self.b * self.g * self.l * self.padded, _NUMPY[self.real])
+            return B.to(self.real).contiguous()
+        packed = torch.empty(self.b * self.g * self.l * self.padded, dtype=self.real)
         B = B if self.can_read(B) else B.to(self.real)
-        self.by_tiles(pack, B, *memory(B, self.reverse), packed)
+        self.by_tiles(pack, B, packed)
         return packed
 
-    def unpack(self, parts: np.ndarray, grad: Tensor, conjugate: bool) -> None:
+    def unpack(self, parts: Tensor, grad: Tensor, conjugate: bool) -> None:
         """Write the gradient of B or C over time: the sum over the superblocks' `parts`."""
         found = grad
         if not self.can_read(grad):
             found = torch.empty(self.b, self.g, self.rows, self.l, dtype=self.real)
-        target, strides = memory(found, self.reverse)
-        self.by_tiles(unpack, found, parts, target, strides)
+        self.by_tiles(unpack, found, parts)
         if found is not grad:
             grad.copy_(self.gradient(found.transpose(2, 3), conjugate).transpose(2, 3))
 
-    def by_tiles(self, kernel: Any, t: Tensor, *arrays: np.ndarray) -> None:
-        """Run `pack` or `unpack` between a tensor (b, g, n, l) and the layout of the kernels."""
-        tiles = -(-self.l // TILE)
-        sizes = np.array([self.g, self.l, self.rows, self.padded, tiles, self.supers // self.g])
-        types = (t.dtype, self.real)
-        run(kernel, self.b * self.g * tiles, t.numel(), sizes, *arrays, types=types)
+    def by_tiles(self, kernel: Any, t: Tensor, rows: Tensor) -> None:
+        """Run `pack` or `unpack` between a tensor (b, g, n, l) and `rows`, in the layout of the kernels."""
+        start, strides = t.data_ptr(), t.stride()
+        if self.reverse:
+            start += (self.l - 1) * strides[3] * t.itemsize
+            strides = *strides[:3], -strides[3]
+        run(
+            kernel, self.b * self.g * self.tiles, t.numel(), self.weight_sizes, NOTHING[t.dtype],
+            NOTHING[self.real], np.array((start, *strides, rows.data_ptr())), types=(t.dtype, self.real),
+        )  # fmt: skip
 
     def can_read(self, t: Tensor) -> bool:
         """Whether kernels read a tensor of this type into vectors of the state's type."""
@@ -191,8 +209,9 @@ class Layout:
 
     def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Buffers for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""
-        A, d = self.inputs.A, shape[0]
-        return A.new_empty(self.b, self.pieces, *shape), torch.empty(self.b, self.pieces, d, dtype=self.real)
+        kind = self.real.to_complex() if self.rotate else self.real
+        states = torch.empty(self.b, self.pieces, *shape, dtype=kind)
+        return states, torch.empty(self.b, self.pieces, shape[0], dtype=self.real)
 
     def gradient(self, rows: Tensor, conjugate: bool = False) -> Tensor:
         """(..., rows) as (..., n): complex if the states are."""
@@ -200,9 +219,6 @@ class Layout:
             return rows
         pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
         return 2 * pairs.conj() if conjugate else pairs
-
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from projecta._cpu.simd import (
     BYTES,
     address,
+    array_at,
     get,
     lanes,
     largest_magnitude,
@@ -27,6 +28,20 @@ TILE = 64  # steps that are read and transposed together
 
 
 SKEW = 5  # vectors between tiles: stores and loads 4 KiB apart would wait for each other
+
+
+@inner
+def aligned(like, vectors):
+    """Memory of so many vectors, that are cache lines."""
+    width = lanes(like)
+    whole = np.empty((vectors + 1) * width, like.dtype)
+    return whole[-address(whole, 0) % BYTES // whole.itemsize :]
+
+
+@inner
+def optional(address, like):
+    """The array at an address; empty if the address is 0."""
+    return array_at(address, 1 if address else 0, like)
 
 
 @inner

@@ -6,7 +6,7 @@ one work item.
 
 import numpy as np
 
-from projecta._cpu.simd import claim, fence, lanes, load, store
+from projecta._cpu.simd import array_at, claim, fence, lanes, load, store
 from projecta._cpu.threads import compiled, inner
 from projecta.scan.cpu.tiles import TILE, read_vectors, write_vectors
 
@@ -20,8 +20,13 @@ def _place(sizes, strides, item):
 
 
 @compiled
-def pack(counter, items, sizes, source, strides, target):
-    """(b, g, n, l) with `strides` to (b, g, l, padded n). sizes: g, l, n, padded n, tiles of a row."""
+def pack(counter, items, sizes, kind, real, places):
+    """(b, g, n, l) to (b, g, l, padded n).
+
+    sizes: g, l, n, padded n, tiles of a row. places: address and strides of the source, of type `kind`, and
+    address of the target, of type `real`.
+    """
+    source, strides, target = array_at(places[0], 1, kind), places[1:5], array_at(places[5], 1, real)
     rows, padded, state = sizes[2], sizes[3], strides[2]
     width = lanes(target)
     tile = np.empty(TILE * width, target.dtype)
@@ -43,11 +48,12 @@ def pack(counter, items, sizes, source, strides, target):
 
 
 @compiled
-def unpack(counter, items, sizes, parts, target, strides):
-    """The sum over the parts (b, g, parts, l, padded n) as (b, g, n, l) with `strides`.
+def unpack(counter, items, sizes, kind, real, places):
+    """The sum over the parts (b, g, parts, l, padded n) as (b, g, n, l).
 
-    sizes: as for `pack`, and the number of parts.
+    sizes: as for `pack`, and the number of parts. places: of the target and of the parts, as for `pack`.
     """
+    target, strides, parts = array_at(places[0], 1, kind), places[1:5], array_at(places[5], 1, real)
     rows, padded, state, count = sizes[2], sizes[3], strides[2], sizes[5]
     width, each = lanes(parts), sizes[1] * padded
     tile = np.empty(TILE * width, parts.dtype)

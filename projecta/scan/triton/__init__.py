@@ -12,7 +12,16 @@ Most kernels read B and C from packed float32 buffers. Nothing waits for the dev
 """
 
 from projecta._triton.launch import cannot_run as unavailable
-from projecta.scan.triton import eager
-from projecta.scan.triton.launch import scan_reversed, selective_scan, selective_state_update
+from projecta.scan.triton.launch import (
+    Passes,
+    repeats,
+    saved_shape,
+    scan_reversed,
+    selective_scan,
+    selective_state_update,
+)
 
-__all__ = ["eager", "scan_reversed", "selective_scan", "selective_state_update", "unavailable"]
+__all__ = [
+    "Passes", "repeats", "saved_shape", "scan_reversed", "selective_scan", "selective_state_update",
+    "unavailable",
+]  # fmt: skip

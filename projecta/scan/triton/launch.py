@@ -2,15 +2,24 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from projecta._calls import traits
 from projecta._checks import fail
 from projecta._operators import refuse_tangents, register
-from projecta._triton.launch import cached, narrow, new_buffer, processors_of, start_kernel
+from projecta._triton.launch import (
+    Recording,
+    cached,
+    narrow,
+    new_buffer,
+    processors_of,
+    repeated,
+    start_kernel,
+)
 from projecta.scan import reference
 from projecta.scan._operator import Inputs, define
 from projecta.scan.triton import backward, forward, pack_and_step
@@ -270,6 +279,39 @@ def saved_states(inputs: Inputs, sequences: int, every: int) -> int:
 def saved_shape(inputs: Inputs, sequences: int, every: int) -> tuple[int, ...]:
     output = 0 if inputs.z is None else words_of(inputs.u)
     return (saved_states(inputs, sequences, every) + output,)
+
+
+def repeats(inputs: Inputs) -> bool:
+    """Whether `Passes` takes calls like this one."""
+    steps = inputs.delta, inputs.z
+    wide = any(t is not None and t.dtype == torch.float64 for t in steps)
+    return bool(inputs.u.numel()) and inputs.A.dtype == torch.float32 and not wide
+
+
+class Passes:
+    """The passes of all calls that differ in values only: the launches of the first, repeated."""
+
+    def __init__(self, inputs: Inputs, delta_softplus: bool, reverse: bool):
+        self.softplus, self.reverse = delta_softplus, reverse
+        self.records: dict[Any, Recording] = {}
+
+    def forward(self, inputs: Inputs, y: Tensor, last_state: Tensor, saved: Tensor) -> None:
+        repeated(
+            self.records, "forward", inputs[:9], (y, last_state, saved),
+            lambda: forward_pass(inputs, self.softplus, y, last_state, saved, reverse=self.reverse),
+        )  # fmt: skip
+
+    def backward(
+        self, grad_y: Tensor, grad_last: Tensor | None, saved: Tensor, inputs: Inputs, grads: Inputs
+    ) -> None:
+        grad_last = None if grad_last is None else grad_last.contiguous()
+        repeated(
+            self.records, (traits(grad_y), grad_last is None), (*inputs[:9], grad_y, grad_last),
+            (saved, *grads[:9]),
+            lambda: backward_pass(
+                grad_y, grad_last, saved, inputs, self.softplus, grads, reverse=self.reverse
+            ),
+        )  # fmt: skip
 
 
 _scan = define("scan_triton", forward_pass, backward_pass, saved_shape)

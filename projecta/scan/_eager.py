@@ -1,40 +1,41 @@
-"""Calls outside of tracers and transforms: one autograd node that repeats the launches of the first call.
+"""Calls outside of tracers and transforms: one autograd node, for each kind of call prepared once.
 
 A call whose shapes, strides, dtypes, devices and alignment are those of an earlier one is not checked or laid
-out again.
+out again. A backend takes part by `Passes(inputs, delta_softplus, reverse)`, whose forward and backward run a
+call's passes, and `saved_shape`; `repeats(inputs)` says of which calls.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from projecta._calls import remembered, traits
 from projecta._operators import KINDS, differentiable, untraced
-from projecta._triton.launch import Recording, remembered, repeated, traits
 from projecta.scan._operator import Inputs
-from projecta.scan.triton.launch import backward_pass, forward_pass, saved_shape
 
 Given = tuple[Tensor | None, ...]
+BACKENDS = ("auto", "cpu", "triton")
 _calls: dict[tuple, "_Call"] = {}
 
 
-def cache_key(given: Given, softplus: bool, every: int, reverse: bool) -> tuple | None:
+def cache_key(given: Given, softplus: bool, every: int, reverse: bool, backend: str) -> tuple | None:
     """Everything of a call but its values and addresses; None if the call needs the operator."""
-    if not untraced():
+    if type(every) is not int or backend not in BACKENDS or not untraced():
         return None
-    key: list[object] = [softplus, every, reverse]
+    key: list[object] = [softplus, every, reverse, backend]
     graded = False
     for t in given:
         if t is None:
             key.append(None)
         else:
-            if type(t) not in KINDS or t.is_neg():
+            if type(t) not in KINDS or t.is_neg() or t.is_conj():
                 return None
             graded = graded or t.requires_grad
             key += (t.device, traits(t))
-    index = given[0].device.index  # type: ignore[union-attr]
-    if index is not None and index != torch.cuda.current_device():
+    device = given[0].device  # type: ignore[union-attr]
+    if device.type == "meta" or (device.type == "cuda" and device.index != torch.cuda.current_device()):
         return None
     key.append(every if graded and torch.is_grad_enabled() else 0)
     return tuple(key)
@@ -47,33 +48,31 @@ def repeat(key: tuple, given: Given) -> tuple[Tensor, Tensor] | None:
 
 
 def first(
-    key: tuple, given: Given, canonical: Inputs, softplus: bool, reverse: bool
+    key: tuple, module: ModuleType, given: Given, canonical: Inputs, softplus: bool, reverse: bool
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """The same of the first call with a key; None if its canonical form is a copy."""
-    steps = canonical.delta, canonical.z
-    if not canonical.u.numel() or canonical.A.dtype != torch.float32:
-        return None
-    if any(t is not None and t.dtype == torch.float64 for t in steps):
+    """The same of the first call with a key; None if its canonical form is a copy, or the operator's."""
+    if not hasattr(module, "Passes") or not module.repeats(canonical):
         return None
     for t, other in zip(given, canonical, strict=False):
-        if t is not other and (t is None or other is None or t.data_ptr() != other.data_ptr()):
+        same = t is other or (t is not None and other is not None and t.data_ptr() == other.data_ptr())
+        if not same or (t is not None and t.dtype != other.dtype):  # type: ignore[union-attr]
             return None
-    return remembered(_calls, key, lambda: _Call(canonical, softplus, reverse, key[-1])).run(given)
+    return remembered(_calls, key, lambda: _Call(module, canonical, softplus, reverse, key[-1])).run(given)
 
 
 class _Call:
     """All calls with one key. every: steps between saved states, 0 without gradients."""
 
-    def __init__(self, canonical: Inputs, softplus: bool, reverse: bool, every: int):
-        self.softplus, self.reverse, self.every = softplus, reverse, every
+    def __init__(self, module: ModuleType, canonical: Inputs, softplus: bool, reverse: bool, every: int):
+        self.passes, self.every = module.Passes(canonical, softplus, reverse), every
+        self.backend = module.__name__.rpartition(".")[2]
         self.grouped = canonical.B.dim() == 4, canonical.C.dim() == 4
         self.state_shape = (len(canonical.u), *canonical.A.shape)
-        self.saved_shape = saved_shape(canonical, len(canonical.u), every) if every else (0,)
-        self.records: dict[Any, Recording] = {}
+        self.saved_shape = module.saved_shape(canonical, len(canonical.u), every) if every else (0,)
 
     def run(self, given: Given) -> tuple[Tensor, Tensor]:
         if self.every:
-            return differentiable("selective_scan", "triton", self.forward, self.backward, given)
+            return differentiable("selective_scan", self.backend, self.forward, self.backward, given)
         return self.forward(*given)[0]
 
     def inputs(self, given: Sequence[Tensor | None]) -> Inputs:
@@ -90,23 +89,12 @@ class _Call:
         inputs = self.inputs(given)
         y, new = torch.empty_like(inputs.u), inputs.A.new_empty
         last, saved = new(self.state_shape), new(self.saved_shape)
-        repeated(
-            self.records, "forward", inputs[:9], (y, last, saved),
-            lambda: forward_pass(inputs, self.softplus, y, last, saved, reverse=self.reverse),
-        )  # fmt: skip
+        self.passes.forward(inputs, y, last, saved)
         return (y, last), (saved,)
 
     def backward(self, grads: Given, kept: tuple[Tensor], given: Given) -> list[Tensor | None]:
-        (grad_y, grad_last), (saved,) = grads, kept
+        grad_y, grad_last = grads
         grad_y = torch.zeros_like(given[0]) if grad_y is None else grad_y  # type: ignore[arg-type]
-        grad_last = None if grad_last is None else grad_last.contiguous()
         found = [None if t is None else torch.empty_like(t) for t in given]
-        inputs, to = self.inputs(given), self.inputs(found)
-        key = traits(grad_y), grad_last is None
-        repeated(
-            self.records, key, (*inputs[:9], grad_y, grad_last), (saved, *to[:9]),
-            lambda: backward_pass(
-                grad_y, grad_last, saved, inputs, self.softplus, to, reverse=self.reverse
-            ),
-        )  # fmt: skip
+        self.passes.backward(grad_y, grad_last, kept[0], self.inputs(given), self.inputs(found))
         return found
