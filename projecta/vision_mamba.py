@@ -123,7 +123,9 @@ class Order(NamedTuple):
     none. places: (b, t), the place of each token among all, ascending; None: all are there. columns: (1 or b,
     t), the tokens in the order of the columns, and back: the inverse, if a direction needs them. factors: by
     axis and way, (b, 1, t), how often a state forgets at each token in that order: 1 + the tokens missing
-    before it; empty: once. mass: (b, t), the tokens merged in each, if any were.
+    before it; empty: once. mass: (b, t), the tokens merged in each, if any were. holders: (b, tokens), the
+    token, of t, that stands for each place, if missing ones were merged. unmerge: whether scans also read
+    that token in each place, as convolutions do.
     """
 
     grid: tuple[int, int]
@@ -133,6 +135,8 @@ class Order(NamedTuple):
     back: Tensor | None = None
     factors: Mapping[tuple[str, int], Tensor] = MappingProxyType({})
     mass: Tensor | None = None
+    holders: Tensor | None = None
+    unmerge: bool = False
 
     @property
     def tokens(self) -> int:
@@ -155,12 +159,29 @@ class Order(NamedTuple):
         columns = (table[None] if self.places is None else table[self.places]).argsort(-1)
         return self._replace(columns=columns, back=columns.argsort(-1))
 
-    def keep(self, places: Tensor, forget: bool, mass: Tensor | None = None) -> "Order":
+    def whole(self) -> "Order":
+        """The order of all tokens."""
+        order = Order(self.grid, self.class_at)
+        return order if self.columns is None else order.with_columns(self.columns.device)
+
+    def spread(self, t: Tensor, time_last: bool) -> Tensor:
+        """(b, d, t) of the tokens to (b, d, tokens) of all places, each read from the token that holds it."""
+        return _gathered(t, self.holders, time_last)
+
+    def pick(self, t: Tensor, time_last: bool) -> Tensor:
+        """(b, d, tokens) of all places to (b, d, t) of the tokens."""
+        return _gathered(t, self.places, time_last)
+
+    def keep(
+        self, places: Tensor, forget: bool, mass: Tensor | None = None, holders: Tensor | None = None,
+        unmerge: bool = False,
+    ) -> "Order":  # fmt: skip
         """The order of the tokens at `places` (b, t'), ascending, of these.
 
         forget: a token's state also forgets for the tokens that are missing before it.
         """
-        kept, orders = self._replace(places=places, mass=mass), {"rows": places}
+        kept = self._replace(places=places, mass=mass, holders=holders, unmerge=unmerge)
+        orders, forget = {"rows": places}, forget and not unmerge
         if self.columns is not None:
             kept = kept.with_columns(places.device)
             orders["columns"] = self.column_places(places.device)[places].sort(-1).values
@@ -244,14 +265,20 @@ class VisionMambaMixer(nn.Module):
         self.out_proj = nn.Linear(d, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, order: Order) -> Tensor:
-        time_last, t = self._takes_time_last(hidden), hidden.shape[1]
+        time_last, count, given = self._takes_time_last(hidden), hidden.shape[1], order
         if time_last:  # the kernels read 8 steps at a time
-            hidden = F.pad(hidden, (0, 0, 0, -t % 8))
-        x, z = _project(self.in_proj, hidden.transpose(1, 2), time_last).chunk(2, 1)
+            hidden = F.pad(hidden, (0, 0, 0, -count % 8))
+        x, gate = _project(self.in_proj, hidden.transpose(1, 2), time_last).chunk(2, 1)
+        z: Tensor | None = gate
+        t = count
+        if order.unmerge:  # the gate is that of the tokens, not of their places
+            x, z, order, t = order.spread(x, time_last), None, order.whole(), order.tokens
         ways = {way: [k for k, (_, own) in enumerate(self.ways) if own == way] for _, way in self.ways}
         each = [self._scan(x, z, order, way, chosen, t, time_last) for way, chosen in ways.items()]
         total = each[0] if len(each) == 1 else each[0] + each[1]
-        output = self.out_proj(total.transpose(1, 2))[:, :t]
+        if z is None:
+            total = given.pick(total, time_last) * F.silu(gate)
+        output = self.out_proj(total.transpose(1, 2))[:, :count]
         return output if len(self.ways) == 1 else output / len(self.ways)
 
     def steps(self, hidden: Tensor, order: Order) -> Tensor:
@@ -259,11 +286,21 @@ class VisionMambaMixer(nn.Module):
         x, total = self.in_proj(hidden).transpose(1, 2).chunk(2, 1)[0], torch.zeros((), device=hidden.device)
         directions: Any = self.directions
         for direction, (axis, way) in zip(directions, self.ways, strict=True):
-            u = direction.convolve(_ordered(x, axis, order), way, self.backend)
+            u = self._convolve(direction, x, axis, way, order, False)
             delta, bias, _, _ = select(direction, u.transpose(1, 2))
             sizes = F.softplus(as_wide(delta) + as_wide(bias)).mean(-1)  # type: ignore[arg-type]
             total = total + _restored(sizes[:, None], axis, order)[:, 0]
         return total / len(self.ways)
+
+    def _convolve(
+        self, direction: Any, x: Tensor, axis: str, way: int, order: Order, time_last: bool
+    ) -> Tensor:
+        """silu(conv(x)) of x (b, d, t), in the order of an axis. It reads a merged token from its holder."""
+        if order.holders is None:
+            return direction.convolve(_ordered(x, axis, order), way, self.backend)
+        whole = order.whole()
+        u = direction.convolve(_ordered(order.spread(x, time_last), axis, whole), way, self.backend)
+        return _ordered(order.pick(_restored(u, axis, whole), time_last), axis, order)
 
     def _takes_time_last(self, hidden: Tensor) -> bool:
         """Whether time is to be last in memory: where the GPU's kernels run, and all weights are plain.
@@ -282,7 +319,7 @@ class VisionMambaMixer(nn.Module):
         )
 
     def _scan(
-        self, x: Tensor, z: Tensor, order: Order, way: int, chosen: list[int], t: int, time_last: bool
+        self, x: Tensor, z: Tensor | None, order: Order, way: int, chosen: list[int], t: int, time_last: bool
     ) -> Tensor:
         """The sum of y (b, d, t) of the directions of one way; all of them are groups of one call.
 
@@ -292,13 +329,14 @@ class VisionMambaMixer(nn.Module):
         for k in chosen:
             direction: Any = self.directions[k]
             axis = self.ways[k][0]
-            u = direction.convolve(_ordered(x, axis, order), way, self.backend)
+            u = self._convolve(direction, x, axis, way, order, time_last)
             if way < 0 and u.shape[2] > t:
                 u[..., t:] = 0
             factor = order.factors.get((axis, way))
             delta, bias, B, C = direction.select(u, factor, time_last)
             A = -torch.exp(as_wide(direction.A_log))
-            parts.append((u, delta, B, C, _ordered(z, axis, order), A, direction.D, bias))
+            gate = None if z is None else _ordered(z, axis, order)
+            parts.append((u, delta, B, C, gate, A, direction.D, bias))
         softplus = factor is None
         if len(parts) > 1 and self.bands is None:
             y = self._run(way, softplus, *map(_together, zip(*parts, strict=True), _AXES))
@@ -314,7 +352,7 @@ class VisionMambaMixer(nn.Module):
                 u, delta, A, B, C, D, z, bias, softplus, reverse=way < 0, backend=self.backend
             )
         if way < 0:
-            u, delta, B, C, z = (t.flip(-1) for t in (u, delta, B, C, z))
+            u, delta, B, C, z = (None if t is None else t.flip(-1) for t in (u, delta, B, C, z))
         y: Any = mrss_scan(u, delta, A, B, C, D, z, bias, softplus, bands=self.bands, backend=self.backend)
         return y.flip(-1) if way < 0 else y
 
@@ -354,11 +392,15 @@ def _restored(t: Tensor, axis: str, order: Order) -> Tensor:
     return t if axis == "rows" else _gathered(t, order.back)
 
 
-def _gathered(t: Tensor, places: Tensor | None) -> Tensor:
-    """(b, d, t) at these places (1 or b, t) of its time; channels are last in memory."""
+def _gathered(t: Tensor, places: Tensor | None, time_last: bool = False) -> Tensor:
+    """(b, d, t) at these places (1 or b, t) of its time. With `time_last` zeros fill the last 8 steps."""
     assert places is not None
-    rows = t.transpose(1, 2)
-    return rows.gather(1, places[..., None].expand(len(t), -1, t.shape[1])).transpose(1, 2)
+    b, d, length = t.shape
+    if time_last:
+        found = t.gather(2, places[:, None].expand(b, d, -1))
+        return F.pad(found, (0, -found.shape[2] % 8))
+    rows = (places + length * torch.arange(b, device=t.device)[:, None]).flatten()
+    return t.transpose(1, 2).reshape(-1, d).index_select(0, rows).unflatten(0, (b, -1)).transpose(1, 2)
 
 
 class VisionMambaLayer(GradientCheckpointingLayer):

@@ -453,6 +453,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         vision_figures.vtp,
         vision_figures.fidelity,
         vision_figures.zero_shot,
+        vision_figures.joint,
         vision_figures.vision_time,
         vision_figures.vision_gpu,
         mrss_accuracy,

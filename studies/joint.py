@@ -20,14 +20,19 @@ from projecta.vision_mamba import VisionMambaConfig, VisionMambaModel
 from projecta.vtp import Plan, prune
 from studies.zero_shot import JUDGED, SEEDS, SIZE, TEXT, VISION, accuracy, load, train
 
+Row = tuple[str, str, float]  # tower, plan, keep
+Found = dict[Row, list[float]]  # the accuracy of each seed
 TOWERS = ("ViT", "Vision Mamba")
 LAYERS = 7  # of Vision Mamba: as many weights as 6 blocks of the ViT
-PLANS = {
+PLANS: dict[str, dict[str, Any]] = {
     "grid, drop, block 0": {"score": "grid"},
-    "norm, drop, block 0": {"score": "norm"},
     "delta, drop, block 2": {"score": "delta", "at": 2},
-    "distance, next, block 2": {"score": "distance", "at": 2, "fuse": "next"},
-    "bipartite, block 2": {"at": 2, "fuse": "bipartite"},
+    "grid, squeeze, block 0": {"score": "grid", "fuse": "squeeze"},
+    "grid, squeeze, block 2": {"score": "grid", "fuse": "squeeze", "at": 2},
+    "delta, squeeze, block 2": {"score": "delta", "fuse": "squeeze", "at": 2},
+    "bipartite, block 2": {"fuse": "bipartite", "at": 2},
+    "checkerboard, block 2": {"fuse": "checkerboard", "at": 2},
+    "checkerboard, blocks 2 and 4": {"fuse": "checkerboard", "at": (2, 4)},
 }
 
 
@@ -43,21 +48,27 @@ def build(tower: str, seed: int) -> DualEncoder:
 
 
 def plans_of(tower: str) -> dict[str, dict]:
-    """The plans by row; a Vision Mamba runs each with and without the steps of missing tokens."""
+    """The plans by row; a Vision Mamba runs each with and without the steps of missing tokens, too."""
     if tower == "ViT":
         return {name: plan for name, plan in PLANS.items() if plan.get("score") != "delta"}
-    both = {f"{name}, steps left out": {**plan, "forget": False} for name, plan in PLANS.items()}
-    return PLANS | both
+    rows = {}
+    for name, plan in PLANS.items():
+        rows[name] = plan | {"forget": False}
+        rows[f"{name}, with the steps of missing tokens"] = plan | {"forget": True}
+        if "fuse" in plan:
+            rows[f"{name}, unmerged"] = plan | {"unmerge": True}
+    return rows
 
 
-def write(path: Path, found: dict[tuple[str, str, float], list[float]]) -> None:
+def write(path: Path, found: Found, flops: dict[Row, float]) -> None:
     with path.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
-        out.writerow(["tower", "plan", "keep", "seeds", "accuracy", "least", "most", "change"])
-        for (tower, name, keep), values in found.items():
-            change = [v - f for v, f in zip(values, found[tower, "full", 1.0], strict=True)]
-            numbers = (statistics.mean(values), min(values), max(values), statistics.mean(change))
-            out.writerow([tower, name, keep, len(values), *(f"{v:.2f}" for v in numbers)])
+        numbers = ("accuracy", "least", "most", "change", "change_least", "change_most")
+        out.writerow(["tower", "plan", "keep", "flops", "seeds", *numbers])
+        for row, values in found.items():
+            change = [v - f for v, f in zip(values, found[row[0], "full", 1.0], strict=True)]
+            each = (f"{f(v):.2f}" for v in (values, change) for f in (statistics.mean, min, max))
+            out.writerow([*row, f"{flops.get(row, 1.0):.4f}", len(values), *each])
 
 
 def main() -> None:
@@ -65,7 +76,8 @@ def main() -> None:
     seeds = tuple(map(int, sys.argv[1].split(","))) if len(sys.argv) > 1 else SEEDS
     path = Path("results/joint_zero_shot.csv")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found: dict[tuple[str, str, float], list[float]] = {}
+    found: Found = {}
+    flops: dict[Row, float] = {}
     for seed in seeds:
         for tower in TOWERS:
             start = time.perf_counter()
@@ -78,10 +90,12 @@ def main() -> None:
             print(f"seed {seed}, {tower}, {weights} weights, {seconds:.0f} s: {full:.2f}", flush=True)
             for name, plan in plans_of(tower).items():
                 for keep in (0.7, 0.5):
-                    with prune(model.vision_model, Plan(keep=keep, **plan)):
-                        after = accuracy(model, images, labels)
-                    found.setdefault((tower, name, keep), []).append(after)
-        write(path, found)
+                    row = tower, name, keep
+                    with prune(model.vision_model, Plan(keep=keep, **plan)) as handle:
+                        found.setdefault(row, []).append(accuracy(model, images, labels))
+                    flops[row] = handle.flops_ratio
+                    print(f"{keep} {name}: {found[row][-1] - full:+.2f}", flush=True)
+        write(path, found, flops)
         record_provenance([path], "python -m studies.joint")
 
 

@@ -89,6 +89,27 @@ def zero_shot() -> str:
     return table(["plan", "keep", "FLOPs", "accuracy", "change in points (worst to best seed)"], rows)
 
 
+def joint() -> str:
+    """Zero-shot accuracy of a CLIP with a ViT and with a Vision Mamba, full and pruned."""
+    rows = []
+    for row in read("joint_zero_shot.csv"):
+        values = [float(row[name]) for name in ("change", "change_least", "change_most")]
+        change = "" if row["plan"] == "full" else "{:+.2f} ({:+.2f} to {:+.2f})".format(*values)
+        rows.append(
+            [
+                row["tower"],
+                row["plan"],
+                row["keep"],
+                f"{float(row['flops']):.2f}",
+                f"{row['accuracy']} %",
+                change,
+            ]
+        )
+    return table(
+        ["tower", "plan", "keep", "FLOPs", "accuracy", "change in points (worst to best seed)"], rows
+    )
+
+
 def vision_time() -> str:
     """Attention and scans by image size, on a CPU."""
     known = {

@@ -43,11 +43,14 @@ def image(b=2, rows=32, columns=32, dtype=torch.float32):
     return torch.randn(b, 3, rows, columns, dtype=dtype)
 
 
-def plain_scan(x, z, direction, gap):
-    """One direction over x (b, t, d), step by step; gap (b, t): how often a state forgets."""
-    kept = direction.conv1d.kernel_size[0] - 1
-    u = F.silu(direction.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-    n = direction.A_log.shape[1]
+def plain_convolution(x, direction):
+    assert direction.conv1d.kernel_size[0] == 4
+    return F.silu(direction.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
+
+def plain_scan(u, z, direction, gap):
+    """One direction over u (b, t, d), step by step; gap (b, t): how often a state forgets."""
+    x, n = u, direction.A_log.shape[1]
     dt, B, C = direction.x_proj(u).split([direction.dt_proj.in_features, n, n], -1)
     step, A = F.softplus(direction.dt_proj(dt)), -torch.exp(direction.A_log)
     h, ys = x.new_zeros(len(x), x.shape[2], n), []
@@ -55,7 +58,6 @@ def plain_scan(x, z, direction, gap):
         s = step[:, t, :, None]
         h = torch.exp(gap[:, t, None, None] * s * A) * h + s * B[:, t, None] * u[:, t, :, None]
         ys.append((h * C[:, t, None]).sum(-1) + direction.D * u[:, t])
-    assert kept == 3
     return torch.stack(ys, 1) * F.silu(z)
 
 
@@ -90,7 +92,8 @@ def plain_tower(model, pixels, kept=None):
                 order, places = order[::-1], [count - 1 - p for p in places[::-1]]
             gap = [p - q for p, q in zip(places, [-1, *places[:-1]], strict=True)]
             gaps = torch.tensor(gap, dtype=x.dtype).expand(len(x), -1)
-            y = plain_scan(x[:, order], z[:, order], direction, gaps)
+            u = plain_convolution(x[:, order], direction)
+            y = plain_scan(u, z[:, order], direction, gaps)
             total = total + y[:, torch.tensor(order).argsort()]
         tokens = tokens + layer.mixer.out_proj(total / len(layer.mixer.ways))
     return model.norm(tokens)
@@ -122,6 +125,50 @@ def test_it_is_the_plain_tower(directions, dtype):
         assert error(got, truth) < 10 * limit, name
 
 
+def plain_merged_tower(model, pixels, owner, places, scans_all):
+    """The tower of one image, whose tokens are merged after the embedding: into `owner` (all,), at `places`."""
+    tokens, order = model.embeddings(pixels)
+    everyone, columns = torch.arange(tokens.shape[1]), order.column_places(tokens.device).argsort()
+    held = F.one_hot(owner, len(places)).to(tokens.dtype)
+    tokens = (held / held.sum(0)).T @ tokens[0]
+    for layer in model.layers:
+        x, z = layer.mixer.in_proj(layer.norm(tokens)).chunk(2, -1)
+        total = 0
+        for direction, (axis, way) in zip(layer.mixer.directions, layer.mixer.ways, strict=True):
+            walk = everyone if axis == "rows" else columns
+            walk = walk.flip(0) if way < 0 else walk
+            u = plain_convolution(x[owner[walk]][None], direction)
+            if not scans_all:
+                seen = torch.isin(walk, places)
+                walk, u = walk[seen], u[:, seen]
+            y = plain_scan(u, z[owner[walk]][None], direction, torch.ones(1, len(walk)))[0]
+            total = total + y[[walk.tolist().index(p) for p in places.tolist()]]
+        tokens = tokens + layer.mixer.out_proj(total / len(layer.mixer.ways))
+    return model.norm(tokens)
+
+
+@pytest.mark.parametrize("unmerge", [False, True])
+@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("class_token", ["middle", "first"])
+@pytest.mark.parametrize("fuse", ["squeeze", "checkerboard", "next"])
+def test_a_merged_token_is_read_from_the_one_that_holds_it(fuse, class_token, directions, unmerge):
+    model = build(directions=directions, class_token=class_token).double()
+    pixels = image(b=1, dtype=torch.float64)
+    with prune(model, Plan(keep=0.5, fuse=fuse, forget=False, unmerge=unmerge)) as handle:
+        found = model(pixels).last_hidden_state
+        trace, owner = handle.trace[0], handle.owner[0]
+        grads = gradients(model, found)
+    at = 8 if class_token == "middle" else 0
+    place_of = [at] + [p for p in range(17) if p != at]  # of the class token, then of each patch
+    places = torch.tensor(sorted(place_of[k] for k in trace.tolist()))
+    rank = [places.tolist().index(place_of[k]) for k in trace.tolist()]
+    holders = torch.tensor([rank[owner[place_of.index(p)]] for p in range(17)])
+    wanted = plain_merged_tower(model, pixels, holders, places, unmerge)[None]
+    assert error(found, wanted) < 1e-12
+    for got, truth in zip(grads, gradients(model, wanted), strict=True):
+        assert error(got, truth) < 1e-10
+
+
 @pytest.mark.parametrize("directions", [1, 2, 4])
 @pytest.mark.parametrize("kept", [[0, 3, 4, 8, 9, 15], [1, 2, 8, 16]])
 def test_missing_tokens_leave_their_step(directions, kept):
@@ -144,6 +191,7 @@ PLANS = {
     "delta": {"score": "delta", "at": 1}, "similarity": {"score": "similarity", "at": 1},
     "next": {"fuse": "next"}, "pairs": {"fuse": "bipartite", "at": (0, 1)}, "mean": {"fuse": "mean"},
     "two stages": {"at": (0, 1), "score": "distance"}, "as if none were missing": {"forget": False},
+    "pairs of a checkerboard": {"fuse": "checkerboard", "at": (0, 1), "unmerge": True},
 }  # fmt: skip
 
 
@@ -202,21 +250,31 @@ def test_plans_that_a_tower_cannot_take_are_refused():
             prune(model, Plan(score=score))
     with pytest.raises(ValueError, match=r"plan\.mass must be False in a tower without attention"):
         prune(model, Plan(fuse="mean", mass=True))
+    with pytest.raises(
+        ValueError, match=r"^Plan: unmerge must be False where tokens are dropped; got True\.$"
+    ):
+        Plan(unmerge=True)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sizes))
     with pytest.raises(ValueError, match=r"plan\.score must not be 'delta'"):
         prune(clip, Plan(score="delta"))
+    with pytest.raises(ValueError, match=r"plan\.unmerge must be False in a tower without scans"):
+        prune(clip, Plan(fuse="next", unmerge=True))
 
 
 def test_flops_count_maps_and_states():
     config = VisionMambaConfig.of_size("tiny")
     with torch.device("meta"):
         model = VisionMambaModel(config)
-    handle = prune(model, Plan(keep=0.5))
-    layer = 192 * 768 + 384 * 192 + 2 * (384 * 44 + 12 * 384 + 384 * 4)
-    each = 24 * (2 * layer + 2 * 9 * 384 * 16)
-    embedding = 2 * 196 * 3 * 16 * 16 * 192
-    assert handle.flops_ratio == pytest.approx((99 * each + embedding) / (197 * each + embedding))
+    scans, convolutions = 2 * (2 * (384 * 44 + 12 * 384) + 9 * 384 * 16), 2 * 2 * 384 * 4
+    maps, embedding = 2 * (192 * 768 + 384 * 192), 2 * 196 * 3 * 16 * 16 * 192
+    for plan, everywhere in (
+        ({}, 0), ({"fuse": "next"}, convolutions), ({"fuse": "next", "unmerge": True}, scans + convolutions),
+    ):  # fmt: skip
+        whole = maps + scans + convolutions
+        with prune(model, Plan(keep=0.5, **plan)) as handle:
+            pruned = 24 * (99 * (whole - everywhere) + 197 * everywhere) + embedding
+            assert handle.flops_ratio == pytest.approx(pruned / (24 * 197 * whole + embedding))
 
 
 def test_one_direction_is_a_stack_of_blocks():

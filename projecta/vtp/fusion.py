@@ -4,7 +4,8 @@ All fusions have the form X' = D^-1 A X. `owner` is the token into which each to
 masses, and its row sums D are the masses of the remaining tokens. `drop` merges nothing. `mean` merges all
 pruned tokens into one (as EViT, arXiv 2202.07800, with equal weights), `cluster` into the nearest of a few,
 `squeeze` into the nearest of all kept ones, `next` into the kept one that follows. `bipartite` merges the
-most similar pairs, whatever their scores (as ToMe, arXiv 2210.09461). All leave the same number of tokens.
+most similar pairs of an even and an odd patch, whatever their scores (as ToMe, arXiv 2210.09461), and
+`checkerboard` those of a black and a white patch of the image. All leave the same number of tokens.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from projecta.vtp.scores import wide_dtype
 
-FUSIONS = ("drop", "mean", "cluster", "squeeze", "next", "bipartite")
+FUSIONS = ("drop", "mean", "cluster", "squeeze", "next", "bipartite", "checkerboard")
+PAIRS = FUSIONS[-2:]  # which need no scores
 
 
 class Pruned(NamedTuple):
@@ -81,9 +83,14 @@ def _fuse(kept: Tensor, mass: Tensor, pruned: Tensor, mass_pruned: Tensor, into:
     return torch.where(alone, kept, fused.to(kept.dtype)), total
 
 
-def merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bool) -> Pruned:
+def merge_pairs(
+    tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bool, colour: Tensor | None = None
+) -> Pruned:
     """Merge even patches into their most similar odd patch, the most similar pairs first; repeat until `kept`
-    tokens are left. Masked patches (mass 0) are merged first, and are the last choice to merge into."""
+    tokens are left. Masked patches (mass 0) are merged first, and are the last choice to merge into.
+
+    colour: (1 or b, p), 0 or 1: merge those of colour 0 into those of colour 1 instead. If there are not as
+    many of both, the first of the larger half count to the other."""
 
     def pick(index: Tensor) -> Tensor:  # one index for all rows, or one per row
         return tokens[:, index] if index.dim() == 1 else take(tokens, index)
@@ -95,10 +102,14 @@ def merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bo
         now = tokens.shape[1]
         even = torch.arange(prefix, now, 2, device=tokens.device)
         odd = torch.arange(prefix + 1, now, 2, device=tokens.device)
-        if masked:
+        if masked or colour is not None:
+            turn = torch.arange(now - prefix, device=tokens.device) % 2 if colour is None else colour
             hidden = mass == 0
-            turn = torch.where(hidden[:, prefix:], -1, torch.arange(now - prefix, device=tokens.device) % 2)
-            order = turn.argsort(dim=-1, stable=True) + prefix  # masked patches, even ones, odd ones
+            if masked:
+                turn = torch.where(hidden[:, prefix:], -1, turn)
+            order = (
+                turn.expand(b, -1).argsort(dim=-1, stable=True) + prefix
+            )  # masked ones, even ones, odd ones
             even, odd = order[:, : len(even)], order[:, len(even) :]
         likeness = unit(pick(even)) @ unit(pick(odd)).mT  # in -1...1
         if masked:
@@ -118,4 +129,6 @@ def merge_pairs(tokens: Tensor, mass: Tensor, kept: int, prefix: int, masked: bo
         )
         owner = place.scatter(1, rest, into).gather(1, owner)
         index = index.gather(1, stay)
+        if colour is not None:
+            colour = colour.expand(b, -1).gather(1, stay[:, prefix:] - prefix)
     return Pruned(tokens, index, mass, owner)

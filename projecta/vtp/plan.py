@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from projecta._checks import Checker, fail
-from projecta.vtp.fusion import FUSIONS, Pruned, keep_highest, merge_pairs
-from projecta.vtp.scores import MODEL_SCORES, SCORES, View, wide_dtype
+from projecta.vtp.fusion import FUSIONS, PAIRS, Pruned, keep_highest, merge_pairs
+from projecta.vtp.scores import MODEL_SCORES, SCORES, View, stand, wide_dtype
 
 SEMANTICS = ("tokens", "stage", "flops")
 
@@ -45,13 +45,18 @@ VIT_B16 = Costs()
 
 
 class ScanCosts(NamedTuple):
-    """The operations of a tower of scans: those of one token in one block, and those of the embedding."""
+    """The operations of a tower of scans: of a token and of a place in one block, and of the embedding.
+
+    Where pruned tokens are merged, some operations run over all places: convolutions, or the whole scan.
+    """
 
     per_token: int
     fixed: int = 0
+    per_place: int = 0
+    places: int = 0
 
     def of(self, schedule: tuple[int, ...]) -> int:
-        return self.fixed + self.per_token * sum(schedule)
+        return self.fixed + self.per_token * sum(schedule) + self.per_place * self.places * len(schedule)
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Plan:
             ||v||; "received", the attention of all tokens to it; "probe", that of SigLIP's pooling head; from
             a scan: "delta", the mean step size in block `at`; or a function of the patches (b, p, c) that
             returns (b, p).
-        fuse: "drop" the others, or merge them by "mean", "cluster", "squeeze", "next" or "bipartite" (see
-            `fusion`).
+        fuse: "drop" the others, or merge them by "mean", "cluster", "squeeze", "next", "bipartite" or
+            "checkerboard" (see `fusion`).
         mass: add log(mass) to the logits of later attention, so that a token counts for all tokens in it.
         multiple_of: round the tokens that remain, class token included, up to a multiple of this.
         semantics: `keep` is the fraction of the patches that remains at the end ("tokens"), of the patches
@@ -79,6 +84,9 @@ class Plan:
         seed: seed of the random score.
         forget: in a tower of scans, the state of a kept token also forgets for those that are missing before
             it, as if their steps were its own. Towers with attention have no such state.
+        unmerge: in a tower of scans, scan all tokens, each missing one as the token that holds it. The linear
+            maps before and after still run over the kept ones alone. It takes longer than a scan of the kept
+            tokens, and stays closer to the full tower.
 
     Raises:
         ValueError: a value is out of its range. TypeError: a value is of the wrong type.
@@ -103,6 +111,7 @@ class Plan:
     centres: int = 8
     seed: int = 0
     forget: bool = True
+    unmerge: bool = False
 
     def __post_init__(self):
         check = Checker("Plan")
@@ -121,17 +130,17 @@ class Plan:
             value = getattr(self, name)
             check.that(isinstance(value, int), name, "be an integer", repr(value), error=TypeError)
             check.that(value >= least, name, f"be at least {least}", value)
-        for name in ("mass", "forget"):
+        for name in ("mass", "forget", "unmerge"):
             value = getattr(self, name)
             check.that(isinstance(value, bool), name, "be True or False", repr(value), error=TypeError)
         if not callable(self.score):
             check.one_of("score", self.score, (*SCORES, *MODEL_SCORES))
         check.one_of("fuse", self.fuse, FUSIONS)
         check.one_of("semantics", self.semantics, SEMANTICS)
-        check.that(
-            not (self.mass and self.fuse == "drop"), "mass", "be False where tokens are dropped", self.mass,
-            "Tokens that take nothing in have mass 1.",
-        )  # fmt: skip
+        for name, why in (("mass", "Tokens that take nothing in have mass 1."), ("unmerge", "")):
+            value = getattr(self, name)
+            merges = self.fuse != "drop"
+            check.that(merges or not value, name, "be False where tokens are dropped", value, why)
 
     @classmethod
     def preset(cls, name: str, keep: float = 0.5, **changes) -> "Plan":
@@ -259,11 +268,16 @@ class Plan:
         if kept == t:
             everyone = torch.arange(t, device=tokens.device).expand(b, t)
             return Pruned(tokens, everyone, mass, everyone)
-        if self.fuse == "bipartite":
-            return merge_pairs(tokens, mass, kept, prefix, visible is not None)
         seen = None if visible is None else visible[:, prefix:]
+        view, patches = View(self.seed, seen, grid, places), tokens[:, prefix:].detach()
+        if self.fuse in PAIRS:
+            colour = None
+            if self.fuse == "checkerboard":
+                row, column, _ = stand(patches, view, "fuse 'checkerboard'")
+                colour = (row + column) % 2
+            return merge_pairs(tokens, mass, kept, prefix, visible is not None, colour)
         if scores is None:
-            scores = self._score(tokens[:, prefix:].detach(), View(self.seed, seen, grid, places))
+            scores = self._score(patches, view)
         check.that(
             scores.shape == (b, t - prefix), "scores", f"have shape {(b, t - prefix)}", tuple(scores.shape)
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from projecta._checks import Checker, fail, host
-from projecta.vtp.fusion import take
+from projecta.vtp.fusion import PAIRS, take
 from projecta.vtp.plan import Costs, Plan, ScanCosts
 from projecta.vtp.scores import MODEL_SCORES, attention_scores
 from projecta.vtp.towers import (
@@ -87,6 +87,7 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         pruning.remove()
     check_score(check, family, tower, blocks[plan.stages[0]], plan.score)
     check.that(not (plan.mass and family.scans), "plan.mass", "be False in a tower without attention", True)
+    check.that(family.scans or not plan.unmerge, "plan.unmerge", "be False in a tower without scans", True)
     attention = tower.config._attn_implementation
     check.that(
         not plan.mass or attention in MASKABLE, "plan.mass",
@@ -144,7 +145,7 @@ class Pruning:
         embedding = 2 * self._patches * config.num_channels * high * wide * config.hidden_size
         self._costs: Costs | ScanCosts
         if family.scans:
-            self._costs = scan_costs(tower, blocks[0], embedding)
+            self._costs = scan_costs(blocks[0], embedding, plan, self._patches + family.prefix)
         else:
             self._costs = Costs(config.hidden_size, width_of_mlp(family, blocks[0]), embedding)
         self._tower, self.has_handle = tower, True
@@ -297,13 +298,19 @@ class Pruning:
         tokens = self._prune(call, stage, block, tokens, None, scores)
         if tokens.shape[1] == t:
             return given, order
-        kept = call.found[stage].kept  # 0: the class token, then the patches
+        found = call.found[stage]
+        kept, holders = found.kept, found.owner  # 0: the class token, then the patches
         if order.class_at is not None:
             patch = kept - 1
             kept = torch.where(kept == 0, order.class_at, patch + (patch >= order.class_at))
+            every = torch.arange(holders.shape[1], device=kept.device)
+            shifted = torch.where(every < order.class_at, every + 1, every)
+            holders = holders[:, shifted.masked_fill(every == order.class_at, 0)]
         places, back = kept.sort(-1)
-        mass = call.found[stage].mass.gather(1, back) if self.plan.fuse != "drop" else None
-        return take(tokens, back), order.keep(places, self.plan.forget, mass)
+        if self.plan.fuse == "drop":
+            return take(tokens, back), order.keep(places, self.plan.forget)
+        holders, mass = back.argsort(-1).gather(1, holders), found.mass.gather(1, back)
+        return take(tokens, back), order.keep(places, self.plan.forget, mass, holders, self.plan.unmerge)
 
     def _prune(
         self,
@@ -323,7 +330,7 @@ class Pruning:
             self._check_mask(mask, t if before is None else before.owner.shape[1])
             visible = _visible(mask).expand(len(tokens), -1) if before is None else before.mass > 0
         count = self._count(stage, t)
-        scored = count < t and self.plan.fuse != "bipartite"  # merging pairs needs no score
+        scored = count < t and self.plan.fuse not in PAIRS  # merging pairs needs no score
         if not scored:
             scores = None
         elif scores is None:

@@ -53,18 +53,23 @@ def _score_random(patches: Tensor, view: View) -> Tensor:
     return (x ^ (x >> 16)).expand(patches.shape[:2])
 
 
-def _score_grid(patches: Tensor, view: View) -> Tensor:
-    """For every k the highest k scores are spread evenly over the image: Bayer's ordered dither."""
+def stand(patches: Tensor, view: View, user: str) -> tuple[Tensor, Tensor, int]:
+    """Row and column of each patch, (1 or b, p), and the larger side of the image, which `user` needs."""
     count = patches.shape[1]
     side = math.isqrt(count)
     rows, columns = view.grid or (side, side)
     if view.places is None and rows * columns != count:
-        rule = "be given for score 'grid' of patches that are no square"
+        rule = f"be given for {user} of patches that are no square"
         fail("Plan.apply", "grid", rule, f"{view.grid} for {count} patches")
-    at = torch.arange(count, device=patches.device) if view.places is None else view.places
-    y, x = at // columns, at % columns
-    rank = torch.zeros_like(at)
-    for bit in range(max(rows, columns).bit_length()):  # the lowest bits of the position decide most
+    at = torch.arange(count, device=patches.device)[None] if view.places is None else view.places
+    return at // columns, at % columns, max(rows, columns)
+
+
+def _score_grid(patches: Tensor, view: View) -> Tensor:
+    """For every k the highest k scores are spread evenly over the image: Bayer's ordered dither."""
+    y, x, side = stand(patches, view, "score 'grid'")
+    rank = torch.zeros_like(x)
+    for bit in range(side.bit_length()):  # the lowest bits of the position decide most
         rank = rank * 4 + 2 * ((x ^ y) >> bit & 1) + (y >> bit & 1)
     return (-rank).expand(patches.shape[:2])
 

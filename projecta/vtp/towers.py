@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from projecta._checks import Checker, fail, host
-from projecta.vtp.plan import ScanCosts
+from projecta.vtp.plan import Plan, ScanCosts
 from projecta.vtp.scores import MODEL_SCORES, attention_scores
 
 
@@ -111,12 +111,19 @@ def check_score(check: Checker, family: Family, tower: Any, block: Any, score: A
         check.that(whole, "plan.score", rule, repr(score))
 
 
-def scan_costs(tower: Any, block: Any, embedding: int) -> ScanCosts:
+def scan_costs(block: Any, embedding: int, plan: Plan, places: int) -> ScanCosts:
     """The costs of a tower of scans: its maps, and 9 operations for each state of each direction."""
-    maps = [m for m in block.modules() if hasattr(m, "in_features") or isinstance(m, nn.Conv1d)]
-    weights = sum(m.weight.numel() for m in maps)
-    states = sum(direction.A_log.numel() for direction in block.mixer.directions)
-    return ScanCosts(2 * weights + 9 * states, embedding)
+    mixer = block.mixer
+
+    def maps(part: Any) -> int:
+        linear = [m for m in part.modules() if hasattr(m, "in_features") or isinstance(m, nn.Conv1d)]
+        return sum(2 * m.weight.numel() for m in linear)
+
+    states = 9 * sum(direction.A_log.numel() for direction in mixer.directions)
+    whole = maps(mixer.directions) + states  # of all directions, and of their convolutions
+    convolutions = sum(maps(direction.conv1d) for direction in mixer.directions)
+    everywhere = 0 if plan.fuse == "drop" else whole if plan.unmerge else convolutions
+    return ScanCosts(maps(block) + states - everywhere, embedding, everywhere, places)
 
 
 def is_averaged(tower: nn.Module) -> bool:

@@ -116,6 +116,24 @@ def test_bipartite_merges_the_most_similar_pair():
     assert pruned.owner.tolist() == [[0, 1, 2, 2, 3]]
 
 
+def test_checkerboard_merges_black_patches_into_white_ones():
+    torch.manual_seed(0)
+    pruned = Plan(keep=0.5, fuse="checkerboard").apply(torch.randn(2, 25, 4), prefix=0, grid=(5, 5))
+    colour = torch.arange(25) % 2  # of a board of odd width
+    for owner, kept in zip(pruned.owner, pruned.kept, strict=True):
+        moved = kept[owner] != torch.arange(25)
+        assert moved.sum() == 12
+        assert (colour[moved] == 0).all()
+        assert (colour[kept[owner[moved]]] == 1).all()
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 1.0], [1.0, 0.5], [0.0, 1.0], [1.0, 0.0]]])
+    merged = Plan(keep=0.8, fuse="checkerboard").apply(tokens, prefix=0, grid=(2, 3))
+    assert merged.owner.tolist() == [[4, 0, 1, 2, 3, 4]]
+    with pytest.raises(
+        ValueError, match=r"^Plan\.apply: grid must be given for fuse 'checkerboard' of patches"
+    ):
+        Plan(fuse="checkerboard").apply(tokens, prefix=0)
+
+
 def test_the_grid_is_a_checkerboard_at_one_half():
     kept = Plan(keep=0.5, score="grid").apply(torch.zeros(1, 197, 2)).kept[0, 1:] - 1
     rows, columns = kept // 14, kept % 14
@@ -225,7 +243,7 @@ ERRORS = {
     "fuse": (
         {"fuse": "melt"},
         ValueError,
-        "fuse must be one of 'drop', 'mean', 'cluster', 'squeeze', 'next', 'bipartite'; got 'melt'.",
+        "fuse must be one of 'drop', 'mean', 'cluster', 'squeeze', 'next', 'bipartite', 'checkerboard'; got 'melt'.",
     ),
     "at list": ({"at": [3, 6]}, TypeError, "at must be an integer or a tuple of integers; got [3, 6]."),
     "at none": ({"at": ()}, ValueError, "at must name one block or several, ascending; got ()."),
