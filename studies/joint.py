@@ -53,7 +53,7 @@ def plans_of(tower: str) -> dict[str, dict]:
         return {name: plan for name, plan in PLANS.items() if plan.get("score") != "delta"}
     rows = {}
     for name, plan in PLANS.items():
-        rows[name] = plan | {"forget": False}
+        rows[name] = plan
         rows[f"{name}, with the steps of missing tokens"] = plan | {"forget": True}
         if "fuse" in plan:
             rows[f"{name}, unmerged"] = plan | {"unmerge": True}

@@ -154,7 +154,7 @@ def plain_merged_tower(model, pixels, owner, places, scans_all):
 def test_a_merged_token_is_read_from_the_one_that_holds_it(fuse, class_token, directions, unmerge):
     model = build(directions=directions, class_token=class_token).double()
     pixels = image(b=1, dtype=torch.float64)
-    with prune(model, Plan(keep=0.5, fuse=fuse, forget=False, unmerge=unmerge)) as handle:
+    with prune(model, Plan(keep=0.5, fuse=fuse, unmerge=unmerge)) as handle:
         found = model(pixels).last_hidden_state
         trace, owner = handle.trace[0], handle.owner[0]
         grads = gradients(model, found)
@@ -190,7 +190,7 @@ PLANS = {
     "norm": {}, "distance": {"score": "distance", "at": 1}, "grid": {"score": "grid"},
     "delta": {"score": "delta", "at": 1}, "similarity": {"score": "similarity", "at": 1},
     "next": {"fuse": "next"}, "pairs": {"fuse": "bipartite", "at": (0, 1)}, "mean": {"fuse": "mean"},
-    "two stages": {"at": (0, 1), "score": "distance"}, "as if none were missing": {"forget": False},
+    "two stages": {"at": (0, 1), "score": "distance"}, "with their steps": {"forget": True},
     "pairs of a checkerboard": {"fuse": "checkerboard", "at": (0, 1), "unmerge": True},
 }  # fmt: skip
 
@@ -219,14 +219,14 @@ def test_it_is_pruned(name, class_token, directions):
 def test_a_pruned_tower_is_the_plain_one_of_the_kept_tokens(directions):
     model = build(directions=directions).double()
     pixels = image(b=1, dtype=torch.float64)
-    with prune(model, Plan(keep=0.4, score="grid")) as handle:
+    with prune(model, Plan(keep=0.4, score="grid", forget=True)) as handle:
         found = model(pixels)
         trace = handle.trace[0]
     places = torch.tensor(sorted(8 if k == 0 else k - 1 + (k > 8) for k in trace.tolist()))
     wanted = plain_tower(model, pixels, places)
     assert error(found.last_hidden_state, wanted) < 1e-12
     assert error(found.pooler_output, wanted[:, places.tolist().index(8)]) < 1e-12
-    with prune(model, Plan(keep=0.4, score="grid", forget=False)):
+    with prune(model, Plan(keep=0.4, score="grid")):
         assert error(model(pixels).last_hidden_state, wanted) > 1e-5
 
 

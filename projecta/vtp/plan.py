@@ -83,7 +83,8 @@ class Plan:
         centres: number of tokens into which others are merged, for "cluster".
         seed: seed of the random score.
         forget: in a tower of scans, the state of a kept token also forgets for those that are missing before
-            it, as if their steps were its own. Towers with attention have no such state.
+            it, as if their steps were its own. Towers with attention have no such state. A small CLIP was
+            less accurate with it (docs/vision_mamba.md).
         unmerge: in a tower of scans, scan all tokens, each missing one as the token that holds it. The linear
             maps before and after still run over the kept ones alone. It takes longer than a scan of the kept
             tokens, and stays closer to the full tower.
@@ -110,7 +111,7 @@ class Plan:
     semantics: str = "tokens"
     centres: int = 8
     seed: int = 0
-    forget: bool = True
+    forget: bool = False
     unmerge: bool = False
 
     def __post_init__(self):

@@ -19,8 +19,7 @@ middle. The four directions are those of Liu et al., "VMamba: Visual State Space
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,7 @@ from projecta.conv import causal_conv
 from projecta.mamba.layer import as_wide, check_backend, draw_steps, runs_triton, select
 from projecta.mrss import check_bands, mrss_scan
 from projecta.scan import selective_scan
+from projecta.vision_mamba.order import Order, ordered, restored
 
 SIZES = {"tiny": 192, "small": 384, "base": 768}  # hidden_size of Vim-Ti, S and B, 24 layers each
 CLASS_TOKENS = ("middle", "first", "none")
@@ -116,102 +116,6 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-class Order(NamedTuple):
-    """The tokens of a pass and where they stand.
-
-    grid: rows and columns of patches. class_at: place of the class token among all tokens; None: there is
-    none. places: (b, t), the place of each token among all, ascending; None: all are there. columns: (1 or b,
-    t), the tokens in the order of the columns, and back: the inverse, if a direction needs them. factors: by
-    axis and way, (b, 1, t), how often a state forgets at each token in that order: 1 + the tokens missing
-    before it; empty: once. mass: (b, t), the tokens merged in each, if any were. holders: (b, tokens), the
-    token, of t, that stands for each place, if missing ones were merged. unmerge: whether scans also read
-    that token in each place, as convolutions do.
-    """
-
-    grid: tuple[int, int]
-    class_at: int | None
-    places: Tensor | None = None
-    columns: Tensor | None = None
-    back: Tensor | None = None
-    factors: Mapping[tuple[str, int], Tensor] = MappingProxyType({})
-    mass: Tensor | None = None
-    holders: Tensor | None = None
-    unmerge: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """The number of all tokens, missing ones too."""
-        return self.grid[0] * self.grid[1] + (self.class_at is not None)
-
-    def column_places(self, device: torch.device) -> Tensor:
-        """(tokens,): the place of each token if patches are counted by columns; a class token keeps its."""
-        rows, wide = self.grid
-        patch = torch.arange(rows * wide, device=device)
-        by_column = patch % wide * rows + patch // wide
-        if self.class_at is None:
-            return by_column
-        by_column = by_column + (by_column >= self.class_at)
-        own = torch.full((1,), self.class_at, device=device)
-        return torch.cat([by_column[: self.class_at], own, by_column[self.class_at :]])
-
-    def with_columns(self, device: torch.device) -> "Order":
-        table = self.column_places(device)
-        columns = (table[None] if self.places is None else table[self.places]).argsort(-1)
-        return self._replace(columns=columns, back=columns.argsort(-1))
-
-    def whole(self) -> "Order":
-        """The order of all tokens."""
-        order = Order(self.grid, self.class_at)
-        return order if self.columns is None else order.with_columns(self.columns.device)
-
-    def spread(self, t: Tensor, time_last: bool) -> Tensor:
-        """(b, d, t) of the tokens to (b, d, tokens) of all places, each read from the token that holds it."""
-        return _gathered(t, self.holders, time_last)
-
-    def pick(self, t: Tensor, time_last: bool) -> Tensor:
-        """(b, d, tokens) of all places to (b, d, t) of the tokens."""
-        return _gathered(t, self.places, time_last)
-
-    def keep(
-        self, places: Tensor, forget: bool, mass: Tensor | None = None, holders: Tensor | None = None,
-        unmerge: bool = False,
-    ) -> "Order":  # fmt: skip
-        """The order of the tokens at `places` (b, t'), ascending, of these.
-
-        forget: a token's state also forgets for the tokens that are missing before it.
-        """
-        kept = self._replace(places=places, mass=mass, holders=holders, unmerge=unmerge)
-        orders, forget = {"rows": places}, forget and not unmerge
-        if self.columns is not None:
-            kept = kept.with_columns(places.device)
-            orders["columns"] = self.column_places(places.device)[places].sort(-1).values
-        factors = {
-            (axis, way): self._gaps(own, way) for axis, own in orders.items() for way in (1, -1) if forget
-        }
-        return kept._replace(factors=factors)
-
-    def _gaps(self, places: Tensor, way: int) -> Tensor:
-        """(b, 1, t): 1 + the places that are missing before each, on the way."""
-        ends = places.new_full((len(places), 1), -1 if way > 0 else self.tokens)
-        if way > 0:
-            gap = places - torch.cat([ends, places[:, :-1]], 1)
-        else:
-            gap = torch.cat([places[:, 1:], ends], 1) - places
-        return gap[:, None].float()
-
-    def of_class(self, tokens: Tensor) -> Tensor:
-        """The class token (b, c) of (b, t, c), or the mean of all."""
-        if self.class_at is None and self.mass is not None:
-            share = (self.mass / self.mass.sum(1, keepdim=True)).to(tokens.dtype)
-            return (share[:, None] @ tokens)[:, 0]
-        if self.class_at is None:
-            return tokens.mean(1)
-        if self.places is None:
-            return tokens[:, self.class_at]
-        at = (self.places == self.class_at).to(torch.uint8).argmax(1)
-        return tokens.gather(1, at[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
-
-
 class Direction(nn.Module):
     """The weights of a Mamba layer that each direction has for itself."""
 
@@ -289,7 +193,7 @@ class VisionMambaMixer(nn.Module):
             u = self._convolve(direction, x, axis, way, order, False)
             delta, bias, _, _ = select(direction, u.transpose(1, 2))
             sizes = F.softplus(as_wide(delta) + as_wide(bias)).mean(-1)  # type: ignore[arg-type]
-            total = total + _restored(sizes[:, None], axis, order)[:, 0]
+            total = total + restored(sizes[:, None], axis, order)[:, 0]
         return total / len(self.ways)
 
     def _convolve(
@@ -297,10 +201,10 @@ class VisionMambaMixer(nn.Module):
     ) -> Tensor:
         """silu(conv(x)) of x (b, d, t), in the order of an axis. It reads a merged token from its holder."""
         if order.holders is None:
-            return direction.convolve(_ordered(x, axis, order), way, self.backend)
+            return direction.convolve(ordered(x, axis, order), way, self.backend)
         whole = order.whole()
-        u = direction.convolve(_ordered(order.spread(x, time_last), axis, whole), way, self.backend)
-        return _ordered(order.pick(_restored(u, axis, whole), time_last), axis, order)
+        u = direction.convolve(ordered(order.spread(x, time_last), axis, whole), way, self.backend)
+        return ordered(order.pick(restored(u, axis, whole), time_last), axis, order)
 
     def _takes_time_last(self, hidden: Tensor) -> bool:
         """Whether time is to be last in memory: where the GPU's kernels run, and all weights are plain.
@@ -335,7 +239,7 @@ class VisionMambaMixer(nn.Module):
             factor = order.factors.get((axis, way))
             delta, bias, B, C = direction.select(u, factor, time_last)
             A = -torch.exp(as_wide(direction.A_log))
-            gate = None if z is None else _ordered(z, axis, order)
+            gate = None if z is None else ordered(z, axis, order)
             parts.append((u, delta, B, C, gate, A, direction.D, bias))
         softplus = factor is None
         if len(parts) > 1 and self.bands is None:
@@ -343,8 +247,8 @@ class VisionMambaMixer(nn.Module):
             each = y.chunk(len(parts), 1)
         else:
             each = tuple(self._run(way, softplus, *part) for part in parts)
-        restored = [_restored(y, self.ways[k][0], order) for y, k in zip(each, chosen, strict=True)]
-        return restored[0] if len(restored) == 1 else restored[0] + restored[1]
+        found = [restored(y, self.ways[k][0], order) for y, k in zip(each, chosen, strict=True)]
+        return found[0] if len(found) == 1 else found[0] + found[1]
 
     def _run(self, way: int, softplus: bool, u, delta, B, C, z, A, D, bias) -> Any:
         if self.bands is None:
@@ -381,26 +285,6 @@ def _together(tensors: tuple, axis: int | None) -> Tensor | None:
     if axis is None:
         return torch.stack(tensors, 1)
     return torch.cat(tensors, axis)
-
-
-def _ordered(t: Tensor, axis: str, order: Order) -> Tensor:
-    """(b, d, t) in the order of a direction's axis."""
-    return t if axis == "rows" else _gathered(t, order.columns)
-
-
-def _restored(t: Tensor, axis: str, order: Order) -> Tensor:
-    return t if axis == "rows" else _gathered(t, order.back)
-
-
-def _gathered(t: Tensor, places: Tensor | None, time_last: bool = False) -> Tensor:
-    """(b, d, t) at these places (1 or b, t) of its time. With `time_last` zeros fill the last 8 steps."""
-    assert places is not None
-    b, d, length = t.shape
-    if time_last:
-        found = t.gather(2, places[:, None].expand(b, d, -1))
-        return F.pad(found, (0, -found.shape[2] % 8))
-    rows = (places + length * torch.arange(b, device=t.device)[:, None]).flatten()
-    return t.transpose(1, 2).reshape(-1, d).index_select(0, rows).unflatten(0, (b, -1)).transpose(1, 2)
 
 
 class VisionMambaLayer(GradientCheckpointingLayer):
