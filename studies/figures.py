@@ -456,6 +456,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         vision_figures.joint,
         vision_figures.vision_time,
         vision_figures.vision_gpu,
+        vision_figures.vision_pruned,
         mrss_accuracy,
         mrss_time,
         mrss_gpu,

@@ -51,14 +51,24 @@ def call_of(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], torch.
     return call
 
 
-def cases() -> Iterator[tuple[str, int, int, float]]:
-    """Size of the tower, pixels, batch, keep ratio."""
+PLANS: dict[str, dict[str, Any]] = {
+    "drop, block 0": {},
+    "squeeze, block 0": {"fuse": "squeeze"},
+    "unmerged, block 0": {"fuse": "squeeze", "unmerge": True},
+}
+
+
+def cases() -> Iterator[tuple[str, int, int, float, str]]:
+    """Size of the tower, pixels, batch, keep ratio, plan."""
+    first, *others = PLANS
     for size in WIDTHS:
         for pixels in SIZES:
-            yield size, pixels, BATCH, 1.0
-            yield size, pixels, BATCH, 0.5
+            yield size, pixels, BATCH, 1.0, first
+            yield size, pixels, BATCH, 0.5, first
         for keep in (1.0, 0.7, 0.5):
-            yield size, 224, LARGE_BATCH, keep
+            yield size, 224, LARGE_BATCH, keep, first
+        for plan in others:
+            yield size, 224, LARGE_BATCH, 0.5, plan
 
 
 def check(size: str) -> float:
@@ -81,13 +91,17 @@ def main() -> None:
         raise AssertionError(f"Vision Mamba in bfloat16 differs by {error:.1e} of its largest output")
     models = {(tower, size): build(tower, size) for tower in TOWERS for size in WIDTHS}
     rows: list[Row] = []
-    for size, pixels, batch, keep in cases():
+    for size, pixels, batch, keep, plan in cases():
         images = torch.randn(batch, 3, pixels, pixels, device="cuda", dtype=torch.bfloat16)
         for tower in TOWERS if batch == LARGE_BATCH else TOWERS[:2]:
+            if tower == "ViT" and plan.startswith("unmerged"):
+                continue
             model = models[tower, size]
-            with prune(model, Plan(keep=keep, score="norm", at=0)):
+            with prune(model, Plan(keep=keep, score="norm", **PLANS[plan])):
                 call = call_of(model, images)
-                row: Row = {"size": size, "pixels": pixels, "batch": batch, "keep": keep, "tower": tower}
+                row: Row = {
+                    "size": size, "pixels": pixels, "batch": batch, "keep": keep, "plan": plan, "tower": tower
+                }  # fmt: skip
                 row["graph_ms"], row["eager_ms"] = kernel_and_eager_ms(call)
                 row["peak_mib"] = peak_mib(call)
             rows.append(row)

@@ -148,7 +148,29 @@ def vision_gpu() -> str:
         if tower != "ViT":
             continue
         pair = [known[size, batch, pixels, name] for name in ("ViT", "Vision Mamba")]
-        fastest = [min(float(r["graph_ms"]), float(r["eager_ms"])) for r in pair]
+        fastest = [_fastest(r) for r in pair]
         times = f"{fastest[0] / fastest[1]:.2f}"
         rows.append([f"{size}, batch {batch}", pixels, *map(ms, fastest), times])
     return table(["size, images", "pixels", "ViT", "Vision Mamba", "ViT / Vision Mamba"], rows)
+
+
+def vision_pruned() -> str:
+    """Pruned towers on a GPU, batch 64 at 224 pixels."""
+    known = {
+        (r["size"], r["tower"], float(r["keep"]), r["plan"]): (_fastest(r), float(r["peak_mib"]))
+        for r in read("vision_gpu.csv")
+        if r["batch"] == "64"
+    }
+    rows = []
+    for (size, tower, keep, plan), (time, peak) in known.items():
+        if keep == 1:
+            continue
+        full = known[size, tower, 1.0, "drop, block 0"]
+        rows.append(
+            [size, tower, plan, keep, ms(time), f"{time / full[0] - 1:+.0%}", f"{peak / full[1] - 1:+.0%}"]
+        )
+    return table(["size", "tower", "plan", "keep", "time", "change", "peak memory"], rows)
+
+
+def _fastest(row: dict[str, str]) -> float:
+    return min(float(row["graph_ms"]), float(row["eager_ms"]))

@@ -431,26 +431,37 @@ def test_bad_configs_say_what_is_wrong(change, message):
         build(**change)
 
 
-def _errors_on_triton(directions, keep, pixels):
+ON_A_GPU = {
+    "whole": {"keep": 1.0}, "pruned": {}, "merged": {"fuse": "checkerboard"},
+    "unmerged": {"fuse": "squeeze", "unmerge": True}, "with their steps": {"forget": True},
+}  # fmt: skip
+
+
+def _errors_on_triton(directions, plan, pixels):
     """The largest error of features and of each weight's gradient, by the GPU's kernels, interpreted."""
     found = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         model = build(directions=directions, backend=backend).to(dtype)
         x = image(1, pixels, 24).to(dtype)
-        with prune(model, Plan(keep=keep, score="norm", at=1)):
+        with prune(model, Plan(score="norm", at=1, **plan)):
             y = model(x).last_hidden_state
             draw = torch.cos(torch.arange(y.numel())).view(y.shape).to(dtype)
             grads = torch.autograd.grad((y * draw).sum(), list(model.parameters()), allow_unused=True)
         found.append([y.detach(), *(g for g in grads if g is not None)])
         if backend == "triton" and directions < 4:
-            assert model.layers[0].mixer._takes_time_last(y)
+            assert model.layers[0].mixer._takes_time_last(y, Order((3, 3), None))
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5])
-@pytest.mark.parametrize(("directions", "pixels"), [(1, 24), (2, 24), (2, 40), (4, 24)])
-def test_the_gpu_s_kernels_compute_the_same(interpreter, directions, keep, pixels):
-    errors = interpreter.submit(_errors_on_triton, directions, keep, pixels).result(timeout=300)
+@pytest.mark.parametrize(
+    ("directions", "pixels", "plan"),
+    [
+        *((k, pixels, plan) for k, pixels in ((1, 24), (2, 40), (4, 24)) for plan in ("whole", "pruned")),
+        *((2, 24, plan) for plan in ON_A_GPU),
+    ],
+)
+def test_the_gpu_s_kernels_compute_the_same(interpreter, directions, pixels, plan):
+    errors = interpreter.submit(_errors_on_triton, directions, ON_A_GPU[plan], pixels).result(timeout=300)
     assert max(errors) < 1e-5
 
 

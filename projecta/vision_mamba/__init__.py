@@ -169,51 +169,56 @@ class VisionMambaMixer(nn.Module):
         self.out_proj = nn.Linear(d, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, order: Order) -> Tensor:
-        time_last, count, given = self._takes_time_last(hidden), hidden.shape[1], order
+        time_last, count, given = self._takes_time_last(hidden, order), hidden.shape[1], order
         if time_last:  # the kernels read 8 steps at a time
             hidden = F.pad(hidden, (0, 0, 0, -count % 8))
         x, gate = _project(self.in_proj, hidden.transpose(1, 2), time_last).chunk(2, 1)
         z: Tensor | None = gate
         t = count
+        if order.holders is not None:
+            x = order.spread(x)
         if order.unmerge:  # the gate is that of the tokens, not of their places
-            x, z, order, t = order.spread(x, time_last), None, order.whole(), order.tokens
+            z, order, t = None, order.whole(), order.tokens
         ways = {way: [k for k, (_, own) in enumerate(self.ways) if own == way] for _, way in self.ways}
         each = [self._scan(x, z, order, way, chosen, t, time_last) for way, chosen in ways.items()]
         total = each[0] if len(each) == 1 else each[0] + each[1]
         if z is None:
-            total = given.pick(total, time_last) * F.silu(gate)
+            total = given.pick(total) * F.silu(gate)
         output = self.out_proj(total.transpose(1, 2))[:, :count]
         return output if len(self.ways) == 1 else output / len(self.ways)
 
     def steps(self, hidden: Tensor, order: Order) -> Tensor:
         """The step size of each token, mean over channels and directions (b, t)."""
         x, total = self.in_proj(hidden).transpose(1, 2).chunk(2, 1)[0], torch.zeros((), device=hidden.device)
+        x = x if order.holders is None else order.spread(x)
         directions: Any = self.directions
         for direction, (axis, way) in zip(directions, self.ways, strict=True):
-            u = self._convolve(direction, x, axis, way, order, False)
+            u = self._convolve(direction, x, axis, way, order)
             delta, bias, _, _ = select(direction, u.transpose(1, 2))
             sizes = F.softplus(as_wide(delta) + as_wide(bias)).mean(-1)  # type: ignore[arg-type]
             total = total + restored(sizes[:, None], axis, order)[:, 0]
         return total / len(self.ways)
 
-    def _convolve(
-        self, direction: Any, x: Tensor, axis: str, way: int, order: Order, time_last: bool
-    ) -> Tensor:
-        """silu(conv(x)) of x (b, d, t), in the order of an axis. It reads a merged token from its holder."""
+    def _convolve(self, direction: Any, x: Tensor, axis: str, way: int, order: Order) -> Tensor:
+        """silu(conv(x)) of the tokens, in an axis's order; x (b, d, t) has all places if some are merged."""
         if order.holders is None:
             return direction.convolve(ordered(x, axis, order), way, self.backend)
         whole = order.whole()
-        u = direction.convolve(ordered(order.spread(x, time_last), axis, whole), way, self.backend)
-        return ordered(order.pick(restored(u, axis, whole), time_last), axis, order)
+        u = direction.convolve(ordered(x, axis, whole), way, self.backend)
+        return ordered(order.pick(restored(u, axis, whole)), axis, order)
 
-    def _takes_time_last(self, hidden: Tensor) -> bool:
+    def _takes_time_last(self, hidden: Tensor, order: Order) -> bool:
         """Whether time is to be last in memory: where the GPU's kernels run, and all weights are plain.
 
-        Channels stay last where a direction gathers tokens along columns, and with MRSS.
+        Channels stay last where tokens are gathered, along columns or from their holders, and with MRSS.
         """
         if hidden.dtype == torch.float64 or not runs_triton(hidden, self.backend):
             return False
-        if self.bands is not None or any(axis != "rows" for axis, _ in self.ways):
+        if (
+            order.holders is not None
+            or self.bands is not None
+            or any(axis != "rows" for axis, _ in self.ways)
+        ):
             return False
         directions: Any = self.directions
         parts = [self.in_proj, *(m for d in directions for m in (d.x_proj, d.dt_proj))]
@@ -233,7 +238,7 @@ class VisionMambaMixer(nn.Module):
         for k in chosen:
             direction: Any = self.directions[k]
             axis = self.ways[k][0]
-            u = self._convolve(direction, x, axis, way, order, time_last)
+            u = self._convolve(direction, x, axis, way, order)
             if way < 0 and u.shape[2] > t:
                 u[..., t:] = 0
             factor = order.factors.get((axis, way))

@@ -5,7 +5,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,13 +56,13 @@ class Order(NamedTuple):
         order = Order(self.grid, self.class_at)
         return order if self.columns is None else order.with_columns(self.columns.device)
 
-    def spread(self, t: Tensor, time_last: bool) -> Tensor:
+    def spread(self, t: Tensor) -> Tensor:
         """(b, d, t) of the tokens to (b, d, tokens) of all places, each read from the token that holds it."""
-        return gathered(t, self.holders, time_last)
+        return gathered(t, self.holders)
 
-    def pick(self, t: Tensor, time_last: bool) -> Tensor:
+    def pick(self, t: Tensor) -> Tensor:
         """(b, d, tokens) of all places to (b, d, t) of the tokens."""
-        return gathered(t, self.places, time_last)
+        return gathered(t, self.places)
 
     def keep(
         self, places: Tensor, forget: bool, mass: Tensor | None = None, holders: Tensor | None = None,
@@ -114,12 +113,9 @@ def restored(t: Tensor, axis: str, order: Order) -> Tensor:
     return t if axis == "rows" else gathered(t, order.back)
 
 
-def gathered(t: Tensor, places: Tensor | None, time_last: bool = False) -> Tensor:
-    """(b, d, t) at these places (1 or b, t) of its time. With `time_last` zeros fill the last 8 steps."""
+def gathered(t: Tensor, places: Tensor | None) -> Tensor:
+    """(b, d, t) at these places (1 or b, t) of its time; channels are last in memory."""
     assert places is not None
     b, d, length = t.shape
-    if time_last:
-        found = t.gather(2, places[:, None].expand(b, d, -1))
-        return F.pad(found, (0, -found.shape[2] % 8))
     rows = (places + length * torch.arange(b, device=t.device)[:, None]).flatten()
     return t.transpose(1, 2).reshape(-1, d).index_select(0, rows).unflatten(0, (b, -1)).transpose(1, 2)
