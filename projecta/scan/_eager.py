@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from projecta._calls import remembered, traits
-from projecta._operators import KINDS, differentiable, untraced
+from projecta._calls import call_key, remembered
+from projecta._operators import differentiable
 from projecta.scan._operator import Inputs
 
 Given = tuple[Tensor | None, ...]
@@ -22,23 +22,9 @@ _calls: dict[tuple, "_Call"] = {}
 
 def cache_key(given: Given, softplus: bool, every: int, reverse: bool, backend: str) -> tuple | None:
     """Everything of a call but its values and addresses; None if the call needs the operator."""
-    if type(every) is not int or backend not in BACKENDS or not untraced():
+    if backend not in BACKENDS:
         return None
-    key: list[object] = [softplus, every, reverse, backend]
-    graded = False
-    for t in given:
-        if t is None:
-            key.append(None)
-        else:
-            if type(t) not in KINDS or t.is_neg() or t.is_conj():
-                return None
-            graded = graded or t.requires_grad
-            key += (t.device, traits(t))
-    device = given[0].device  # type: ignore[union-attr]
-    if device.type == "meta" or (device.type == "cuda" and device.index != torch.cuda.current_device()):
-        return None
-    key.append(every if graded and torch.is_grad_enabled() else 0)
-    return tuple(key)
+    return call_key(given, (softplus, every, reverse, backend))
 
 
 def repeat(key: tuple, given: Given) -> tuple[Tensor, Tensor] | None:
@@ -57,7 +43,8 @@ def first(
         same = t is other or (t is not None and other is not None and t.data_ptr() == other.data_ptr())
         if not same or (t is not None and t.dtype != other.dtype):  # type: ignore[union-attr]
             return None
-    return remembered(_calls, key, lambda: _Call(module, canonical, softplus, reverse, key[-1])).run(given)
+    every = key[1] if key[-1] else 0
+    return remembered(_calls, key, lambda: _Call(module, canonical, softplus, reverse, every)).run(given)
 
 
 class _Call:

@@ -8,16 +8,21 @@ backward pass computes the convolution before the activation again instead of re
 The gradients of weight and bias are summed over lanes, then over programs in fixed order.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from projecta._calls import traits
 from projecta._operators import refuse_tangents, register
 from projecta._triton.launch import (
+    Recording,
     cached,
     cannot_run,
     new_buffer,
     ordered_strides,
     processors_of,
+    repeated,
     start_kernel,
 )
 from projecta.conv import reference
@@ -141,6 +146,26 @@ def _write_start_gradient(
         return (tiles * layout.sequences,), sizes, options
 
     start_kernel(layout.launches, convolve_backward_start, tensors, describe)
+
+
+class Passes:
+    """The passes of all calls that differ in values only: the launches of the first, repeated."""
+
+    def __init__(self, inputs: Inputs, silu: bool, reverse: bool):
+        self.silu, self.reverse = silu, reverse
+        self.records: dict[Any, Recording] = {}
+
+    def forward(self, inputs: Inputs, y: Tensor) -> None:
+        repeated(
+            self.records, "forward", inputs[:4], (y,),
+            lambda: forward_pass(inputs, self.silu, y, self.reverse),
+        )  # fmt: skip
+
+    def backward(self, grad_y: Tensor, inputs: Inputs, grads: Grads) -> None:
+        repeated(
+            self.records, traits(grad_y), (*inputs[:4], grad_y), grads,
+            lambda: backward_pass(grad_y, inputs, self.silu, grads, self.reverse),
+        )  # fmt: skip
 
 
 causal_conv = define("conv_triton", forward_pass, backward_pass)
