@@ -32,3 +32,49 @@ def test_the_kernels_agree_with_the_reference(interpreter, case):
 
 def test_steps_equal_the_convolution(interpreter):
     assert max(interpreter.submit(_update_errors).result(timeout=300).values()) < 1e-5
+
+
+def _check_repeats():
+    """A call that differs only in values repeats the launches of the first call, with its own tensors."""
+    from unittest import mock
+
+    from projecta import available_backends, causal_conv
+    from projecta._triton import launch
+    from projecta.conv import _eager
+    from projecta.conv import triton as module
+    from tests.scan.test_triton import Recorded
+
+    available_backends()  # loads the Triton backend
+    log, names = [], ("convolve", "convolve_backward", "sum_totals", "convolve_backward_start")
+    stubs = {name: Recorded(getattr(module, name), log) for name in names}
+    calls = []
+    with (
+        mock.patch.multiple(module, **stubs, processors_of=lambda device: 132),
+        mock.patch.dict(_eager._calls, clear=True),
+        mock.patch.dict(launch._known, clear=True),
+    ):
+        for _ in range(2):
+            shapes = {"x": (2, 8, 64), "weight": (8, 4), "bias": (8,), "initial_state": (2, 8, 3)}
+            leaves = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+            del log[:]
+            y = causal_conv(**leaves, backend="triton")
+            grad = torch.ones_like(y)
+            grads = torch.autograd.grad(y, list(leaves.values()), grad)
+            tensors = [*leaves.values(), y, grad, *grads]
+            calls.append((list(log), [t.data_ptr() for t in tensors], tensors))
+    (first, old, _), (second, new, _) = calls
+    assert [name for name, _ in first] == [f"compiled {name}" for name in names]
+    assert [name for name, _ in second] == list(names)
+    moved, scratch = dict(zip(old, new, strict=True)), set()
+    for (name, before), (_, after) in zip(first, second, strict=True):
+        name = name.split()[1]
+        for parameter, x, at in zip(stubs[name].arg_names, before, after, strict=False):
+            if parameter == "totals":
+                scratch.add(at)
+            else:
+                assert at == moved.get(x, x), (name, parameter)
+    assert len(scratch) == 1  # memory of the call, which both kernels share
+
+
+def test_a_repeated_call_is_its_launches(interpreter):
+    interpreter.submit(_check_repeats).result(timeout=300)

@@ -361,7 +361,7 @@ def _check_launches():
     assert log[4][1:] == ((7, 1, 1), (x.data_ptr(), None, 3, 2, 4))
 
 
-class _Recorded:
+class Recorded:
     """Replaces a kernel; logs each launch, with the arguments in the kernel's order."""
 
     def __init__(self, kernel, log):
@@ -439,7 +439,7 @@ def _check_repeats():
         "pack_weights": pack_and_step, "forward_times": forward, "forward_states": forward,
         "backward": backward, "reduce_tiles": pack_and_step, "reduce_chunks": pack_and_step,
     }  # fmt: skip
-    stubs = {name: _Recorded(getattr(module, name), log) for name, module in names.items()}
+    stubs = {name: Recorded(getattr(module, name), log) for name, module in names.items()}
     available_backends()  # loads the Triton backend
     with contextlib.ExitStack() as patches:
         for name, module in names.items():
