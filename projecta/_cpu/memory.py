@@ -64,6 +64,12 @@ def memory(t: Tensor, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
     return flat(t), np.array(strides)
 
 
+@functools.lru_cache(64)
+def zeros(d: int, dtype: torch.dtype) -> Tensor:
+    """d zeros, to be read only."""
+    return torch.zeros(d, dtype=dtype, device="cpu")
+
+
 _LARGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # Linux
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from projecta._cpu.memory import NOTHING
+from projecta._cpu.memory import NOTHING, zeros
 from projecta._cpu.simd import (
     array_at,
     claim,
@@ -322,7 +322,7 @@ class Passes:
         ends = (0, l) if bounds is None else tuple(bounds.tolist())
         chunks = _cut(b, ends, STRETCH if self.along else ROWS)
         self.work = Work(chunks, -(-d // columns), columns, weight.shape[1], d)
-        self.zeros = torch.zeros(d, dtype=self.real)
+        self.zeros = zeros(d, self.real)
 
     def forward(self, inputs: Inputs, y: Tensor) -> None:
         """Write the convolution of `inputs` to y."""
@@ -335,7 +335,7 @@ class Passes:
         """Write the gradients of `inputs` to `grads`."""
         grad, dx = self._input(grad_y, inputs.x), self._output(grads.x, inputs.x)
         work, (places, kept) = self.work, self._places(inputs)
-        totals = torch.empty(len(work.chunks), work.width + 1, work.d, dtype=self.real)
+        totals = torch.empty(len(work.chunks), work.width + 1, work.d, dtype=self.real, device="cpu")
         plain = [kept[1].data_ptr(), self.zeros.data_ptr()]
         places = [*places, *plain, *self._place(grad), *self._place(dx), totals.data_ptr()]
         self._run(backward, dx, places)

@@ -349,7 +349,7 @@ class Coarse:
         self.sequences, each = len(rows), self.padded // self.width
         sizes = np.array([self.d, each, period, self.padded, self.blocks.number])
         vectors = workspace_vectors.py_func(round_up(A.shape[1], UNROLL))
-        workspace = torch.empty(torch.get_num_threads() * vectors * self.width, dtype=self.real)
+        workspace = torch.empty(torch.get_num_threads() * vectors * self.width, dtype=self.real, device="cpu")
         self.items = self.sequences * each
         looks = np.zeros(16 * torch.get_num_threads(), np.int64)
         self.band = Band(sizes, rows, ends, first, softplus, z is not None, flat(workspace), looks)
@@ -362,7 +362,7 @@ class Coarse:
         b, g, n, l = t.shape
         number = self.blocks.number
         tiles = -(-number // TILE)
-        found = torch.empty(b, g, number, n, dtype=self.real)
+        found = torch.empty(b, g, number, n, dtype=self.real, device="cpu")
         sizes = np.array([g, l, n, self.blocks.period, number, tiles])
         run(average, b * g * tiles, t.numel(), sizes, *memory(t), flat(found), types=(t.dtype, self.real))
         return found.transpose(2, 3)
@@ -370,11 +370,11 @@ class Coarse:
     def new(self) -> Tensor:
         """A value of each block and channel, as (b, d, blocks): a view of (b, blocks, padded)."""
         fill = torch.empty if self.blocks.bounds is None else torch.zeros  # packed: empty blocks between
-        whole = fill(len(self.inputs.u), self.blocks.number, self.padded, dtype=self.real)
+        whole = fill(len(self.inputs.u), self.blocks.number, self.padded, dtype=self.real, device="cpu")
         return whole[..., : self.d].transpose(1, 2)
 
     def channels(self, t: Tensor | None) -> np.ndarray:
-        whole = torch.zeros(self.padded, dtype=self.real)
+        whole = torch.zeros(self.padded, dtype=self.real, device="cpu")
         if t is not None:
             whole[: self.d] = t
         return flat(whole)
@@ -413,7 +413,7 @@ class Coarse:
         saved, x, span, blocks = kept
         tokens, D = self.tokens(grad_y), self.channels(self.inputs.D)
         dblocks, dx, dspan = self.new(), self.new(), self.new()
-        sums = torch.empty(2, self.sequences, self.padded, dtype=self.real)
+        sums = torch.empty(2, self.sequences, self.padded, dtype=self.real, device="cpu")
         dz = grads.u if grads.z is None else grads.z
         self.run(expand_back, tokens, D, _whole(blocks), *memory(dz), _whole(dblocks), flat(sums[0]))
         own = self.scan(x, span)

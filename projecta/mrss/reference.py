@@ -59,7 +59,7 @@ class MrssState(NamedTuple):
         b, _, n = h.shape
         output, product, span = h.real.new_zeros(3, *h.shape[:2]).unbind()
         B, C = h.new_zeros(2, bands, b, groups, n).unbind()
-        return cls(h.clone(), output, product, span, B, C, torch.zeros((), dtype=torch.int64))
+        return cls(h.clone(), output, product, span, B, C, torch.zeros((), dtype=torch.int64, device="cpu"))
 
 
 def _real(A: Tensor) -> torch.dtype:

@@ -94,11 +94,11 @@ def _backward_run(
     def sums(grad: Tensor | None, *shape: int) -> Tensor:
         """Memory for sums over each sequence: the gradient itself if there is one sequence."""
         alone = s == 1 and grad is not None and grad.dtype == layout.real and grad.is_contiguous()
-        return grad if alone else torch.empty(s, *shape, dtype=layout.real)  # type: ignore[return-value]
+        return grad if alone else torch.empty(s, *shape, dtype=layout.real, device="cpu")  # type: ignore[return-value]
 
     def parts(t: Tensor) -> Tensor | None:
         size = layout.b * layout.supers * layout.l * layout.padded
-        return torch.empty(size, dtype=layout.real) if t.dim() == 4 else None
+        return torch.empty(size, dtype=layout.real, device="cpu") if t.dim() == 4 else None
 
     dA, dD, dbias = sums(grads.A, d, rows), sums(grads.D, d), sums(grads.delta_bias, d)
     dB, dC = (sums(grad, d, rows) if grad.dim() == 2 else None for grad in (grads.B, grads.C))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from projecta._cpu.memory import NOTHING, round_up
+from projecta._cpu.memory import NOTHING, round_up, zeros
 from projecta._cpu.simd import BYTES, array_at
 from projecta._cpu.threads import inner, run
 from projecta.scan._operator import Inputs
@@ -108,6 +108,7 @@ class Layout:
         self.reverse = reverse
         u, delta, A, B, C, _, z = inputs[:7]
         self.b, d, self.l = u.shape
+        self.d = d
         self.rotate = 1 if A.is_complex() else None
         self.rows = A.shape[1] * (2 if A.is_complex() else 1)  # rows of states per block
         self.real = A.dtype.to_real()
@@ -140,7 +141,6 @@ class Layout:
         self.weight_sizes = np.array(
             [self.g, self.l, self.rows, self.padded, self.tiles, self.supers // self.g]
         )
-        self.no_channels = torch.zeros(d, dtype=self.real)
 
     def run(self, kernel: Any, items: int, y: Tensor, places: list[int], work: int) -> None:
         """Run a kernel of this layout on tensors at `places`, with y or its gradient."""
@@ -169,7 +169,7 @@ class Layout:
 
     def channels(self, t: Tensor | None) -> Tensor:
         """(d,) in the type of the state; zeros for None."""
-        return self.no_channels if t is None else t.to(self.real).contiguous()
+        return zeros(self.d, self.real) if t is None else t.to(self.real).contiguous()
 
     def packed(self, B: Tensor, conjugate: bool = False) -> Tensor:
         """B or C: (d, rows) if constant, else (b, g, l, padded rows), flat. Complex: y is 2 Re(C h)."""
@@ -178,7 +178,7 @@ class Layout:
             B = pairs.flatten(1) if B.dim() == 2 else pairs.transpose(3, 4).flatten(2, 3)
         if B.dim() == 2:
             return B.to(self.real).contiguous()
-        packed = torch.empty(self.b * self.g * self.l * self.padded, dtype=self.real)
+        packed = torch.empty(self.b * self.g * self.l * self.padded, dtype=self.real, device="cpu")
         B = B if self.can_read(B) else B.to(self.real)
         self.by_tiles(pack, B, packed)
         return packed
@@ -187,7 +187,7 @@ class Layout:
         """Write the gradient of B or C over time: the sum over the superblocks' `parts`."""
         found = grad
         if not self.can_read(grad):
-            found = torch.empty(self.b, self.g, self.rows, self.l, dtype=self.real)
+            found = torch.empty(self.b, self.g, self.rows, self.l, dtype=self.real, device="cpu")
         self.by_tiles(unpack, found, parts)
         if found is not grad:
             grad.copy_(self.gradient(found.transpose(2, 3), conjugate).transpose(2, 3))
@@ -210,8 +210,8 @@ class Layout:
     def per_piece(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Buffers for a state (d, n) and for the sums of delta (d,) of each piece: (b, pieces, ...)."""
         kind = self.real.to_complex() if self.rotate else self.real
-        states = torch.empty(self.b, self.pieces, *shape, dtype=kind)
-        return states, torch.empty(self.b, self.pieces, shape[0], dtype=self.real)
+        states = torch.empty(self.b, self.pieces, *shape, dtype=kind, device="cpu")
+        return states, torch.empty(self.b, self.pieces, shape[0], dtype=self.real, device="cpu")
 
     def gradient(self, rows: Tensor, conjugate: bool = False) -> Tensor:
         """(..., rows) as (..., n): complex if the states are."""
