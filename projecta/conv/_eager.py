@@ -13,13 +13,12 @@ from projecta._operators import differentiable
 from projecta.conv._operator import Grads, Inputs
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, bias, start
-BACKENDS = ("auto", "cpu", "triton")
 _calls: dict[tuple, "_Call"] = {}
 
 
 def cache_key(given: Given, activation: str | None, reverse: bool, backend: str) -> tuple | None:
     """Everything of a call but its values and addresses; None if the call needs the operator."""
-    return call_key(given, (activation, reverse, backend)) if backend in BACKENDS else None
+    return call_key(given, (activation, reverse, backend))
 
 
 def repeat(key: tuple, given: Given) -> Tensor | None:
