@@ -1,7 +1,9 @@
 """Vision Mamba against a plain PyTorch tower in float64, and as a model of transformers."""
 
 import copy
+import multiprocessing
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -491,3 +493,33 @@ def test_column_places_are_a_permutation():
         places = Order((2, 3), at).column_places(torch.device("cpu"))
         assert sorted(places.tolist()) == list(range(6 + (at is not None)))
     assert Order((2, 3), None).column_places(torch.device("cpu")).tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def _peaks():
+    """Peak memory by plan, as measured and as docs/vision_mamba.md says, in MiB."""
+    from benchmarks import common
+
+    common.return_freed_memory()
+    torch.set_num_threads(2)  # each has a workspace
+    model, images = (
+        build(hidden_size=384, state_size=16, image_size=224, patch_size=16),
+        torch.rand(8, 3, 224, 224),
+    )
+    b, c, r, n, t, kept, found = 8, 384, 24, 16, 197, 99, {}
+    small = r + 4 * n
+    for name, plan, numbers in (
+        ("none", {"keep": 1.0}, (14 * c + small) * t),
+        ("later block", {"at": 1}, (14 * c + small) * t),
+        ("drop", {}, (14 * c + small) * kept + c * t),
+        ("merged", {"fuse": "squeeze"}, (14 * c + small) * kept + 3 * c * t),
+        ("unmerged", {"fuse": "squeeze", "unmerge": True}, 6 * c * kept + (11 * c + small) * t),
+    ):
+        with torch.inference_mode(), prune(model, Plan(score="grid", **plan)):
+            found[name] = common.peak_mib(lambda: model(images)), 4 * b * numbers / 2**20
+    return found
+
+
+def test_peak_memory_is_what_the_docs_say():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for name, (measured, said) in pool.submit(_peaks).result(timeout=300).items():
+            assert measured == pytest.approx(said, rel=0.05), name

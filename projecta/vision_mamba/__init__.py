@@ -169,23 +169,26 @@ class VisionMambaMixer(nn.Module):
         self.out_proj = nn.Linear(d, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, order: Order) -> Tensor:
-        time_last, count, given = self._takes_time_last(hidden, order), hidden.shape[1], order
+        time_last, count = self._takes_time_last(hidden, order), hidden.shape[1]
         if time_last:  # the kernels read 8 steps at a time
             hidden = F.pad(hidden, (0, 0, 0, -count % 8))
         x, gate = _project(self.in_proj, hidden.transpose(1, 2), time_last).chunk(2, 1)
-        z: Tensor | None = gate
-        t = count
         if order.holders is not None:
             x = order.spread(x)
         if order.unmerge:  # the gate is that of the tokens, not of their places
-            z, order, t = None, order.whole(), order.tokens
-        ways = {way: [k for k, (_, own) in enumerate(self.ways) if own == way] for _, way in self.ways}
-        each = [self._scan(x, z, order, way, chosen, t, time_last) for way, chosen in ways.items()]
-        total = each[0] if len(each) == 1 else each[0] + each[1]
-        if z is None:
-            total = given.pick(total) * F.silu(gate)
+            total = order.pick(self._scan_all(x, None, order.whole(), order.tokens, time_last))
+            del x
+            total = total * F.silu(gate)
+        else:
+            total = self._scan_all(x, gate, order, count, time_last)
         output = self.out_proj(total.transpose(1, 2))[:, :count]
         return output if len(self.ways) == 1 else output / len(self.ways)
+
+    def _scan_all(self, x: Tensor, z: Tensor | None, order: Order, t: int, time_last: bool) -> Tensor:
+        """The sum of y (b, d, t) of all directions."""
+        ways = {way: [k for k, (_, own) in enumerate(self.ways) if own == way] for _, way in self.ways}
+        each = [self._scan(x, z, order, way, chosen, t, time_last) for way, chosen in ways.items()]
+        return each[0] if len(each) == 1 else each[0] + each[1]
 
     def steps(self, hidden: Tensor, order: Order) -> Tensor:
         """The step size of each token, mean over channels and directions (b, t)."""
