@@ -93,7 +93,7 @@ def joint() -> str:
     """Zero-shot accuracy of a CLIP with a ViT and with a Vision Mamba, full and pruned."""
     shown = (
         "full", "grid, drop, block 0", "delta, drop, block 2", "grid, squeeze, block 2",
-        "grid, squeeze, block 2, unmerged", "checkerboard, block 2",
+        "grid, squeeze, block 2, unmerged", "bipartite, block 2", "checkerboard, block 2",
         "checkerboard, block 2, with the steps of missing tokens", "checkerboard, block 2, unmerged",
         "checkerboard, blocks 2 and 4, unmerged",
     )  # fmt: skip
