@@ -1,5 +1,7 @@
 """Calls as earlier ones were, which are not checked or laid out again, on the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -93,3 +95,13 @@ def test_lazily_conjugated_and_negated_tensors_are_not_taken_for_plain_ones():
     assert torch.equal(
         selective_scan(**arguments | {"u": u}), selective_scan(**arguments | {"u": u.resolve_neg()})
     )
+
+
+def test_threads_with_the_same_kind_of_call_do_not_mix():
+    calls = [make_scan(b=1, d=8, l=40) for _ in range(4)]
+    alone = [run_with_gradients(selective_scan, a, backend="cpu") for a in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            found = list(pool.map(lambda a: run_with_gradients(selective_scan, a, backend="cpu"), calls))
+            for got, truth in zip(found, alone, strict=True):
+                assert all(torch.equal(got[name], truth[name]) for name in truth)
