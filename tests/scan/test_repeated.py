@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from projecta import selective_scan
+from projecta._calls import call_key
 from projecta.scan import _eager
 from tests.cases import make_scan, run_with_gradients, widen
 from tests.scan.test_scan import CASES, ERRORS, TOLERANCE, assert_close
@@ -75,6 +76,9 @@ def test_any_change_of_a_call_but_its_values_makes_another():
     assert selective_scan(**graded).requires_grad
     with torch.no_grad():
         assert not selective_scan(**graded).requires_grad
+        # nothing is saved then
+        assert call_key([*graded.values()], ()) == call_key([*arguments.values()], ())
+    assert call_key([*graded.values()], ()) != call_key([*arguments.values()], ())
 
 
 @pytest.mark.parametrize("given", [[8], 9, None])

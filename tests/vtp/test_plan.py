@@ -128,6 +128,10 @@ def test_checkerboard_merges_black_patches_into_white_ones():
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 1.0], [1.0, 0.5], [0.0, 1.0], [1.0, 0.0]]])
     merged = Plan(keep=0.8, fuse="checkerboard").apply(tokens, prefix=0, grid=(2, 3))
     assert merged.owner.tolist() == [[4, 0, 1, 2, 3, 4]]
+    white = [1, 3, 4, 6, 9, 11, 12, 14]  # of a board of 4 x 4; in a second round all patches are white
+    kept = Plan(keep=0.3, fuse="checkerboard").apply(torch.randn(1, 16, 4), prefix=0).kept[0].tolist()
+    assert len(kept) == 5
+    assert set(white[4:]) < set(kept) < set(white)
     with pytest.raises(
         ValueError, match=r"^Plan\.apply: grid must be given for fuse 'checkerboard' of patches"
     ):
