@@ -130,8 +130,9 @@ class _Node(torch.autograd.Function):
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
         function, backend = ctx.names
         refuse_tangents(function, (*grads, *tensors), backend)
-        with torch.no_grad():
-            found = ctx.run_backward(grads, kept, tensors)
+        with torch.no_grad():  # kernels read memory, which a lazily conjugated or negated tensor shares
+            plain = tuple(None if g is None else g.resolve_conj().resolve_neg() for g in grads)
+            found = ctx.run_backward(plain, kept, tensors)
         return None, None, None, *only_once(function, backend, found, (*grads, *tensors))
 
 

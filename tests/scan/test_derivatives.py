@@ -109,3 +109,18 @@ def test_a_step_is_differentiable_forward():
         lambda x: selective_state_update(state.clone(), x, x, FIXED["A"], B, C), (x,), (torch.ones_like(x),)
     )[1]
     assert tangent.abs().sum() > 0
+
+
+@pytest.mark.parametrize("complex_A", [False, True])
+@pytest.mark.parametrize("function", [selective_scan, mrss_scan])
+@pytest.mark.parametrize("on", ["reference", "vectorised", "cpu"])
+def test_lazily_conjugated_and_negated_gradients(function, complex_A, on):
+    arguments = make_scan(complex_A=complex_A)
+    leaves = [t.requires_grad_() for t in arguments.values()]
+    outputs = function(**arguments, delta_softplus=True, return_last_state=True, backend=on)
+    drawn = [torch.randn(t.shape, dtype=torch.complex64).conj() for t in outputs]
+    lazy = [g if t.is_complex() else g.imag for g, t in zip(drawn, outputs, strict=True)]
+    plain = [g.resolve_conj().resolve_neg() for g in lazy]
+    found, truth = (torch.autograd.grad(outputs, leaves, g, retain_graph=True) for g in (lazy, plain))
+    for name, got, wanted in zip(arguments, found, truth, strict=True):
+        torch.testing.assert_close(got, wanted, msg=lambda m, n=name: f"{n}: {m}")
