@@ -175,8 +175,8 @@ class VisionMambaMixer(nn.Module):
         x, gate = _project(self.in_proj, hidden.transpose(1, 2), time_last).chunk(2, 1)
         if order.holders is not None:
             x = order.spread(x)
-        if order.unmerge:  # the gate is that of the tokens, not of their places
-            total = order.pick(self._scan_all(x, None, order.whole(), order.tokens, time_last))
+        if order.unmerge and order.whole:  # the gate is that of the tokens, not of their places
+            total = order.pick(self._scan_all(x, None, order.whole, order.tokens, time_last))
             del x
             total = total * F.silu(gate)
         else:
@@ -204,11 +204,10 @@ class VisionMambaMixer(nn.Module):
 
     def _convolve(self, direction: Any, x: Tensor, axis: str, way: int, order: Order) -> Tensor:
         """silu(conv(x)) of the tokens, in an axis's order; x (b, d, t) has all places if some are merged."""
-        if order.holders is None:
+        if order.holders is None or order.whole is None:
             return direction.convolve(ordered(x, axis, order), way, self.backend)
-        whole = order.whole()
-        u = direction.convolve(ordered(x, axis, whole), way, self.backend)
-        return ordered(order.pick(restored(u, axis, whole)), axis, order)
+        u = direction.convolve(ordered(x, axis, order.whole), way, self.backend)
+        return ordered(order.pick(restored(u, axis, order.whole)), axis, order)
 
     def _takes_time_last(self, hidden: Tensor, order: Order) -> bool:
         """Whether time is to be last in memory: where the GPU's kernels run, and all weights are plain.

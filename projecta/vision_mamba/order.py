@@ -17,7 +17,7 @@ class Order(NamedTuple):
     axis and way, (b, 1, t), how often a state forgets at each token in that order: 1 + the tokens missing
     before it; empty: once. mass: (b, t), the tokens merged in each, if any were. holders: (b, tokens), the
     token, of t, that stands for each place, if missing ones were merged. unmerge: whether scans also read
-    that token in each place, as convolutions do.
+    that token in each place, as convolutions do. whole: the order of all tokens, if some are missing.
     """
 
     grid: tuple[int, int]
@@ -29,6 +29,7 @@ class Order(NamedTuple):
     mass: Tensor | None = None
     holders: Tensor | None = None
     unmerge: bool = False
+    whole: "Order | None" = None
 
     @property
     def tokens(self) -> int:
@@ -51,11 +52,6 @@ class Order(NamedTuple):
         columns = (table[None] if self.places is None else table[self.places]).argsort(-1)
         return self._replace(columns=columns, back=columns.argsort(-1))
 
-    def whole(self) -> "Order":
-        """The order of all tokens."""
-        order = Order(self.grid, self.class_at)
-        return order if self.columns is None else order.with_columns(self.columns.device)
-
     def spread(self, t: Tensor) -> Tensor:
         """(b, d, t) of the tokens to (b, d, tokens) of all places, each read from the token that holds it."""
         return gathered(t, self.holders)
@@ -72,7 +68,9 @@ class Order(NamedTuple):
 
         forget: a token's state also forgets for the tokens that are missing before it.
         """
-        kept = self._replace(places=places, mass=mass, holders=holders, unmerge=unmerge)
+        kept = self._replace(
+            places=places, mass=mass, holders=holders, unmerge=unmerge, whole=self.whole or self
+        )
         orders, forget = {"rows": places}, forget and not unmerge
         if self.columns is not None:
             kept = kept.with_columns(places.device)

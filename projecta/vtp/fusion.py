@@ -107,9 +107,8 @@ def merge_pairs(
             hidden = mass == 0
             if masked:
                 turn = torch.where(hidden[:, prefix:], -1, turn)
-            order = (
-                turn.expand(b, -1).argsort(dim=-1, stable=True) + prefix
-            )  # masked ones, even ones, odd ones
+            # masked patches, even ones, odd ones
+            order = turn.expand(b, -1).argsort(dim=-1, stable=True) + prefix
             even, odd = order[:, : len(even)], order[:, len(even) :]
         likeness = unit(pick(even)) @ unit(pick(odd)).mT  # in -1...1
         if masked:
