@@ -54,6 +54,7 @@ def test_a_slower_command_is_found(tool, monkeypatch):
     assert 1.2 < ratio < 3
 
 
+@pytest.mark.serial
 def test_a_larger_command_is_found(tool, monkeypatch):
     monkeypatch.setattr(pair, "MOST", 2)
     assert judged(tool, "HEAD^", "peak")[:2] == (0, "PASS")
