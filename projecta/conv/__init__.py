@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from projecta._backends import require_backend, why_not
+from projecta._calls import call_key
 from projecta._checks import Checker
 from projecta.conv import _eager
 
@@ -67,7 +68,7 @@ def causal_conv(
     """
     given, key = (x, weight, bias, initial_state), None
     if cu_seqlens is None and isinstance(x, Tensor) and not torch.compiler.is_compiling():
-        key = _eager.cache_key(given, activation, reverse, backend)
+        key = call_key(given, (activation, reverse, backend))
         y = None if key is None else _eager.repeat(key, given)
         if y is not None:
             return y if not return_last_state else (y, _last(x, weight, initial_state, None, reverse))

@@ -8,17 +8,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from projecta._calls import call_key, remembered
+from projecta._calls import remembered
 from projecta._operators import differentiable
 from projecta.conv._operator import Grads, Inputs
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, bias, start
 _calls: dict[tuple, "_Call"] = {}
-
-
-def cache_key(given: Given, activation: str | None, reverse: bool, backend: str) -> tuple | None:
-    """Everything of a call but its values and addresses; None if the call needs the operator."""
-    return call_key(given, (activation, reverse, backend))
 
 
 def repeat(key: tuple, given: Given) -> Tensor | None:

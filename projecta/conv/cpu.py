@@ -316,7 +316,7 @@ class Passes:
             self.along = 1
         # Kernels along time read vectors of steps, so that they need a flipped copy; the others go backwards.
         self.reverse, self.flips = reverse, reverse and bool(self.along)
-        self.silu, self.given = 1 if silu else None, silu
+        self.silu = 1 if silu else None
         self.real = torch.float64 if x.dtype == torch.float64 else torch.float32
         columns = 1 if self.along else COLUMNS
         ends = (0, l) if bounds is None else tuple(bounds.tolist())
@@ -348,7 +348,8 @@ class Passes:
             x, weight, bias, start, bounds = inputs
             if self.reverse:
                 x, grad_y = x.flip(2), grad_y.flip(2)
-            grads.start.copy_(reference.start_gradient(grad_y, x, weight, bias, start, bounds, self.given))  # type: ignore[arg-type]
+            silu = bool(self.silu)
+            grads.start.copy_(reference.start_gradient(grad_y, x, weight, bias, start, bounds, silu))  # type: ignore[arg-type]
 
     def _run(self, kernel: Any, like: Tensor, places: list[int]) -> None:
         items = len(self.work.chunks) * self.work.blocks

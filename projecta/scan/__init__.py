@@ -21,6 +21,7 @@ from torch import Tensor
 
 from projecta._backends import BackendUnavailable as BackendUnavailable
 from projecta._backends import require_backend, why_not
+from projecta._calls import call_key
 from projecta._checks import Checker
 from projecta.scan import _eager
 from projecta.scan._arguments import canonical_arguments, check_step, state_dtype
@@ -119,7 +120,7 @@ def _scan(
     u, delta, A, B, C, D, z, delta_bias, initial_state = given
     key = None
     if cu_seqlens is None and isinstance(u, Tensor) and not torch.compiler.is_compiling():
-        key = _eager.cache_key(given, softplus, save_every, reverse, backend)
+        key = call_key(given, (softplus, save_every, reverse, backend))
         found = None if key is None else _eager.repeat(key, given)
         if found is not None:
             return found

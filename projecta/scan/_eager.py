@@ -11,17 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from projecta._calls import call_key, remembered
+from projecta._calls import remembered
 from projecta._operators import differentiable
 from projecta.scan._operator import Inputs
 
 Given = tuple[Tensor | None, ...]
 _calls: dict[tuple, "_Call"] = {}
-
-
-def cache_key(given: Given, softplus: bool, every: int, reverse: bool, backend: str) -> tuple | None:
-    """Everything of a call but its values and addresses; None if the call needs the operator."""
-    return call_key(given, (softplus, every, reverse, backend))
 
 
 def repeat(key: tuple, given: Given) -> tuple[Tensor, Tensor] | None:

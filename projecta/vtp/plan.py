@@ -140,8 +140,9 @@ class Plan:
         check.one_of("semantics", self.semantics, SEMANTICS)
         for name, why in (("mass", "Tokens that take nothing in have mass 1."), ("unmerge", "")):
             value = getattr(self, name)
-            merges = self.fuse != "drop"
-            check.that(merges or not value, name, "be False where tokens are dropped", value, why)
+            check.that(
+                self.fuse != "drop" or not value, name, "be False where tokens are dropped", value, why
+            )
 
     @classmethod
     def preset(cls, name: str, keep: float = 0.5, **changes) -> "Plan":

@@ -416,6 +416,7 @@ def _check_addresses():
 def _check_repeats():
     """A call that differs only in values repeats the launches of the first call, with its own tensors."""
     from projecta import available_backends, selective_scan
+    from projecta._calls import call_key
     from projecta._triton import launch
     from projecta.scan import _eager
     from projecta.scan.triton import backward, forward, layout, pack_and_step
@@ -503,7 +504,7 @@ def _check_repeats():
         with pytest.raises(ValueError, match=r"^selective_scan: save_every must"):
             call(**first, save_every=9)
     graded = torch.ones(3, requires_grad=True)
-    key = functools.partial(_eager.cache_key, softplus=True, every=8, reverse=False, backend="triton")
+    key = functools.partial(call_key, options=(True, 8, False, "triton"))
     assert key((graded,)) != key((graded.detach(),))
     seen = []  # transforms need it too
     torch.func.vmap(lambda t: seen.append(key((t,))) or t)(torch.ones(3))
