@@ -23,7 +23,7 @@ ARROWS = {  # part of the package: the parts that it may import
     "_triton": {"_calls"},
     "scan": {"_backends", "_calls", "_checks", "_operators", "_cpu", "_triton"},
     "conv": {"_backends", "_calls", "_checks", "_operators", "_cpu", "_triton"},
-    "mrss": {"_backends", "_checks", "_operators", "_cpu", "_triton", "scan"},
+    "mrss": {"_backends", "_calls", "_checks", "_operators", "_cpu", "_triton", "scan"},
     "parallel": {"_checks"},
     "mamba": {"_backends", "_calls", "_checks", "_operators", "_triton", "conv", "mrss", "parallel", "scan"},
     "compat": {"_checks", "conv", "mamba", "scan"},

@@ -52,6 +52,46 @@ def test_outputs_and_gradients_are_those_of_the_formula(case, on):
         assert error <= tolerance * wanted.detach().abs().max().clamp_min(1.0), name
 
 
+@pytest.mark.parametrize("last", ["time", "channels"])
+@pytest.mark.parametrize("period", [2, 3, 8, 48, 100])
+def test_any_period_is_that_of_the_formula_on_the_cpu(period, last):
+    torch.manual_seed(0)
+    arguments = make_scan(b=2, d=40, l=150, n=4)
+    if last == "channels":
+        arguments |= {k: arguments[k].mT.contiguous().mT for k in ("u", "delta", "z", "B", "C")}
+    bands = ((0.5, 1), (0.5, period))
+    truth = run({name: widen(t) for name, t in arguments.items()}, bands=bands, backend="reference")
+    for _ in range(2):  # the second call is prepared
+        got = run(arguments, bands=bands, backend="cpu")
+        for name, wanted in truth.items():
+            error = (got[name].detach().to(wanted.dtype) - wanted.detach()).abs().max()
+            assert error <= 2e-6 * wanted.detach().abs().max().clamp_min(1.0), name
+
+
+def test_a_call_like_an_earlier_one_has_its_own_values_and_gradients():
+    torch.manual_seed(0)
+    first, second = make_scan(d=8, n=3), make_scan(d=8, n=3)
+    for bands in (COARSE, [list(band) for band in COARSE]):
+        for arguments in (
+            first,
+            second,
+            {k: v.mT.contiguous().mT if v.dim() > 1 else v for k, v in second.items()},
+        ):
+            for asked in ((), ("u",), ("A", "z"), ()):
+                tensors = {k: t.detach().requires_grad_(k in asked) for k, t in arguments.items()}
+                y = mrss_scan(**tensors, delta_softplus=True, bands=bands, backend="cpu")
+                wanted = mrss_scan(**tensors, delta_softplus=True, bands=bands, backend="vectorised")
+                assert torch.allclose(y, wanted, atol=1e-5)
+                assert y.requires_grad == bool(asked)
+                if asked:
+                    inputs = [tensors[k] for k in asked]
+                    pairs = zip(
+                        torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs),
+                        strict=True,
+                    )  # fmt: skip
+                    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+
+
 GPU = {
     **{
         name: CASES[name]
@@ -196,7 +236,7 @@ def test_it_compiles_in_one_graph():
 
 
 def test_less_is_saved():
-    """Half at 1 and half at 8 keep 9 / 16 of the states, and three values of each block.
+    """Half at 1 and half at 8 keep 9 / 16 of the states, three values of each block, and its means of B and C.
 
     The states before each chunk of 16 steps or blocks, and a chunk for the rest, which is empty here.
     """
@@ -210,7 +250,7 @@ def test_less_is_saved():
         selective_scan(**leaves, backend="cpu")
     inputs = sum(t.numel() for t in a.values())
     assert sum(saved) - inputs == 17 * 64 * 16
-    assert coarse - inputs == (17 + 3) * 32 * 16 + 3 * 32 * 32
+    assert coarse - inputs == (17 + 3) * 32 * 16 + 3 * 32 * 32 + 2 * 32 * 16
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        super().__init__(manager, kind, _Kind(kind.scalar).vector)
+        super().__init__(manager, kind, Kind(kind.scalar).vector)
 
 
-class _Kind:
+class Kind:
     """The properties of a scalar type: LLVM types, lanes, layout of a float."""
 
     def __init__(self, scalar: types.Float):
@@ -106,11 +106,11 @@ _COS = {
 LOG2_E = float(np.log2(np.e))
 
 
-class _Emit:
+class Emit:
     """Emits vector arithmetic into a function that numba is lowering; the values are LLVM values."""
 
     def __init__(self, builder: ir.IRBuilder, scalar: types.Float):
-        self.b, self.kind = builder, _Kind(scalar)
+        self.b, self.kind = builder, Kind(scalar)
 
     def call(self, name: str, *args):
         kind = self.kind.vector
@@ -275,7 +275,7 @@ def _lower(operation, method: str) -> None:
             return None
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, sig.return_type.scalar)
+        emit = Emit(builder, sig.return_type.scalar)
         values = [v if isinstance(t, Vector) else emit.splat(v) for t, v in zip(sig.args, args, strict=True)]
         return getattr(builder, method)(*values)
 
@@ -292,7 +292,7 @@ for _operation, _method in (
 @intrinsic
 def lanes(typing, array):
     """Number of lanes of a vector of the array's scalars, a compile-time constant."""
-    count = _Kind(number(array.dtype)).lanes
+    count = Kind(number(array.dtype)).lanes
     return types.intp(array), lambda context, builder, sig, args: ir.Constant(_INT64, count)
 
 
@@ -301,7 +301,7 @@ def load(typing, array, offset):
     """The vector at array[offset:]; no bounds are checked, here and below."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, number(array.dtype))
+        emit = Emit(builder, number(array.dtype))
         return emit.load(emit.pointer(context, array, *args), array.dtype)
 
     return Vector(number(array.dtype))(array, types.intp), lower
@@ -312,7 +312,7 @@ def store(typing, array, offset, value):
     """array[offset:] = value."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, value.scalar)
+        emit = Emit(builder, value.scalar)
         emit.store(emit.pointer(context, array, args[0], args[1]), args[2], array.dtype)
         return context.get_dummy_value()
 
@@ -324,7 +324,7 @@ def store_past_cache(typing, array, offset, value):
     """Non-temporal `store` into an aligned cache line that is not read soon; a `fence` must follow."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, value.scalar)
+        emit = Emit(builder, value.scalar)
         emit.store(emit.pointer(context, array, *args[:2]), args[2], array.dtype, past_cache=True)
         return context.get_dummy_value()
 
@@ -337,7 +337,7 @@ def get(typing, array, offset):
     scalar = number(array.dtype)
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, scalar)
+        emit = Emit(builder, scalar)
         pointer = emit.pointer(context, array, *args)
         held = emit.kind.held(array.dtype)
         value = builder.load(builder.bitcast(pointer, held.as_pointer()), align=array.dtype.bitwidth // 8)
@@ -352,7 +352,7 @@ def put(typing, array, offset, value):
     scalar = number(array.dtype)
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, scalar)
+        emit = Emit(builder, scalar)
         pointer = emit.pointer(context, array, args[0], args[1])
         held = emit.kind.held(array.dtype)
         stored = emit.narrow(args[2], array.dtype, lambda x: ir.Constant(emit.kind.integer, x), held)
@@ -367,7 +367,7 @@ def address(typing, array, offset):
     """The memory address of array[offset]."""
 
     def lower(context, builder, sig, args):
-        return builder.ptrtoint(_Emit(builder, types.float32).pointer(context, array, *args), _INT64)
+        return builder.ptrtoint(Emit(builder, types.float32).pointer(context, array, *args), _INT64)
 
     return types.int64(array, types.intp), lower
 
@@ -408,7 +408,7 @@ def splat(typing, array, offset):
     """array[offset] in every lane."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, array.dtype)
+        emit = Emit(builder, array.dtype)
         return emit.splat(builder.load(emit.pointer(context, array, *args), align=emit.kind.bytes))
 
     return Vector(array.dtype)(array, types.intp), lower
@@ -417,14 +417,14 @@ def splat(typing, array, offset):
 @intrinsic
 def zero(typing, array):
     """0 in every lane of a vector of the array's scalars."""
-    kind = _Kind(array.dtype)
+    kind = Kind(array.dtype)
     return Vector(array.dtype)(array), lambda context, builder, sig, args: kind.constant(0)
 
 
 @intrinsic
 def fma(typing, x, y, z):
     """x y + z, rounded once."""
-    return x(x, x, x), lambda context, builder, sig, args: _Emit(builder, x.scalar).fma(*args)
+    return x(x, x, x), lambda context, builder, sig, args: Emit(builder, x.scalar).fma(*args)
 
 
 @intrinsic
@@ -432,7 +432,7 @@ def line(typing, x, y):
     """max(0, 1 + x y); NaN where x y is NaN."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, x.scalar)
+        emit = Emit(builder, x.scalar)
         return emit.larger(emit.kind.constant(0), emit.fma(*args, emit.kind.constant(1)))
 
     return x(x, x), lower
@@ -443,7 +443,7 @@ def exp2_product(typing, x, y):
     """2^(x y) for |x y| below 126 (float64: 1022); `magnitude_below` checks that."""
 
     def lower(context, builder, sig, args):
-        return _Emit(builder, x.scalar).exp2_of_product(*args, safe=False)
+        return Emit(builder, x.scalar).exp2_of_product(*args, safe=False)
 
     return x(x, x), lower
 
@@ -453,7 +453,7 @@ def exp2_product_safe(typing, x, y):
     """2^(x y) for any x and y."""
 
     def lower(context, builder, sig, args):
-        return _Emit(builder, x.scalar).exp2_of_product(*args, safe=True)
+        return Emit(builder, x.scalar).exp2_of_product(*args, safe=True)
 
     return x(x, x), lower
 
@@ -463,9 +463,7 @@ def softplus_and_slope(typing, x):
     """(log(1 + e^x), 1 / (1 + e^-x))."""
 
     def lower(context, builder, sig, args):
-        return context.make_tuple(
-            builder, sig.return_type, _Emit(builder, x.scalar).softplus_and_slope(*args)
-        )
+        return context.make_tuple(builder, sig.return_type, Emit(builder, x.scalar).softplus_and_slope(*args))
 
     return types.UniTuple(x, 2)(x), lower
 
@@ -473,7 +471,7 @@ def softplus_and_slope(typing, x):
 @intrinsic
 def sigmoid(typing, x):
     """1 / (1 + e^-x), and a finite number for NaN: multiply by x to keep NaN."""
-    return x(x), lambda context, builder, sig, args: _Emit(builder, x.scalar).sigmoid(*args)
+    return x(x), lambda context, builder, sig, args: Emit(builder, x.scalar).sigmoid(*args)
 
 
 @intrinsic
@@ -481,7 +479,7 @@ def cos_and_sin(typing, x):
     """(cos(2 pi x), sin(2 pi x))."""
 
     def lower(context, builder, sig, args):
-        return context.make_tuple(builder, sig.return_type, _Emit(builder, x.scalar).cos_and_sin(*args))
+        return context.make_tuple(builder, sig.return_type, Emit(builder, x.scalar).cos_and_sin(*args))
 
     return types.UniTuple(x, 2)(x), lower
 
@@ -491,7 +489,7 @@ def largest_magnitude(typing, x, y):
     """max(|x|, y), NaN if either is NaN."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, x.scalar)
+        emit = Emit(builder, x.scalar)
         return emit.call("maximum", emit.call("fabs", args[0]), args[1])
 
     return x(x, x), lower
@@ -502,73 +500,12 @@ def magnitude_below(typing, x, limits):
     """Whether |x| < limits in every lane (false if one is NaN)."""
 
     def lower(context, builder, sig, args):
-        emit = _Emit(builder, x.scalar)
+        emit = Emit(builder, x.scalar)
         bits = builder.fcmp_ordered("<", emit.call("fabs", args[0]), args[1])
         mask = builder.bitcast(bits, ir.IntType(emit.kind.lanes))
         return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, -1))
 
     return types.boolean(x, x), lower
-
-
-@intrinsic
-def sum_lanes(typing, x):
-    """The sum of the lanes, in a fixed order."""
-
-    def lower(context, builder, sig, args):
-        emit, (value,) = _Emit(builder, x.scalar), args
-        width = emit.kind.lanes
-        while width > 1:
-            width //= 2
-            value = builder.fadd(
-                emit.shuffle(value, value, [*range(width)]),
-                emit.shuffle(value, value, [*range(width, 2 * width)]),
-            )
-        return builder.extract_element(value, ir.Constant(_INT32, 0))
-
-    return x.scalar(x), lower
-
-
-def _transposed(typing, source, target, past_cache: bool):
-    """Signature and lowering of a transposition.
-
-    Each round swaps the off-diagonal halves of ever smaller squares, two rows at a time.
-    """
-
-    def lower(context, builder, sig, args):
-        emit = _Emit(builder, number(source.dtype))
-        size = emit.kind.lanes
-
-        def row(array_type, array, offset, stride, r):
-            where = builder.add(offset, builder.mul(ir.Constant(_INT64, r), stride))
-            return emit.pointer(context, array_type, array, where)
-
-        rows = [emit.load(row(source, args[0], args[1], args[2], r), source.dtype) for r in range(size)]
-        half = size // 2
-        while half:
-            upper = [c if not c & half else size + c - half for c in range(size)]
-            lower_ = [c + half if not c & half else size + c for c in range(size)]
-            for r in range(size):
-                if not r & half:
-                    x, y = rows[r], rows[r + half]
-                    rows[r], rows[r + half] = emit.shuffle(x, y, upper), emit.shuffle(x, y, lower_)
-            half //= 2
-        for r in range(size):
-            emit.store(row(target, args[3], args[4], args[5], r), rows[r], target.dtype, past_cache)
-        return context.get_dummy_value()
-
-    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), lower
-
-
-@intrinsic
-def transpose(typing, source, start, source_stride, target, first, target_stride):
-    """Transpose a square of as many rows as lanes, from rows of source to rows of target."""
-    return _transposed(typing, source, target, past_cache=False)
-
-
-@intrinsic
-def transpose_past_cache(typing, source, start, source_stride, target, first, target_stride):
-    """`transpose` by non-temporal stores: rows of target are aligned cache lines; a `fence` must follow."""
-    return _transposed(typing, source, target, past_cache=True)
 
 
 @intrinsic

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from projecta._cpu.memory import NOTHING, zeros
+from projecta._cpu.shuffles import sum_lanes
 from projecta._cpu.simd import (
     array_at,
     claim,
@@ -27,7 +28,6 @@ from projecta._cpu.simd import (
     sigmoid,
     splat,
     store,
-    sum_lanes,
     zero,
 )
 from projecta._cpu.threads import compiled, inner, run

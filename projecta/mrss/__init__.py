@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from projecta._calls import call_key, remembered
 from projecta._checks import Checker
 from projecta._operators import refuse_tangents
 from projecta.mrss import reference
-from projecta.mrss.bands import scan_bands
+from projecta.mrss.bands import Bands as _Bands
+from projecta.mrss.bands import can_scan
 from projecta.mrss.reference import MrssState as MrssState
 from projecta.scan import choose_backend
-from projecta.scan._arguments import canonical_arguments
+from projecta.scan._arguments import canonical_arguments, is_canonical, with_groups
 from projecta.scan._operator import Inputs
 
 Bands = Sequence[tuple[float, int]]
@@ -100,41 +102,63 @@ def mrss_scan(
         tensor([[0.1000, 0.1905, 0.2724, 0.3464],
                 [0.0000, 0.0000, 0.2000, 0.2000]])
     """
+    given: Any = u, delta, A, B, C, D, z, delta_bias, initial_state
+    key = None
+    plain = cu_seqlens is None and not isinstance(initial_state, MrssState)
+    if plain and isinstance(bands, tuple | list) and not torch.compiler.is_compiling():
+        key = _key(given, bool(delta_softplus), backend, bands)
+    call = None if key is None else _calls.get(key)
+    if call is None:
+        y, last = _scan(given, bool(delta_softplus), bands, cu_seqlens, backend, key)
+    else:
+        y, last = call.scan(Inputs(*with_groups(given, call.grouped)))  # type: ignore[arg-type]
+    return (y, last) if return_last_state else y
+
+
+def _key(given: tuple, softplus: bool, backend: str, bands: Bands) -> tuple | None:
+    """What a call depends on besides values; None if it must be looked at each time."""
+    if not isinstance(given[0], Tensor) or not all(isinstance(band, tuple | list) for band in bands):
+        return None
+    key = call_key(given, (softplus, backend))
+    return None if key is None else (key, tuple(map(tuple, bands)))
+
+
+_calls: dict[Any, _Bands] = {}  # prepared, by `_key`
+
+
+def _scan(
+    given: Any, softplus: bool, bands: Bands, cu_seqlens: Any, backend: str, key: Any
+) -> tuple[Tensor, Any]:
+    """y and the last state or `MrssState` of a call unlike earlier ones."""
     check = Checker("mrss_scan")
+    u, delta, A, B, C, D, z, delta_bias, initial_state = given
     state = initial_state if isinstance(initial_state, MrssState) else None
     start = state.h if state is not None else initial_state
-    given = u, delta, A, B, C, D, z, delta_bias
-    A, B, C, start = canonical_arguments(check, *given, start, cu_seqlens)
+    A, B, C, start = canonical_arguments(check, u, delta, A, B, C, D, z, delta_bias, start, cu_seqlens)
     cut = check_bands(check, bands, A.shape[0], max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C)))
     check.that(state is None or cu_seqlens is None, "cu_seqlens", "be None with a MrssState", "a tensor")
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, start, cu_seqlens)
     module = choose_backend(check, backend, u, A.dtype)
     name = module.__name__.rpartition(".")[2]
     if name != "reference":
-        refuse_tangents("mrss_scan", (*given, start), name)
-    last: Any
+        refuse_tangents("mrss_scan", (*given[:8], start), name)
     if state is not None:
-        y, last = reference.scan_piece(inputs, delta_softplus, cut, state)
-    elif name == "reference" and cut[0] != (slice(0, len(A)), 1):
-        y, last = reference.by_tokens(inputs, delta_softplus, cut)
-    else:
-        y, last = _scan_bands(inputs, delta_softplus, cut, module, name)
-    return (y, last) if return_last_state else y
-
-
-def _scan_bands(inputs: Inputs, softplus: bool, cut: list, module: Any, name: str) -> tuple[Tensor, Tensor]:
-    """y and the last state, band by band."""
-    fused = None
+        return reference.scan_piece(inputs, softplus, cut, state)
+    if name == "reference" and cut[0] != (slice(0, len(A)), 1):
+        return reference.by_tokens(inputs, softplus, cut)
     if name in ("cpu", "triton") and not torch.compiler.is_compiling():
-        fused = scan_bands(inputs, softplus, cut, import_module(f"projecta.mrss.{name}"))
-    if fused is not None:
-        return fused
+        kernels = import_module(f"projecta.mrss.{name}")
+        if can_scan(inputs, kernels):
+            call = _Bands(inputs, softplus, cut, kernels)
+            if key is not None and is_canonical(given, inputs):
+                remembered(_calls, key, lambda: call)
+            return call.scan(inputs)
     parts = []
     for span, period in cut:
         own = reference.channels_of(inputs, span)
         if period == 1:
-            *tensors, start, bounds = own
-            parts.append(module.selective_scan(*tensors, softplus, start, bounds))
+            *tensors, first, bounds = own
+            parts.append(module.selective_scan(*tensors, softplus, first, bounds))
         else:
             parts.append(reference.scan_blocks(own, softplus, period, module))
     if len(parts) == 1:

@@ -239,8 +239,50 @@ def spread(
         _store(y + row * yb, c, t, inside, yd, yl, own + tl.zeros((1, 1, STEPS), tl.float32))
 
 
+class Fine:
+    """A band that is scanned at every token."""
+
+    keeps = 1  # tensors between the passes
+
+    def __init__(self, inputs: Inputs, softplus: bool):
+        self.softplus = softplus
+
+    def forward(self, inputs: Inputs, y: Tensor, last: Tensor, save: bool) -> list[Tensor]:
+        saved = last.new_empty(scan.saved_shape(inputs, len(last), 8) if save else 0)
+        scan.forward_pass(inputs, self.softplus, y, last, saved)
+        return [saved]
+
+    def backward(
+        self, inputs: Inputs, grad_y: Tensor, grad_last: Tensor | None, kept: list[Tensor], grads: Inputs
+    ) -> None:  # fmt: skip
+        scan.backward_pass(grad_y, grad_last, kept[0], inputs, self.softplus, grads)
+
+
 class Coarse:
-    """One coarse band of a call."""
+    """A band that is scanned once per block of `period` tokens."""
+
+    keeps = 4  # tensors between the passes
+
+    def __init__(self, inputs: Inputs, softplus: bool, period: int):
+        self.options = softplus, period
+
+    def forward(self, inputs: Inputs, y: Tensor, last: Tensor, save: bool) -> list[Tensor]:
+        """Write y and the last state; return what `backward` needs."""
+        return _Call(inputs, *self.options).forward(y, last, save)
+
+    def backward(
+        self, inputs: Inputs, grad_y: Tensor, grad_last: Tensor | None, kept: list[Tensor], grads: Inputs
+    ) -> tuple[Tensor, Tensor]:
+        """Write the gradients; return those of B and C by block, for `spread`."""
+        return _Call(inputs, *self.options).backward(grad_y, grad_last, kept, grads)
+
+    def spread(self, inputs: Inputs, name: str, gradient: Tensor, to: Tensor, add: bool) -> None:
+        """Write the gradient of B or C (`name`) by block to that by token, or add it."""
+        _Call(inputs, *self.options).spread(name, gradient, to, add)
+
+
+class _Call:
+    """One call of a coarse band."""
 
     def __init__(self, inputs: Inputs, softplus: bool, period: int):
         u, bounds = inputs.u, inputs.cu_seqlens
@@ -324,8 +366,7 @@ class Coarse:
         self._start(expand, tensors, {"u": u, "z": z, "y": y}, u)
         return [saved, x, span, values]
 
-    def backward(self, grad_y: Tensor, grad_last: Tensor, kept: list[Tensor], grads: Inputs) -> tuple:
-        """Write the gradients; return those of B and C by block, for `spread`."""
+    def backward(self, grad_y: Tensor, grad_last: Tensor | None, kept: list[Tensor], grads: Inputs) -> tuple:
         u, delta, _, _, _, D, z, bias, *_ = self.inputs
         saved, x, span, values = kept
         self.launches = self._launches_of(grad_y, *grads)
@@ -351,7 +392,6 @@ class Coarse:
         return dB, dC
 
     def spread(self, name: str, gradient: Tensor, to: Tensor, add: bool) -> None:
-        """Write the gradient of B or C (`name`) by block to that by token, or add it."""
         if to.dim() == 2:
             to.copy_(gradient)
             return

@@ -1,6 +1,7 @@
 """Checks the arguments of a scan and brings them into the canonical form that the backends take."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -127,3 +128,27 @@ def _check_indices(check, indices, state, each, axes, b) -> None:
 def state_dtype(u: Tensor, A: Tensor) -> torch.dtype:
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     return _COMPLEX[real] if A.is_complex() else real
+
+
+def is_canonical(given: Sequence[Tensor | None], canonical: Sequence[Tensor | None]) -> bool:
+    """Whether the canonical form shares the memory and the types of the arguments."""
+    return all(
+        t is other
+        or (
+            t is not None
+            and other is not None
+            and t.data_ptr() == other.data_ptr()
+            and t.dtype == other.dtype
+        )
+        for t, other in zip(given, canonical, strict=False)
+    )
+
+
+def with_groups(given: Sequence[Tensor | None], grouped: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    """The canonical form of such arguments, in which B and C that vary in time (`grouped`) have groups."""
+    u, delta, A, B, C, *rest = given
+    if grouped[0] and B.dim() == 3:  # type: ignore[union-attr]
+        B = B[:, None]  # type: ignore[index]
+    if grouped[1] and C.dim() == 3:  # type: ignore[union-attr]
+        C = C[:, None]  # type: ignore[index]
+    return u, delta, A, B, C, *rest

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from projecta._calls import remembered
 from projecta._operators import differentiable
+from projecta.scan._arguments import is_canonical, with_groups
 from projecta.scan._operator import Inputs
 
 Given = tuple[Tensor | None, ...]
@@ -31,10 +32,8 @@ def first(
     """The same of the first call with a key; None if its canonical form is a copy, or the operator's."""
     if not hasattr(module, "Passes") or not module.repeats(canonical):
         return None
-    for t, other in zip(given, canonical, strict=False):
-        same = t is other or (t is not None and other is not None and t.data_ptr() == other.data_ptr())
-        if not same or (t is not None and t.dtype != other.dtype):  # type: ignore[union-attr]
-            return None
+    if not is_canonical(given, canonical):
+        return None
     every = key[1] if key[-1] else 0
     return remembered(_calls, key, lambda: _Call(module, canonical, softplus, reverse, every)).run(given)
 
@@ -55,13 +54,7 @@ class _Call:
         return self.forward(*given)[0]
 
     def inputs(self, given: Sequence[Tensor | None]) -> Inputs:
-        """The canonical form, in which B and C that vary in time have groups."""
-        u, delta, A, B, C, D, z, bias, start = given
-        if self.grouped[0] and B.dim() == 3:  # type: ignore[union-attr]
-            B = B[:, None]  # type: ignore[index]
-        if self.grouped[1] and C.dim() == 3:  # type: ignore[union-attr]
-            C = C[:, None]  # type: ignore[index]
-        return Inputs(u, delta, A, B, C, D, z, bias, start)  # type: ignore[arg-type]
+        return Inputs(*with_groups(given, self.grouped))  # type: ignore[arg-type]
 
     def forward(self, *given: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor]]:
         """y and the last state, and what `backward` needs besides the inputs."""

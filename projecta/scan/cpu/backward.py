@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from projecta._cpu.shuffles import sum_lanes
 from projecta._cpu.simd import (
     BYTES,
     LOG2_E,
@@ -26,7 +27,6 @@ from projecta._cpu.simd import (
     sigmoid,
     softplus_and_slope,
     store,
-    sum_lanes,
     zero,
 )
 from projecta._cpu.threads import compiled, inner

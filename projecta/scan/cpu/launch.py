@@ -80,7 +80,7 @@ def _forward_run(
     u, delta, z = inputs.u, inputs.delta, inputs.z
     start = None if start is None else start.contiguous()
     places = layout.places(u, delta, u if z is None else z, y)
-    places += _addresses(*weights, spans, start, last, saved)
+    places += addresses(*weights, spans, start, last, saved)
     layout.run(forward.forward, layout.sequences * layout.blocks, y, places, layout.size)
 
 
@@ -106,8 +106,8 @@ def _backward_run(
     grad_last = None if grad_last is None else grad_last.contiguous()
     places = layout.places(u, delta, u if z is None else z, grad_y)
     places += layout.places(grads.u, grads.delta, grads.u if z is None else grads.z)  # type: ignore[arg-type]
-    places += _addresses(*weights, spans, grad_last, saved, grad_start, dA, dD, dbias, dB, dC)
-    places += _addresses(parts_B, parts_C)
+    places += addresses(*weights, spans, grad_last, saved, grad_start, dA, dD, dbias, dB, dC)
+    places += addresses(parts_B, parts_C)
     layout.run(backward.backward, s * layout.supers, grad_y, places, layout.size * REVERSE_COSTS)
     for grad, each, conjugate in (
         (grads.A, dA, False), (grads.D, dD, False), (grads.delta_bias, dbias, False), (grads.B, dB, False),
@@ -121,7 +121,7 @@ def _backward_run(
             layout.unpack(part, grad, conjugate)
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
+def addresses(*tensors: Tensor | None) -> list[int]:
     """Addresses of contiguous tensors; 0 for None and for an empty one."""
     for t in tensors:
         if t is not None and not t.is_contiguous():

@@ -8,6 +8,7 @@ numba compiles a function again for each literal number that it is called with, 
 
 import numpy as np
 
+from projecta._cpu.shuffles import transpose, transpose_past_cache
 from projecta._cpu.simd import (
     BYTES,
     address,
@@ -18,8 +19,6 @@ from projecta._cpu.simd import (
     load,
     put,
     store,
-    transpose,
-    transpose_past_cache,
     zero,
 )
 from projecta._cpu.threads import inner
