@@ -17,18 +17,20 @@ Cut = list[tuple[slice, int]]  # channels and period of each band
 def channels_of(inputs: Inputs, span: slice) -> Inputs:
     """The inputs of some channels, as views. B and C that vary in time keep the groups of these channels."""
     u, delta, A, B, C, D, z, bias, start, bounds = inputs
-    d = len(A)
+    d, first, count = A.shape[0], span.start, span.stop - span.start
 
     def grouped(t: Tensor) -> Tensor:
         if t.dim() == 2:
-            return t[span]
+            return t.narrow(0, first, count)
         each = d // t.shape[1]
-        return t if t.shape[1] == 1 else t[:, span.start // each : -(-span.stop // each)]
+        return t if t.shape[1] == 1 else t[:, first // each : -(-span.stop // each)]
+
+    def own(t: Tensor | None, axis: int) -> Any:
+        return None if t is None else t.narrow(axis, first, count)
 
     return Inputs(
-        u[:, span], delta[:, span], A[span], grouped(B), grouped(C), None if D is None else D[span],
-        None if z is None else z[:, span], None if bias is None else bias[span],
-        None if start is None else start[:, span], bounds,
+        own(u, 1), own(delta, 1), own(A, 0), grouped(B), grouped(C), own(D, 0), own(z, 1), own(bias, 0),
+        own(start, 1), bounds,
     )  # fmt: skip
 
 

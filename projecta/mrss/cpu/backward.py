@@ -78,10 +78,10 @@ def expand(counter, items, band, work, kinds, places, rows, steady_B, steady_C):
     D, blocks = array_at(places[20], 1, real), array_at(places[21], 1, real)
     dblocks, dD = array_at(places[22], 1, real), array_at(places[23], 1, real)
     width, area = lanes(real), (TILE + SKEW) * lanes(real)
-    tokens = TILE if rows is None else blocks_of_tile(period) * period
+    tokens = TILE if rows is None else blocks_of_tile(period, band.sizes[4]) * period
     own, own_rows, ahead = (
         aligned(real, 3 * (TILE + SKEW) + 2),
-        new_rows(real, tokens),
+        new_rows(real, tokens, tokens // period + 1),
         np.zeros(16, np.int64),
     )
     X, Z, G, ends = own, own[area:], own[2 * area :], own[3 * area :]
@@ -170,10 +170,10 @@ def pool(counter, items, band, work, kinds, places, rows, steady_B, steady_C):
     )  # fmt: skip
     dbias = array_at(places[30], 1, real)
     width, area = lanes(real), (TILE + SKEW) * lanes(real)
-    tokens = TILE if rows is None else blocks_of_tile(period) * period
+    tokens = TILE if rows is None else blocks_of_tile(period, band.sizes[4]) * period
     own, own_rows, ahead = (
         aligned(real, 4 * (TILE + SKEW) + 3),
-        new_rows(real, tokens),
+        new_rows(real, tokens, tokens // period + 1),
         np.zeros(16, np.int64),
     )
     S, X, Z, G, ends = own, own[area:], own[2 * area :], own[3 * area :], own[4 * area :]

@@ -163,15 +163,15 @@ def forward(counter, items, band, work, kinds, places, rows, steady_B, steady_C)
     kept = kept, optional(places[25], real), optional(places[26], real)
     g, k, n_rows, n, per_group, l = work.sizes[:6]
     width, blocks, d, period = lanes(real), g * per_group, g * k, band.sizes[2]
-    size = TILE if rows is None else blocks_of_tile(period)  # vectors of a tile
+    size = TILE if rows is None else blocks_of_tile(period, band.sizes[4])  # vectors of a tile
     tokens = TILE if rows is None else size * period
-    area, held = (size + SKEW) * width, n * width
-    own = aligned(real, 7 * (size + SKEW) + 4 * n + 2)
+    area, held = (size + width + SKEW) * width, n * width  # rows are transposed by whole squares
+    own = aligned(real, 7 * (size + width + SKEW) + 4 * n + 2)
     S, X, Z, sums, own = own[:area], own[area:], own[2 * area :], own[3 * area :], own[4 * area :]
     drive, Y, means, own = own, own[area:], own[2 * area :], own[3 * area :]
     H, rates, own_B, own_C, ends = own, own[held:], own[2 * held :], own[3 * held :], own[4 * held :]
     B, C = weights.B if steady_B is None else own_B, weights.C if steady_C is None else own_C
-    own_rows, ahead = new_rows(real, tokens), np.zeros(16, np.int64)
+    own_rows, ahead = new_rows(real, tokens, size), np.zeros(16, np.int64)
     ahead[::4] = address(own, 0)  # something to prefetch
     lines, held_vectors = address(saved, 0) % BYTES == 0, (rates, own_B, own_C, H, ends)
     item = claim(counter)
@@ -227,27 +227,34 @@ def forward(counter, items, band, work, kinds, places, rows, steady_B, steady_C)
 
 
 @compiled
-def average(counter, items, sizes, kind, real, places):
-    """Means over blocks of B or C (b, g, n, l), as (b, g, blocks, padded n): the layout of the kernels.
+def average(counter, items, sizes, kind_B, kind_C, real, places):
+    """Means over blocks of B and C (b, g, n, l), as (b, g, blocks, padded n): the layout of the kernels.
 
-    sizes: g, l, n, padded n, period, blocks, tiles. places: address and strides of the source, of type
-    `kind`, and address of the target. Item i is tile i % tiles of blocks of row i // tiles of (b, g).
+    sizes: rows of (b, g), g, l, n, padded n, period, blocks, tiles. places: address and strides of each, of
+    types `kind_B` and `kind_C`, or 0 if it is constant, and address of its means. Item i is a tile of blocks.
     """
-    source, strides, target = array_at(places[0], 1, kind), places[1:5], array_at(places[5], 1, real)
-    g, l, n, padded, period, blocks, tiles = sizes
     item = claim(counter)
     while item < items:
-        row, first = item // tiles, item % tiles * TILE
-        base = row // g * strides[0] + row % g * strides[1]
-        for k in range(first, min(first + TILE, blocks)):
-            start, end, to = k * period, min((k + 1) * period, l), (row * blocks + k) * padded
-            for c in range(padded):
-                total = 0.0
-                if c < n:
-                    for t in range(start, end):
-                        total += get(source, base + c * strides[2] + t * strides[3])
-                target[to + c] = total / (end - start)
+        if places[0]:
+            _average_tile(sizes, array_at(places[0], 1, kind_B), places[1:], real, item)
+        if places[6]:
+            _average_tile(sizes, array_at(places[6], 1, kind_C), places[7:], real, item)
         item = claim(counter)
+
+
+@inner
+def _average_tile(sizes, source, places, real, item):
+    g, l, n, padded, period, blocks, tiles = sizes[1:]
+    row, first, target = item // tiles, item % tiles * TILE, array_at(places[4], 1, real)
+    base = row // g * places[0] + row % g * places[1]
+    for k in range(first, min(first + TILE, blocks)):
+        start, end, to = k * period, min((k + 1) * period, l), (row * blocks + k) * padded
+        for c in range(padded):
+            total = 0.0
+            if c < n:
+                for t in range(start, end):
+                    total += get(source, base + c * places[2] + t * places[3])
+            target[to + c] = total / (end - start)
 
 
 @compiled

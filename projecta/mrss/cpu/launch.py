@@ -68,7 +68,8 @@ class Coarse:
         self.band = forward.Band(sizes, rows, ends, first, softplus, z is not None)
         self.kinds = u.dtype, inputs.delta.dtype, u.dtype if z is None else z.dtype
         tiles = -(-number // TILE)
-        self.averages = np.array([self.layout.g, l, A.shape[1], self.layout.padded, period, number, tiles])
+        g, n, padded = self.layout.g, A.shape[1], self.layout.padded
+        self.averages = np.array([self.b * g, g, l, n, padded, period, number, tiles])
 
     def _new(self, *shape: int) -> Tensor:
         """A value of each block and channel, as (b, d, blocks): a view of (b, blocks, padded d)."""
@@ -78,18 +79,26 @@ class Coarse:
         whole = fill(self.b, self.blocks.number, self.padded, dtype=self.real, device="cpu")
         return whole[..., : self.d].transpose(1, 2)
 
-    def _means(self, t: Tensor) -> Tensor:
-        """`block_means` of B or C. Unless packed, a view of memory in the layout of the kernels."""
-        if t.dim() == 2 or self.blocks.bounds is not None:
-            return block_means(t, self.blocks, self.real)
-        b, g, n, _ = t.shape
-        found = torch.empty(b, g, self.blocks.number, self.layout.padded, dtype=self.real, device="cpu")
+    def _means(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """`block_means` of B and C. Unless packed, views of memory in the layout of the kernels."""
+        if self.blocks.bounds is not None or B.dim() == C.dim() == 2:
+            return block_means(B, self.blocks, self.real), block_means(C, self.blocks, self.real)
+        found, places = [], []
+        for t in (B, C):
+            if t.dim() == 2:
+                found.append(t)
+                places += [0] * 6
+                continue
+            b, g, n, _ = t.shape
+            new = torch.empty(b, g, self.blocks.number, self.layout.padded, dtype=self.real, device="cpu")
+            found.append(new[..., :n].transpose(2, 3))
+            places += [t.data_ptr(), *t.stride(), new.data_ptr()]
         run(
-            forward.average, b * g * int(self.averages[-1]), t.numel(), self.averages, NOTHING[t.dtype],
-            NOTHING[self.real], np.array((t.data_ptr(), *t.stride(), found.data_ptr())),
-            types=(t.dtype, self.real),
+            forward.average, int(self.averages[0] * self.averages[-1]), B.numel() + C.numel(), self.averages,
+            NOTHING[B.dtype], NOTHING[C.dtype], NOTHING[self.real], np.array(places),
+            types=(B.dtype, C.dtype, self.real),
         )  # fmt: skip
-        return found[..., :n].transpose(2, 3)
+        return found[0], found[1]
 
     def _packed(self, means: Tensor) -> Tensor:
         """`_means` in the layout of the kernels."""
@@ -114,7 +123,7 @@ class Coarse:
     def forward(self, inputs: Inputs, y: Tensor, last: Tensor, save: bool) -> list[Tensor]:
         """Write y and the last state; return what `backward` needs."""
         layout, start = self.layout, inputs.initial_state
-        means = [self._means(t) for t in (inputs.B, inputs.C)]
+        means = self._means(inputs.B, inputs.C)
         B, C = (self._packed(t) for t in means)
         kept = [last.new_empty(self.saved_shape), *(self._new() for _ in range(3))] if save else []
         bias, D, A = layout.channels(inputs.delta_bias), layout.channels(inputs.D), inputs.A.contiguous()

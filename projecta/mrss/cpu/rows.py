@@ -31,7 +31,6 @@ from projecta.scan.cpu.tiles import aligned
 
 TOKENS, BLOCKS = 2048, 256  # of a tile, about: rows are long, for the hardware prefetches along them
 AHEAD = 512
-ACROSS = BLOCKS + 32  # numbers from row to row of blocks
 FIRST = 16  # place of a tile's first block in its row; the block before it is kept, too
 
 
@@ -45,22 +44,26 @@ class Rows(NamedTuple):
     products: np.ndarray
     values: np.ndarray
     spare: np.ndarray
+    stride: int  # from row to row of blocks
 
 
 @inner
-def blocks_of_tile(period):
-    return max(1, min(BLOCKS, TOKENS // period))
+def blocks_of_tile(period, blocks):
+    """Blocks of a tile of a row that has so many."""
+    return max(1, min(BLOCKS, TOKENS // period, blocks))
 
 
 @inner
-def new_rows(like, tokens):
+def new_rows(like, tokens, blocks):
+    """Memory for tiles of so many tokens and blocks."""
     width = lanes(like)
-    row, area, vectors = (-(-tokens // width) + 4) * width, ACROSS * width, (BLOCKS + width) * width
-    own = aligned(like, (2 * row + vectors) // width + 3 * ACROSS + 14)
+    row, stride = (-(-tokens // width) + 4) * width, (-(-blocks // width) + 2) * width
+    vectors, area = (blocks + width) * width, stride * width
+    own = aligned(like, (2 * row + vectors) // width + 3 * stride + 14)
     S, P, own = own[:row], own[row:], own[2 * row :]
     vectors, sums, own = own[:vectors], own[vectors : vectors + area], own[vectors + area :]
     sums[:], own[:] = 0, 0  # a block of fewer channels than lanes leaves rows as they are
-    return Rows(S, P, vectors, sums, own[:area], own[area : 2 * area], own[2 * area :])
+    return Rows(S, P, vectors, sums, own[:area], own[area : 2 * area], own[2 * area :], stride)
 
 
 @inner
@@ -249,12 +252,12 @@ def sum_rows(band, x, at, ends, rows, sums, drive, means, limits):
             at_token(x.u_strides, row, channel + c, t0),
         )
         _pool_row(x.delta, at_delta, x.u, at_u, count, splat(ends, c), band.softplus, rows, period)
-        sum_blocks(rows.S, count, period, rows.sums, c * ACROSS)
-        sum_blocks(rows.P, count, period, rows.products, c * ACROSS)
+        sum_blocks(rows.S, count, period, rows.sums, c * rows.stride)
+        sum_blocks(rows.P, count, period, rows.products, c * rows.stride)
     fits = True
     for k in range(0, found, width):
-        transpose(rows.sums, k, ACROSS, sums, k * width, width)
-        transpose(rows.products, k, ACROSS, drive, k * width, width)
+        transpose(rows.sums, k, rows.stride, sums, k * width, width)
+        transpose(rows.products, k, rows.stride, drive, k * width, width)
     for at in range(0, found * width, width):
         total = load(sums, at)
         fits = fits and magnitude_below(total, limits)
@@ -268,11 +271,11 @@ def read_rows(band, x, at, ends, rows, Y, found):
     row, channel, channels, t0, count = at
     width, period = lanes(Y), band.sizes[2]
     for k in range(0, found, width):
-        transpose(Y, k * width, width, rows.values, FIRST + k, ACROSS)
+        transpose(Y, k * width, width, rows.values, FIRST + k, rows.stride)
     for c in range(channels):
         at_u, at_z = at_token(x.u_strides, row, channel + c, t0), at_token(x.z_strides, row, channel + c, t0)
         at_y, skip = at_token(x.y_strides, row, channel + c, t0), splat(ends, width + c)
-        before = c * ACROSS + FIRST - 1
+        before = c * rows.stride + FIRST - 1
         spread_blocks(rows.values, before, count, period, rows.S)
         _read_row(x.u, at_u, x.z, at_z, band.has_z, x.y, at_y, count, skip, rows, period)
         rows.values[before] = rows.values[before + found]
@@ -340,19 +343,19 @@ def expand_rows(band, x, at, ends, rows, dz, dz_strides, blocks, dblocks, begin,
     for k in range(found):
         store(vectors, k * width, load(blocks, place + k * padded))
     for k in range(0, found, width):
-        transpose(vectors, k * width, width, rows.values, FIRST + k, ACROSS)
+        transpose(vectors, k * width, width, rows.values, FIRST + k, rows.stride)
     for c in range(channels):
         at_u, at_z = at_token(x.u_strides, row, channel + c, t0), at_token(x.z_strides, row, channel + c, t0)
         at_g, at_dz = at_token(x.y_strides, row, channel + c, t0), at_token(dz_strides, row, channel + c, t0)
-        before = c * ACROSS + FIRST - 1
+        before = c * rows.stride + FIRST - 1
         spread_blocks(rows.values, before, count, period, rows.P)
         ends[width + c] += _expand_row(
             x.u, at_u, x.z, at_z, band.has_z, x.y, at_g, dz, at_dz, count, splat(ends, c), rows, period
         )
-        sum_blocks(rows.S, count, period, rows.sums, c * ACROSS)
+        sum_blocks(rows.S, count, period, rows.sums, c * rows.stride)
         rows.values[before] = rows.values[before + found]
     for k in range(0, found, width):
-        transpose(rows.sums, k, ACROSS, vectors, k * width, width)
+        transpose(rows.sums, k, rows.stride, vectors, k * width, width)
     for k in range(found):  # a block's value is read by the next one, the last block's is not
         if place + k * padded > begin:
             store(dblocks, place + (k - 1) * padded, load(vectors, k * width))
@@ -452,11 +455,11 @@ def pool_rows(band, x, at, ends, rows, to, by_u, by_s):
     width, period = lanes(ends), band.sizes[2]
     found = -(-count // period)
     for k in range(0, found, width):
-        transpose(by_u, k * width, width, rows.sums, k, ACROSS)
-        transpose(by_s, k * width, width, rows.products, k, ACROSS)
+        transpose(by_u, k * width, width, rows.sums, k, rows.stride)
+        transpose(by_s, k * width, width, rows.products, k, rows.stride)
     for c in range(channels):
-        spread_blocks(rows.sums, c * ACROSS, count, period, rows.S)
-        spread_blocks(rows.products, c * ACROSS, count, period, rows.P)
+        spread_blocks(rows.sums, c * rows.stride, count, period, rows.S)
+        spread_blocks(rows.products, c * rows.stride, count, period, rows.P)
         places = (
             at_token(x.delta_strides, row, channel + c, t0), at_token(x.u_strides, row, channel + c, t0),
             at_token(x.z_strides, row, channel + c, t0), at_token(x.y_strides, row, channel + c, t0),
