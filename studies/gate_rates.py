@@ -2,8 +2,9 @@
 
 `python -m studies.gate_rates gates KIND COUNT` runs real gates of three benchmarks in a clone of this
 repository. It compares HEAD with an empty commit ("same"), or with a commit that makes the scan and the
-pruned tower slower and the tower use more memory. `continuous KIND COUNT` runs asv continuous on the same
-commits. Each gate adds rows to results/gate_rates.csv, and each pair of processes adds a row to
+pruned tower slower and the tower use more memory. `whole KIND COUNT` runs gates of all that the project gates
+by itself, each of which the planted commit makes slower. `continuous KIND COUNT` runs asv continuous on the
+commits of the first. Each gate adds rows to results/gate_rates.csv, and each pair of processes adds a row to
 results/gate_pairs.csv. `summary` resamples 2,000 gates from the pairs of identical code, unchanged and with a
 factor, and writes results/gate_summary.csv.
 """
@@ -14,11 +15,12 @@ import json
 import random
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from projecta.regress.store.provenance import record_provenance
 
@@ -31,6 +33,7 @@ PATTERN = (
 )
 RESAMPLED = 2000
 IMPROVED = "improved"
+WHOLE = ", whole"  # marks gates of all that the project gates by itself
 _SAID = {  # output of asv continuous: verdict
     "PERFORMANCE DECREASED": "REGRESSED",
     "PERFORMANCE INCREASED": IMPROVED,
@@ -38,21 +41,30 @@ _SAID = {  # output of asv continuous: verdict
 }
 _MARKS = {"+": "REGRESSED", "-": IMPROVED, "": "PASS"}
 HEADER = ["gate", "planted", "benchmark", "verdict", "ratio", "pairs", "seconds"]
-# Code of a planted commit: it waits for a share of the call's time, and holds memory while the call runs.
+# Code of a planted commit: the outermost call waits for a share of its time, and holds memory while it runs.
 _PLANT = """
 
-def _planted(plain, share, size):
-    import functools
-    import time
+import functools
+import time
 
-    import torch
+import torch
 
+_inside = False
+
+
+def slower(plain, share, size=0):
     @functools.wraps(plain)
-    def slower(*args, **kwargs):
-        start = time.perf_counter()
+    def planted(*args, **kwargs):
+        global _inside
+        if _inside:
+            return plain(*args, **kwargs)
+        _inside, start = True, time.perf_counter()
         gpu = torch.cuda.is_available()
         held = torch.ones(size, dtype=torch.uint8, device="cuda" if gpu else "cpu")
-        found = plain(*args, **kwargs)
+        try:
+            found = plain(*args, **kwargs)
+        finally:
+            _inside = False
         if gpu:
             torch.cuda.synchronize()
         end = time.perf_counter() + share * (time.perf_counter() - start)
@@ -61,22 +73,32 @@ def _planted(plain, share, size):
         del held
         return found
 
-    return slower
+    return planted
 
 
 """
-_SCAN = _PLANT + "selective_scan = _planted(selective_scan, {share}, 0)\n"
-_VTP = _PLANT + textwrap.dedent("""
-    _plain_prune = prune
+_FUNCTION = "\n\nfrom projecta._planted import slower\n\n{name} = slower({name}, {share})\n"
+_VTP = """
+
+from projecta._planted import slower
+
+_plain_prune = prune
 
 
-    def prune(model, *args, **kwargs):
-        handle = _plain_prune(model, *args, **kwargs)
-        plain = type(model).forward.__get__(model)  # not what an earlier call put there
-        model.forward = _planted(plain, {share}, {size})
-        return handle
-""")
-PLANTS = {"projecta/scan/__init__.py": _SCAN, "projecta/vtp/pruning.py": _VTP}
+def prune(model, *args, **kwargs):
+    handle = _plain_prune(model, *args, **kwargs)
+    plain = type(model).forward.__get__(model)  # not what an earlier call put there
+    model.forward = slower(plain, {share}, {size})
+    return handle
+"""
+_TWO = {"projecta/_planted.py": _PLANT, "projecta/vtp/pruning.py": _VTP}
+_TWO["projecta/scan/__init__.py"] = _FUNCTION.replace("{name}", "selective_scan")
+_ALL = _TWO | {
+    "projecta/_planted.py": _PLANT + "torch.autograd.grad = slower(torch.autograd.grad, {share})\n",
+    "projecta/mrss/__init__.py": _FUNCTION.replace("{name}", "mrss_scan"),
+    "projecta/s4d.py": _FUNCTION.replace("{name}", "s4d_scan"),
+    "projecta/mamba/block.py": _FUNCTION.replace("{name}", "MambaBlock.forward"),
+}
 ONE_PERCENT = round(0.401 * 2**20)  # of the peak of 40.1 MiB, in bytes
 KINDS = {  # name: share of time, bytes
     "same": (0.0, 0), **{f"+{s} %, +1 % memory": (s / 100, ONE_PERCENT) for s in (3, 5, 10)},
@@ -92,7 +114,7 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def _clone(kind: str) -> tuple[Path, str, str]:
+def _clone(kind: str, plants: dict[str, str] = _TWO) -> tuple[Path, str, str]:
     """A clone with the planted commit; it uses this repository's environments. Returns folder, base, head."""
     folder = ROOT / ".asv/rates"
     if not folder.exists():
@@ -101,8 +123,10 @@ def _clone(kind: str) -> tuple[Path, str, str]:
     base = _git(ROOT, "rev-parse", "HEAD")
     _git(folder, "checkout", "--quiet", "--force", "--detach", base)
     share, size = KINDS[kind]
-    for path, text in PLANTS.items() if share or size else ():
-        (folder / path).write_text((folder / path).read_text() + text.format(share=share, size=size))
+    for path, text in plants.items() if share or size else ():
+        plain = (folder / path).read_text() if (folder / path).exists() else ""
+        (folder / path).write_text(plain + text.replace("{share}", str(share)).replace("{size}", str(size)))
+    _git(folder, "add", "--all", "projecta")
     _git(folder, "commit", "--quiet", "--all", "--allow-empty", "--message", f"plant {kind}")
     head = _git(folder, "rev-parse", "HEAD")
     config = (folder / "asv.conf.json").read_text()
@@ -110,10 +134,9 @@ def _clone(kind: str) -> tuple[Path, str, str]:
     return folder, base, head
 
 
-def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def _run(folder: Path, *words: str, bench: tuple[str, ...] = ("--bench", PATTERN)) -> Any:
     """Run a command on the three benchmarks."""
-    command = [sys.executable, "-m", *words, "--bench", PATTERN]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", *words, *bench], cwd=folder, capture_output=True, text=True)
 
 
 def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
@@ -129,26 +152,28 @@ def _append(name: str, header: list[str], rows: list[list[object]]) -> None:
     record_provenance([path], "nox -s rates")
 
 
-def gates(kind: str, count: int) -> None:
-    """Run real gates, one after the other."""
+def gates(kind: str, count: int, whole: bool = False) -> None:
+    """Run real gates, one after the other; `whole`: of all that the project gates by itself."""
     from projecta.regress.run.case import Outcome
     from projecta.regress.run.pair import MOST
 
-    name = f"{MOST} samples"
-    folder, base, head = _clone(kind)
+    name = f"{MOST} samples" + (WHOLE if whole else "")
+    folder, base, head = _clone(kind, _ALL if whole else _TWO)
+    words = ["projecta", "gate", base, head, "--always", "--machine", "rates", "--json", "gate.json"]
     for _ in range(count):
         start = time.monotonic()
         (folder / "gate.json").unlink(missing_ok=True)
-        done = _run(folder, "projecta", "gate", base, head, "--machine", "rates", "--json", "gate.json")
+        done = _run(folder, *words, bench=()) if whole else _run(folder, *words)
         if not (folder / "gate.json").exists():
             sys.exit(f"gate_rates: the gate must give a verdict; got {done.stderr.strip().splitlines()[-1]}")
         found = json.loads((folder / "gate.json").read_text())
         seconds, rows, pairs = time.monotonic() - start, [], []
         for row in found["benchmarks"]:
             label = f"{row['name']}({', '.join(row['params'])})"
+            timed = label in TIMED.values() or (whole and ".time_" in label)
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.4f}"  # None for a broken benchmark
             rows.append([name, kind, label, row["verdict"], ratio, row["pairs"], f"{seconds:.0f}"])
-            if kind == "same" and label in TIMED.values():
+            if kind == "same" and timed:
                 both = zip(row["base"], row["head"], strict=False)
                 each = ((Outcome(**b).lower_quartile, Outcome(**h).lower_quartile) for b, h in both)
                 pairs += [[name, label, f"{h / b:.5f}"] for b, h in each if b and h]
@@ -188,11 +213,12 @@ def summary() -> None:
         for row in csv.DictReader(file):
             own = pairs.setdefault((row["processor"], row["gate"]), {})
             own.setdefault(row["benchmark"], []).append(float(row["ratio"]))
-    design, draw = Design(benchmarks=3), random.Random(0)
-    looks = sorted({*design.looks()[0], *design.looks()[1]})
+    draw = random.Random(0)
     lines: list[list[object]] = []
     for measured, percent in itertools.product(sorted(pairs), (0, 3, 5, 10)):
         each: dict[str, Counter[str]] = {label: Counter() for label in pairs[measured]}
+        design = Design(benchmarks=len(each) + 1 if measured[1].endswith(WHOLE) else 3)  # one of memory
+        looks = sorted({*design.looks()[0], *design.looks()[1]})
         wrong = 0
         for _ in range(RESAMPLED):
             verdicts = set()
@@ -224,13 +250,16 @@ def summary() -> None:
         print(*line)
 
 
+MODES = {"gates": gates, "whole": partial(gates, whole=True), "continuous": continuous}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["summary"]:
         summary()
-    elif len(sys.argv) == 4 and sys.argv[1] in ("gates", "continuous") and sys.argv[2] in KINDS:
-        {"gates": gates, "continuous": continuous}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    elif len(sys.argv) == 4 and sys.argv[1] in MODES and sys.argv[2] in KINDS:
+        MODES[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
     else:
-        sys.exit(f"gate_rates: say gates or continuous, one of {', '.join(KINDS)}, and how many; or summary.")
+        sys.exit(f"gate_rates: say {', '.join(MODES)}, one of {', '.join(KINDS)}, and how many; or summary.")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,8 @@ def run_session(
             for name in order:
                 workers[name].restart(pair == 0 and changed is not None, checked=pair > 0)
             for row in open_rows:
-                for name, outcome in measure_pair({n: workers[n] for n in order}, row.cases).items():
+                both = {name: workers[name] for name in order}
+                for name, outcome in measure_pair(both, row.cases, first=pair == 0).items():
                     row.outcomes[name].append(outcome)
                     where = builds[name].environment.name
                     words = f"{session} {name}"

@@ -16,16 +16,23 @@ REQUEST = 0.04  # seconds of samples, or one sample if that takes longer
 MOST, LEAST, TOTAL = 20, 4, 4.0  # requests to each side; after TOTAL seconds only the least are made
 
 
-def measure_pair(workers: Mapping[str, Worker], cases: Mapping[str, Case]) -> dict[str, Outcome]:
-    """Outcomes by side; the first side starts. Each side has its own case, because indices may differ."""
+def measure_pair(
+    workers: Mapping[str, Worker], cases: Mapping[str, Case], first: bool = False
+) -> dict[str, Outcome]:
+    """Outcomes by side; the first side starts. Each side has its own case, because indices may differ.
+
+    `first`: the sides' first pair, in which both set up at once: they may compile for long.
+    """
     for worker in workers.values():  # their processes start at once
         worker.prepare()
     if not all(case.timed for case in cases.values()):
         return {name: worker.run(cases[name]) for name, worker in workers.items()}
     found: dict[str, Outcome] = {}
-    ready = []
+    ready, begun = [], {}
+    for name, worker in workers.items() if first else ():
+        begun[name] = worker.begin(cases[name], paired=True)
     for name, worker in workers.items():  # one after the other: two that spin for the same cores take longer
-        ended = worker.begin(cases[name], paired=True) or worker.ready()
+        ended = (begun[name] if first else worker.begin(cases[name], paired=True)) or worker.ready()
         if ended is None:
             ready.append(name)
         else:
