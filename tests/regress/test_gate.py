@@ -56,14 +56,16 @@ def test_the_bound_agrees_with_the_signed_rank_test_of_scipy(data, level):
             assert (p <= level) == rejected
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["all looks", "the time ends"])
 @pytest.mark.parametrize("noise", ["normal", "heavy", "skewed"])
-def test_errors_are_as_rare_as_stated(noise):
+def test_errors_are_as_rare_as_stated(noise, over):
     """Worst case, a slow-down equal to the tolerance: at most `error` of the gates of 20 benchmarks fail."""
     draw, design = np.random.default_rng(0), Design(benchmarks=20, error=0.2, miss=0.2)
     looks = sorted({*design.looks()[0], *design.looks()[1]})
     wrong, passed, gates = 0, 0, 40
     for _ in range(gates):
         verdicts = []
+        end = int(draw.integers(looks[0], design.most)) if over else design.most  # as a clock would end it
         for _ in range(20):
             size = (2, design.most)
             sides = {
@@ -71,7 +73,8 @@ def test_errors_are_as_rare_as_stated(noise):
                 "skewed": draw.exponential(size=size) ** 2,
             }[noise]  # fmt: skip
             ratios = np.exp(0.03 * (sides[0] - sides[1]) + math.log1p(design.tolerance))
-            found = (judge_pairs(ratios[:n].tolist(), design).verdict for n in looks)
+            found = [judge_pairs(ratios[:n].tolist(), design).verdict for n in looks if n <= end]
+            found.append(judge_pairs(ratios[:end].tolist(), design, over=over).verdict)
             verdicts.append(next((v for v in found if v), None))
         wrong += REGRESSED in verdicts
         passed += verdicts.count(PASS)
@@ -84,6 +87,20 @@ def test_looks_spend_the_alpha_and_each_can_decide(design):
     for plan, share in zip(design.looks(), (design.miss, design.error / design.benchmarks), strict=True):
         assert sum(plan.values()) == pytest.approx(share)
         assert all(level >= 2.0**-pairs for pairs, level in plan.items())
+
+
+def test_when_the_time_is_over_a_look_spends_what_is_left():
+    draw, design = np.random.default_rng(2), Design(benchmarks=10)
+    plan = design.looks()[1]
+    between = [n for n in range(min(plan), design.most) if n not in plan]
+    found = 0
+    for n in between:
+        ratios = (np.exp(0.012 * draw.normal(size=n)) * 1.05).tolist()
+        assert judge_pairs(ratios, design).verdict is None  # no look was planned
+        found += judge_pairs(ratios, design, over=True).verdict == REGRESSED
+    assert found > len(between) / 2
+    few = [1.2] * (min(plan) - 4)
+    assert judge_pairs(few, design, over=True).verdict is None
 
 
 def test_a_slow_down_is_found_and_no_change_passes():

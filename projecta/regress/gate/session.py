@@ -67,8 +67,8 @@ class Row:
     def decide(self, verdict: str, reason: str) -> None:
         self.judgement = replace(self.judgement, verdict=verdict, reason=reason)
 
-    def judge(self, design: Design) -> None:
-        """Interim look after a pair."""
+    def judge(self, design: Design, over: bool = False) -> None:
+        """Look at the pairs so far; `over`: there is no time for another."""
         last = {side: self.outcomes[side][-1] for side in SIDES}
         for side in reversed(SIDES):
             if last[side].status in FAILURES:
@@ -95,10 +95,10 @@ class Row:
                 return
         tolerance = design.tolerance if self.case.timed else design.memory_tolerance
         if better:
-            found = statistics.judge_pairs([1 / ratio for ratio in self.ratios], design, tolerance)
+            found = statistics.judge_pairs([1 / ratio for ratio in self.ratios], design, tolerance, over)
             self.judgement = statistics.invert(found)
         else:
-            self.judgement = statistics.judge_pairs(self.ratios, design, tolerance)
+            self.judgement = statistics.judge_pairs(self.ratios, design, tolerance, over)
 
 
 @dataclass
@@ -168,7 +168,11 @@ def run_session(
         while pair < (design.most if pairs is None else pairs):
             open_rows = [row for row in rows if row.judgement.verdict is None or _goes_on(row, pairs)]
             elapsed = time.monotonic() - start
-            if not open_rows or (pair >= 2 and elapsed + last > budget):
+            over = pair >= 2 and elapsed + last > budget
+            if over and pairs is None:
+                for row in open_rows:
+                    row.judge(design, over)
+            if over or not open_rows:
                 break
             order = SIDES if pair % 2 == 0 else SIDES[::-1]
             for name in order:

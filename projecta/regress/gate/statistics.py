@@ -96,8 +96,22 @@ class Judgement:
     more: int | None = None  # pairs that it would take
 
 
-def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None = None) -> Judgement:
+def _level(plan: dict[int, float], n: int, over: bool) -> float:
+    """The alpha of a look at n pairs. If the time is `over`, all that earlier looks have left.
+
+    The clock ends a gate, and not what it found, so that this look is as valid as one that was planned.
+    """
+    if over:
+        return sum(alpha for look, alpha in plan.items() if look >= n)
+    return plan.get(n, min(plan.values()))
+
+
+def judge_pairs(
+    ratios: Sequence[float], design: Design, tolerance: float | None = None, over: bool = False
+) -> Judgement:
     """The verdict over paired ratios so far, if this many pairs are a look; bounds and estimate in any case.
+
+    `over`: there is no time for another pair, which makes this the last look.
 
     >>> judge_pairs([1.2, 1.21, 1.19, 1.2, 1.22, 1.2, 1.18, 1.2, 1.21], Design()).verdict
     'REGRESSED'
@@ -111,12 +125,12 @@ def judge_pairs(ratios: Sequence[float], design: Design, tolerance: float | None
     averages = sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
     found.ratio = math.exp(statistics.median(averages))
     passes, regresses = design.looks()
-    low, high = (plan.get(n, min(plan.values())) for plan in (regresses, passes))
+    low, high = (_level(plan, n, over and n < max(plan)) for plan in (regresses, passes))
     found.low = math.exp(lower_bound(averages, n, low))  # 0: too few pairs to say
     found.high = math.exp(-lower_bound([-a for a in reversed(averages)], n, high))
-    if n in regresses and found.low > 1 + tolerance:
+    if (over or n in regresses) and found.low > 1 + tolerance:
         found.verdict = REGRESSED
-    elif n in passes and found.high < 1 + tolerance:
+    elif (over or n in passes) and found.high < 1 + tolerance:
         found.verdict = PASS
     distance = abs(math.log(found.ratio) - limit)
     found.more = max(
