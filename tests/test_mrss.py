@@ -92,6 +92,20 @@ def test_a_call_like_an_earlier_one_has_its_own_values_and_gradients():
                     assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
 
 
+def test_bands_that_run_together_have_the_bits_of_one_thread():
+    torch.manual_seed(0)
+    arguments = make_scan(b=2, d=64, l=600, n=16, without=["initial_state"])
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found += [run(arguments, bands=BANDS, backend="cpu") for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(t, other[name]) for name, t in found[0].items())
+
+
 GPU = {
     **{
         name: CASES[name]

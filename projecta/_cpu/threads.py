@@ -9,12 +9,13 @@ operation and would slow down other threads: a scan right after such an operatio
 used.
 """
 
+import contextlib
 import ctypes
 import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from numba import njit
 SMALL = 200_000  # elements of (b, d, l, n) below which one thread is faster than two
 
 _called: set[tuple] = set()  # kernels and types that have run in this process
+_waiting = threading.local()  # launches of the block of `together` that a thread is in
 _pools: dict[int, ThreadPoolExecutor] = {}  # by process id
 _openmp_process: int | None = None  # the process that started OpenMP's threads here
 _SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -67,10 +69,30 @@ def _forget_stale(cache: Path, function: Callable) -> None:
             index.unlink()
 
 
-def run(kernel: Callable, items: int, work: int, *arguments: Any, types: tuple = ()) -> None:
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """At the end of the block, run as one the kernels that say what they `keep`.
+
+    A thread that finds no more work in one kernel goes on with the next. No kernel may read what another
+    of them writes.
+    """
+    batch: list[tuple] = []
+    _waiting.batch = batch
+    try:
+        yield
+    finally:
+        _waiting.batch = None
+    if batch:
+        _share([launch[:3] for launch in batch], max(launch[3] for launch in batch))
+
+
+def run(
+    kernel: Callable, items: int, work: int, *arguments: Any, types: tuple = (), keep: Any = None
+) -> None:
     """Run a kernel over `items`; `work` is their size in elements of (b, d, l, n).
 
     types: what the arguments' types follow from, if the caller knows it: else they are looked at one by one.
+    keep: what must live until the kernel has run, if it may run at the end of `together`.
     """
     key = (kernel, types) if types else (kernel, *map(_kind, arguments))
     if key not in _called:  # on one thread: otherwise each would compile
@@ -81,11 +103,21 @@ def run(kernel: Callable, items: int, work: int, *arguments: Any, types: tuple =
     if threads < 2:
         kernel(counter, items, *arguments)
         return
+    batch = getattr(_waiting, "batch", None)
+    if keep is not None and batch is not None:
+        batch.append((kernel, (counter, items, *arguments), keep, threads))
+    else:
+        _share([(kernel, (counter, items, *arguments), keep)], threads)
+
+
+def _share(launches: list[tuple], threads: int) -> None:
+    """Run kernels, one after the other, on each of so many threads; they share the items."""
     failures: list[BaseException] = []
 
     def share(_: object = None) -> None:
         try:
-            kernel(counter, items, *arguments)
+            for kernel, arguments, _ in launches:
+                kernel(*arguments)
         except BaseException as error:
             failures.append(error)
 

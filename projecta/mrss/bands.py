@@ -1,8 +1,8 @@
 """MRSS band by band, as one autograd node, for backends with kernels of their own.
 
 Such a backend is a module here with NAME, `takes`, `Fine` and `Coarse` (the passes of a band, made once for
-calls that differ in values only), `new_like` and `may_run_beside`. Bands read and write the caller's tensors
-in place.
+calls that differ in values only), `new_like`, `may_run_beside`, and `scanning`, a context for the forward
+passes of all bands. Bands read and write the caller's tensors in place.
 """
 
 import itertools
@@ -59,7 +59,8 @@ class Bands:
             last = A.new_empty(self.sequences, *own.A.shape)
             return last, self.passes[i].forward(own, y[:, span], last, self.graded)
 
-        lasts, kept = zip(*self._each(inputs.u, scan), strict=True)
+        with self.backend.scanning():
+            lasts, kept = zip(*self._each(inputs.u, scan), strict=True)
         return (y, lasts[0] if len(lasts) == 1 else torch.cat(lasts, 1)), tuple(itertools.chain(*kept))
 
     def _each(self, u: Tensor, scan: Callable[[int, slice], Any]) -> list:

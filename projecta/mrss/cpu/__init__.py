@@ -8,6 +8,6 @@ Tokens are read as they lie in memory: along the rows of channels if these are c
 else as vectors over channels, as in the scan.
 """
 
-from projecta.mrss.cpu.launch import NAME, Coarse, Fine, may_run_beside, new_like, takes
+from projecta.mrss.cpu.launch import NAME, Coarse, Fine, may_run_beside, new_like, scanning, takes
 
-__all__ = ["NAME", "Coarse", "Fine", "may_run_beside", "new_like", "takes"]
+__all__ = ["NAME", "Coarse", "Fine", "may_run_beside", "new_like", "scanning", "takes"]

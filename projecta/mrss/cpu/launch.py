@@ -8,7 +8,7 @@ from torch import Tensor
 
 from projecta._cpu.memory import NOTHING, in_large_pages, round_up
 from projecta._cpu.simd import BYTES
-from projecta._cpu.threads import run
+from projecta._cpu.threads import run, together
 from projecta.mrss.cpu import backward, forward
 from projecta.mrss.reference import block_means, cut_blocks
 from projecta.scan._operator import Inputs
@@ -106,9 +106,10 @@ class Coarse:
         return means if within else self.layout.packed(means)
 
     def _run(
-        self, kernel: Any, inputs: Inputs, y: Tensor, others: tuple[Tensor, ...], places: list[int], work: int
-    ) -> None:
-        """Run a kernel on the tensors of tokens, which are the inputs, y or its gradient, and others."""
+        self, kernel: Any, inputs: Inputs, y: Tensor, others: tuple[Tensor, ...], places: list[int],
+        work: int, keep: Any = None,
+    ) -> None:  # fmt: skip
+        """Run a kernel on the tensors of tokens: the inputs, y or its gradient, and others."""
         u, delta, z = inputs.u, inputs.delta, inputs.u if inputs.z is None else inputs.z
         along = all(t.stride(2) == 1 for t in (u, delta, z, y, *others))
         variant, types = (1 if along else None, *self.layout.variant[1:]), (*self.kinds, y.dtype, self.real)
@@ -117,7 +118,7 @@ class Coarse:
             kernel, self.sequences * items, work * self.size, self.band, self.layout.work,
             Kinds(*(NOTHING[kind] for kind in types)),
             np.array(self.layout.places(u, delta, z, y, *others) + places), *variant,
-            types=(*types, *variant),
+            types=(*types, *variant), keep=keep,
         )  # fmt: skip
 
     def forward(self, inputs: Inputs, y: Tensor, last: Tensor, save: bool) -> list[Tensor]:
@@ -130,7 +131,7 @@ class Coarse:
         start = None if start is None else start.contiguous()
         places = [*addresses(A), B.data_ptr(), C.data_ptr(), *addresses(D, bias, start, last)]
         places += [t.data_ptr() for t in kept] if save else [0] * 4
-        self._run(forward.forward, inputs, y, (), places, 4)
+        self._run(forward.forward, inputs, y, (), places, 4, (A, B, C, D, bias, start))
         return [*kept, *means] if save else []
 
     def backward(
@@ -189,3 +190,6 @@ def new_like(t: Tensor) -> Tensor:
 
 def may_run_beside(u: Tensor) -> bool:
     return False  # each band takes all threads
+
+
+scanning = together  # forward passes of bands are the same work for threads

@@ -81,7 +81,8 @@ def _forward_run(
     start = None if start is None else start.contiguous()
     places = layout.places(u, delta, u if z is None else z, y)
     places += addresses(*weights, spans, start, last, saved)
-    layout.run(forward.forward, layout.sequences * layout.blocks, y, places, layout.size)
+    keep = (weights, start) if layout.pieces == 1 else None
+    layout.run(forward.forward, layout.sequences * layout.blocks, y, places, layout.size, keep)
 
 
 def _backward_run(

@@ -142,12 +142,12 @@ class Layout:
             [self.g, self.l, self.rows, self.padded, self.tiles, self.supers // self.g]
         )
 
-    def run(self, kernel: Any, items: int, y: Tensor, places: list[int], work: int) -> None:
-        """Run a kernel of this layout on tensors at `places`, with y or its gradient."""
+    def run(self, kernel: Any, items: int, y: Tensor, places: list[int], work: int, keep: Any = None) -> None:
+        """Run a kernel of this layout on tensors at `places`, with y or its gradient; `keep` as in `run`."""
         types = *self.types, y.dtype, self.real
         run(
             kernel, items, work, self.work, Kinds(*(NOTHING[kind] for kind in types)), np.array(places),
-            *self.variant, types=(*types, *self.variant),
+            *self.variant, types=(*types, *self.variant), keep=keep,
         )  # fmt: skip
 
     def places(self, *tensors: Tensor) -> list[int]:
