@@ -396,6 +396,21 @@ def gate_rates() -> str:
     )
 
 
+def gate_whole() -> str:
+    """Real gates of all that the project gates by itself, by benchmark."""
+    own: dict[str, list[dict[str, str]]] = {}
+    for row in read("gate_rates.csv"):
+        if row["gate"].endswith("whole"):
+            own.setdefault(row["benchmark"], []).append(row)
+    verdicts, rows = ("REGRESSED", "INCONCLUSIVE", "PASS"), []
+    for name, gates in own.items():
+        counts = [sum(r["verdict"] == verdict for r in gates) for verdict in verdicts]
+        ratios, pairs = [float(r["ratio"]) for r in gates], [int(r["pairs"]) for r in gates]
+        spans = f"{min(ratios):.3f} to {max(ratios):.3f}", f"{min(pairs)} to {max(pairs)}"
+        rows.append([f"`{name}`", len(gates), *counts, *spans])
+    return table(["benchmark", "gates", *verdicts, "head / base", "pairs"], rows)
+
+
 def compat_tests() -> str:
     """mamba-ssm's and causal-conv1d's own tests against the names of projecta.compat."""
     rows = read("compat_tests.csv")
@@ -464,6 +479,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         mrss_time,
         mrss_gpu,
         gate_rates,
+        gate_whole,
         compat_tests,
         histories,
         provenance,
