@@ -30,20 +30,20 @@ from projecta._cpu.threads import inner
 from projecta.scan.cpu.tiles import aligned
 
 TOKENS, BLOCKS = 2048, 256  # of a tile, about: rows are long, for the hardware prefetches along them
-AHEAD = 512
+AHEAD = 512  # tokens between what is read and what is prefetched: the hardware stops at each page
 FIRST = 16  # place of a tile's first block in its row; the block before it is kept, too
 
 
 class Rows(NamedTuple):
-    """Memory for a row of tokens, twice, and for rows of blocks of as many channels as lanes."""
+    """Memory for a tile: S and P for a row of tokens, the next three for rows of blocks of all channels."""
 
     S: np.ndarray
     P: np.ndarray
-    vectors: np.ndarray  # one for each block
     sums: np.ndarray
     products: np.ndarray
     values: np.ndarray
-    spare: np.ndarray
+    vectors: np.ndarray  # over channels, one for each block
+    spare: np.ndarray  # pairs of vectors for the last tokens of a row
     stride: int  # from row to row of blocks
 
 
@@ -63,7 +63,7 @@ def new_rows(like, tokens, blocks):
     S, P, own = own[:row], own[row:], own[2 * row :]
     vectors, sums, own = own[:vectors], own[vectors : vectors + area], own[vectors + area :]
     sums[:], own[:] = 0, 0  # a block of fewer channels than lanes leaves rows as they are
-    return Rows(S, P, vectors, sums, own[:area], own[area : 2 * area], own[2 * area :], stride)
+    return Rows(S, P, sums, own[:area], own[area : 2 * area], vectors, own[2 * area :], stride)
 
 
 @inner
@@ -113,11 +113,11 @@ def put_pair(row, t, first, second, period):
 
 
 @inner
-def get_pair(row, at, t, period):
-    """Two vectors of tokens that `spread_blocks` has left at row[at:]: the inverse of `put_pair`."""
+def get_pair(row, t, period):
+    """What two vectors of tokens from t on read, as `spread_blocks` has left it: the inverse of `put_pair`."""
     if period & 1:
-        return load(row, at + t), load(row, at + t + lanes(row))
-    return pair_copies(load(row, at + t // 2))
+        return load(row, t), load(row, t + lanes(row))
+    return pair_copies(load(row, t // 2))
 
 
 @inner
@@ -149,7 +149,7 @@ def sum_blocks(row, count, period, sums, at):
 
 @inner
 def spread_blocks(values, at, count, period, row):
-    """Prepare `get_pair` for a row of `count` tokens that read values[at:]; return where, in `row`."""
+    """Prepare `get_pair` for a row of `count` tokens, whose block k reads values[at + k]."""
     width, parts, copies, size = lanes(row), period, 1, -(-count // period)
     while parts & 1 == 0 and copies < width:
         parts, copies = parts // 2, 2 * copies
@@ -204,13 +204,13 @@ def _pool_row(delta, at, u, at_u, count, bias, softplus, rows, period):
 
 
 @inner
-def _read_pairs(u, at_u, z, at_z, has_z, y, at_y, count, skip, values, at, period, lines):
+def _read_pairs(u, at_u, z, at_z, has_z, y, at_y, count, skip, values, period, lines):
     """y of `count` tokens, whole pairs of vectors, which read `values`."""
     width = lanes(values)
     for t in range(0, count, 2 * width):
         for i in range(t, t + 2 * width, width):
             prefetch(address(z, at_z + i + AHEAD))
-        y1, y2 = get_pair(values, at, t, period)
+        y1, y2 = get_pair(values, t, period)
         y1, y2 = fma(skip, load(u, at_u + t), y1), fma(skip, load(u, at_u + t + width), y2)
         if has_z:
             gate, gate2 = load(z, at_z + t), load(z, at_z + t + width)
@@ -225,15 +225,15 @@ def _read_row(u, at_u, z, at_z, has_z, y, at_y, count, skip, rows, period):
     spare, width = rows.spare, lanes(rows.S)
     lines = are_lines(y, at_y, width)
     whole = count // (2 * width) * 2 * width
-    _read_pairs(u, at_u, z, at_z, has_z, y, at_y, whole, skip, rows.S, 0, period, lines)
+    _read_pairs(u, at_u, z, at_z, has_z, y, at_y, whole, skip, rows.S, period, lines)
     if whole < count:
         x, gate, value = spare, spare[2 * width :], spare[4 * width :]
         copy_in(u, at_u + whole, count - whole, x)
         copy_in(z, at_z + whole, count - whole, gate)
-        first, second = get_pair(rows.S, 0, whole, period)
+        first, second = get_pair(rows.S, whole, period)
         store(value, 0, first)
         store(value, width, second)
-        _read_pairs(x, 0, gate, 0, has_z, x, 0, 2 * width, skip, value, 0, 1, False)
+        _read_pairs(x, 0, gate, 0, has_z, x, 0, 2 * width, skip, value, 1, False)
         copy_out(x, y, at_y + whole, count - whole)
 
 
@@ -290,7 +290,7 @@ def _expand_pairs(u, at_u, z, at_z, has_z, g, at_g, dz, at_dz, count, skip, valu
             prefetch(address(z, at_z + i + AHEAD))
             prefetch(address(g, at_g + i + AHEAD))
             prefetch(address(u, at_u + i + AHEAD))
-        v1, v2 = get_pair(values, 0, t, period)
+        v1, v2 = get_pair(values, t, period)
         u1, u2 = load(u, at_u + t), load(u, at_u + t + width)
         g1, g2 = load(g, at_g + t), load(g, at_g + t + width)
         if has_z:
@@ -318,7 +318,7 @@ def _expand_row(u, at_u, z, at_z, has_z, g, at_g, dz, at_dz, count, skip, rows, 
         copy_in(u, at_u + whole, count - whole, x)
         copy_in(z, at_z + whole, count - whole, gate)
         copy_in(g, at_g + whole, count - whole, grad)
-        first, second = get_pair(rows.P, 0, whole, period)
+        first, second = get_pair(rows.P, whole, period)
         store(value, 0, first)
         store(value, width, second)
         sent = spare[4 * pair :]
@@ -393,8 +393,8 @@ def _pool_back_pairs(steps, at, has_z, to, count, bias, skip, softplus, by_u, by
             prefetch(address(u, at_u + i + AHEAD))
             prefetch(address(z, at_z + i + AHEAD))
             prefetch(address(g, at_g + i + AHEAD))
-        first_u, second_u = get_pair(by_u, 0, t, period)
-        first_s, second_s = get_pair(by_s, 0, t, period)
+        first_u, second_u = get_pair(by_u, t, period)
+        first_s, second_s = get_pair(by_s, t, period)
         x, change = _token_gradients(
             load(delta, at_s + t) + bias, load(u, at_u + t), load(g, at_g + t), load(z, at_z + t), has_z,
             skip, softplus, first_u, first_s,
@@ -430,7 +430,7 @@ def _pool_back_row(steps, at, has_z, to, count, bias, skip, softplus, rows, peri
         copy_in(z, at[2] + whole, rest, gate)
         copy_in(g, at[3] + whole, rest, grad)
         for row, tail in ((rows.S, by_u), (rows.P, by_s)):
-            first, second = get_pair(row, 0, whole, period)
+            first, second = get_pair(row, whole, period)
             store(tail, 0, first)
             store(tail, width, second)
             for i in range(rest, pair):
