@@ -114,7 +114,7 @@ def put_pair(row, t, first, second, period):
 
 @inner
 def get_pair(row, t, period):
-    """What two vectors of tokens from t on read, as `spread_blocks` has left it: the inverse of `put_pair`."""
+    """What two vectors of tokens from t on read, as `spread_blocks` has left it; as `put_pair`, but back."""
     if period & 1:
         return load(row, t), load(row, t + lanes(row))
     return pair_copies(load(row, t // 2))

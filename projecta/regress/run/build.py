@@ -468,7 +468,9 @@ def _extract(repository: Path, commit: str, folder: Path) -> None:
         return done.stdout
 
     with tarfile.open(fileobj=io.BytesIO(git("archive", f"{commit}:"))) as archive:
-        archive.extractall(folder, filter="tar")  # links as git makes them, wherever they lead
+        # links as git makes them, wherever they lead; Python 3.11.0 to 3.11.3 knows no filters
+        archive.extraction_filter = getattr(tarfile, "tar_filter", None)
+        archive.extractall(folder)
     for line in git("ls-tree", "-rz", "--full-tree", commit).decode().split("\0"):
         kind, _, path = line.partition("\t")
         if kind.startswith("160000 "):
