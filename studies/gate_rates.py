@@ -135,7 +135,7 @@ def _clone(kind: str, plants: dict[str, str] = _TWO) -> tuple[Path, str, str]:
 
 
 def _run(folder: Path, *words: str, bench: tuple[str, ...] = ("--bench", PATTERN)) -> Any:
-    """Run a command on the three benchmarks."""
+    """Run a command on the three benchmarks, or on those that `bench` selects."""
     return subprocess.run([sys.executable, "-m", *words, *bench], cwd=folder, capture_output=True, text=True)
 
 

@@ -71,7 +71,7 @@ def _forget_stale(cache: Path, function: Callable) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """At the end of the block, run as one the kernels that say what they `keep`.
+    """Run the kernels of the block that name what they `keep` at its end, as one piece of work.
 
     A thread that finds no more work in one kernel goes on with the next. No kernel may read what another
     of them writes.

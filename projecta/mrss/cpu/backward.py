@@ -15,8 +15,8 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner
-from projecta.mrss.cpu.forward import TINY, fetch_lines
-from projecta.mrss.cpu.rows import blocks_of_tile, expand_rows, new_rows, pool_rows
+from projecta.mrss.cpu.forward import fetch_lines
+from projecta.mrss.cpu.rows import TINY, blocks_of_tile, expand_rows, new_rows, pool_rows
 from projecta.scan.cpu.layout import steps_at
 from projecta.scan.cpu.tiles import (
     SKEW,
@@ -68,7 +68,7 @@ def _expand_tile(band, X, Z, G, count, ahead, skips, blocks, dblocks, begin, sta
 
 
 @compiled
-def expand(counter, items, band, work, kinds, places, rows, steady_B, steady_C):
+def expand(counter, items, band, kinds, places, rows):
     """The gradients of z, of the blocks' values and of D; x.y is the gradient of y.
 
     places: steps, dz, then D, the values of blocks, their gradient and that of D.
@@ -154,7 +154,7 @@ def _pool_tile(band, S, X, Z, G, count, ahead, ends, grads, state):
 
 
 @compiled
-def pool(counter, items, band, work, kinds, places, rows, steady_B, steady_C):
+def pool(counter, items, band, kinds, places, rows):
     """The gradients of u, delta and the bias; x.y is the gradient of y.
 
     places: steps, du, ddelta, then D, the bias, means, sums of delta, the gradients of both, and that of the

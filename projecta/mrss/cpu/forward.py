@@ -23,7 +23,7 @@ from projecta._cpu.simd import (
     zero,
 )
 from projecta._cpu.threads import compiled, inner
-from projecta.mrss.cpu.rows import blocks_of_tile, new_rows, read_rows, sum_rows
+from projecta.mrss.cpu.rows import TINY, blocks_of_tile, new_rows, read_rows, sum_rows
 from projecta.scan.cpu.forward import advance_any, save_states
 from projecta.scan.cpu.layout import CHUNK, steps_at, weights_at
 from projecta.scan.cpu.tiles import (
@@ -55,9 +55,6 @@ class Band(NamedTuple):
     first: np.ndarray  # the first block of each sequence
     softplus: bool
     has_z: bool
-
-
-TINY = 1.2e-38  # a mean over a block whose steps are all 0 is 0
 
 
 @inner

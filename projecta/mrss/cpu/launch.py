@@ -12,7 +12,7 @@ from projecta._cpu.threads import run, together
 from projecta.mrss.cpu import backward, forward
 from projecta.mrss.reference import block_means, cut_blocks
 from projecta.scan._operator import Inputs
-from projecta.scan.cpu.launch import Passes, addresses
+from projecta.scan.cpu.launch import Passes, addresses, sums_for
 from projecta.scan.cpu.layout import Kinds, saved_shape
 from projecta.scan.cpu.tiles import TILE
 
@@ -45,7 +45,7 @@ class Coarse:
 
     def __init__(self, inputs: Inputs, softplus: bool, period: int):
         u, A, B, C, z, bounds = inputs.u, inputs.A, inputs.B, inputs.C, inputs.z, inputs.cu_seqlens
-        self.real, self.softplus, self.period = A.dtype, softplus, period
+        self.real, self.period = A.dtype, period
         self.b, self.d, l = u.shape
         self.blocks = cut_blocks(l, period, bounds, u.device)
         width, number = BYTES // A.dtype.itemsize, self.blocks.number
@@ -106,16 +106,18 @@ class Coarse:
         return means if within else self.layout.packed(means)
 
     def _run(
-        self, kernel: Any, inputs: Inputs, y: Tensor, others: tuple[Tensor, ...], places: list[int],
-        work: int, keep: Any = None,
+        self, kernel: Any, per_sequence: int, inputs: Inputs, y: Tensor, others: tuple[Any, ...],
+        places: list[int], work: int, scanned: tuple = (), variant: tuple = (), keep: Any = None,
     ) -> None:  # fmt: skip
-        """Run a kernel on the tensors of tokens: the inputs, y or its gradient, and others."""
+        """Run a kernel on the tensors of tokens: the inputs, y or its gradient, and others.
+
+        scanned and variant: what the forward kernel takes besides, of the scan's layout.
+        """
         u, delta, z = inputs.u, inputs.delta, inputs.u if inputs.z is None else inputs.z
         along = all(t.stride(2) == 1 for t in (u, delta, z, y, *others))
-        variant, types = (1 if along else None, *self.layout.variant[1:]), (*self.kinds, y.dtype, self.real)
-        items = self.layout.blocks if kernel is forward.forward else self.padded * self.real.itemsize // BYTES
+        types, variant = (*self.kinds, y.dtype, self.real), (1 if along else None, *variant)
         run(
-            kernel, self.sequences * items, work * self.size, self.band, self.layout.work,
+            kernel, self.sequences * per_sequence, work * self.size, self.band, *scanned,
             Kinds(*(NOTHING[kind] for kind in types)),
             np.array(self.layout.places(u, delta, z, y, *others) + places), *variant,
             types=(*types, *variant), keep=keep,
@@ -131,7 +133,10 @@ class Coarse:
         start = None if start is None else start.contiguous()
         places = [*addresses(A), B.data_ptr(), C.data_ptr(), *addresses(D, bias, start, last)]
         places += [t.data_ptr() for t in kept] if save else [0] * 4
-        self._run(forward.forward, inputs, y, (), places, 4, (A, B, C, D, bias, start))
+        self._run(
+            forward.forward, layout.blocks, inputs, y, (), places, 4, (layout.work,), layout.variant[1:],
+            (A, B, C, D, bias, start),
+        )  # fmt: skip
         return [*kept, *means] if save else []
 
     def backward(
@@ -139,28 +144,23 @@ class Coarse:
     ) -> tuple[Tensor, Tensor]:
         """Write the gradients; return those of B and C by block, for `spread`."""
         (saved, x, span, values, B, C), layout, z = kept, self.layout, inputs.z
+        each = int(self.band.sizes[1])
         D, bias = layout.channels(inputs.D), layout.channels(inputs.delta_bias)
         dvalues, dx, dspan = self._new(), self._new(), self._new()
-        sums = [self._sums(grad) for grad in (grads.D, grads.delta_bias)]
+        sums = [sums_for(grad, self.real, self.sequences, self.d) for grad in (grads.D, grads.delta_bias)]
         places = addresses(D) + [t.data_ptr() for t in (values, dvalues)] + addresses(sums[0])
         dz = grads.u if z is None else grads.z
-        self._run(backward.expand, inputs, grad_y, (dz,), places, 1)  # type: ignore[arg-type]
+        self._run(backward.expand, each, inputs, grad_y, (dz,), places, 1)
         own = Inputs(x, span, inputs.A, B, C, None, None, None, inputs.initial_state, self.blocks.bounds)
         dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (B, C))
         to = Inputs(dx, dspan, grads.A, dB, dC, None, None, None, grads.initial_state)
         self.passes.backward(dvalues, grad_last, saved, own, to)
         places = addresses(D, bias) + [t.data_ptr() for t in (x, span, dx, dspan)] + addresses(sums[1])
-        self._run(backward.pool, inputs, grad_y, (grads.u, grads.delta), places, 1)
-        for grad, each in zip((grads.D, grads.delta_bias), sums, strict=True):
-            if grad is not None and each is not grad:
-                grad.copy_(each.sum(0))
+        self._run(backward.pool, each, inputs, grad_y, (grads.u, grads.delta), places, 1)
+        for grad, own_sums in zip((grads.D, grads.delta_bias), sums, strict=True):
+            if grad is not None and own_sums is not grad:
+                grad.copy_(own_sums.sum(0))
         return dB, dC
-
-    def _sums(self, grad: Tensor | None) -> Tensor:
-        """Memory for sums over each sequence: the gradient itself if there is one sequence."""
-        if self.sequences == 1 and grad is not None and grad.dtype == self.real and grad.is_contiguous():
-            return grad
-        return torch.empty(self.sequences, self.d, dtype=self.real, device="cpu")
 
     def spread(self, inputs: Inputs, name: str, gradient: Tensor, to: Tensor, add: bool) -> None:
         """Write the gradient of B or C (`name`) by block to that by token, or add it."""

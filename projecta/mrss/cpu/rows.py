@@ -31,6 +31,7 @@ from projecta.scan.cpu.tiles import aligned
 
 TOKENS, BLOCKS = 2048, 256  # of a tile, about: rows are long, for the hardware prefetches along them
 AHEAD = 512  # tokens between what is read and what is prefetched: the hardware stops at each page
+TINY = 1.2e-38  # a mean over a block whose steps are all 0 is 0
 FIRST = 16  # place of a tile's first block in its row; the block before it is kept, too
 
 
@@ -118,6 +119,14 @@ def get_pair(row, t, period):
     if period & 1:
         return load(row, t), load(row, t + lanes(row))
     return pair_copies(load(row, t // 2))
+
+
+@inner
+def copy_pair(row, t, period, target):
+    """`get_pair` as two vectors at the start of `target`."""
+    first, second = get_pair(row, t, period)
+    store(target, 0, first)
+    store(target, lanes(row), second)
 
 
 @inner
@@ -230,9 +239,7 @@ def _read_row(u, at_u, z, at_z, has_z, y, at_y, count, skip, rows, period):
         x, gate, value = spare, spare[2 * width :], spare[4 * width :]
         copy_in(u, at_u + whole, count - whole, x)
         copy_in(z, at_z + whole, count - whole, gate)
-        first, second = get_pair(rows.S, whole, period)
-        store(value, 0, first)
-        store(value, width, second)
+        copy_pair(rows.S, whole, period, value)
         _read_pairs(x, 0, gate, 0, has_z, x, 0, 2 * width, skip, value, 1, False)
         copy_out(x, y, at_y + whole, count - whole)
 
@@ -244,7 +251,7 @@ def sum_rows(band, x, at, ends, rows, sums, drive, means, limits):
     Returns their number, and whether exponents are safe.
     """
     row, channel, channels, t0, count = at
-    period, width, tiny = band.sizes[2], lanes(sums), zero(sums) + 1.2e-38
+    period, width, tiny = band.sizes[2], lanes(sums), zero(sums) + TINY
     found = -(-count // period)
     for c in range(channels):
         at_delta, at_u = (
@@ -318,9 +325,7 @@ def _expand_row(u, at_u, z, at_z, has_z, g, at_g, dz, at_dz, count, skip, rows, 
         copy_in(u, at_u + whole, count - whole, x)
         copy_in(z, at_z + whole, count - whole, gate)
         copy_in(g, at_g + whole, count - whole, grad)
-        first, second = get_pair(rows.P, whole, period)
-        store(value, 0, first)
-        store(value, width, second)
+        copy_pair(rows.P, whole, period, value)
         sent = spare[4 * pair :]
         total = _expand_pairs(
             x, 0, gate, 0, has_z, grad, 0, gate, 0, pair, skip, value, sent, 1, False, total
@@ -430,9 +435,7 @@ def _pool_back_row(steps, at, has_z, to, count, bias, skip, softplus, rows, peri
         copy_in(z, at[2] + whole, rest, gate)
         copy_in(g, at[3] + whole, rest, grad)
         for row, tail in ((rows.S, by_u), (rows.P, by_s)):
-            first, second = get_pair(row, whole, period)
-            store(tail, 0, first)
-            store(tail, width, second)
+            copy_pair(row, whole, period, tail)
             for i in range(rest, pair):
                 tail[i] = 0.0
         total = _pool_back_pairs(

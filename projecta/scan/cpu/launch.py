@@ -93,9 +93,7 @@ def _backward_run(
     s, d, rows = layout.sequences, A.shape[0], layout.rows
 
     def sums(grad: Tensor | None, *shape: int) -> Tensor:
-        """Memory for sums over each sequence: the gradient itself if there is one sequence."""
-        alone = s == 1 and grad is not None and grad.dtype == layout.real and grad.is_contiguous()
-        return grad if alone else torch.empty(s, *shape, dtype=layout.real, device="cpu")  # type: ignore[return-value]
+        return sums_for(grad, layout.real, s, *shape)
 
     def parts(t: Tensor) -> Tensor | None:
         size = layout.b * layout.supers * layout.l * layout.padded
@@ -120,6 +118,13 @@ def _backward_run(
     for grad, part, conjugate in ((grads.B, parts_B, False), (grads.C, parts_C, True)):
         if part is not None:
             layout.unpack(part, grad, conjugate)
+
+
+def sums_for(grad: Tensor | None, real: torch.dtype, sequences: int, *shape: int) -> Tensor:
+    """Memory for sums over each sequence: the gradient itself if there is one sequence."""
+    if sequences == 1 and grad is not None and grad.dtype == real and grad.is_contiguous():
+        return grad
+    return torch.empty(sequences, *shape, dtype=real, device="cpu")
 
 
 def addresses(*tensors: Tensor | None) -> list[int]:
