@@ -96,9 +96,15 @@ def test_when_the_time_is_over_a_look_spends_what_is_left():
     found = 0
     for n in between:
         ratios = (np.exp(0.012 * draw.normal(size=n)) * 1.05).tolist()
-        assert judge_pairs(ratios, design).verdict is None  # no look was planned
-        found += judge_pairs(ratios, design, over=True).verdict == REGRESSED
+        plain, last = judge_pairs(ratios, design), judge_pairs(ratios, design, over=True)
+        assert plain.verdict is None  # no look was planned
+        assert plain.low < last.low  # more alpha than an interim look has
+        found += last.verdict == REGRESSED
     assert found > len(between) / 2
+    passes = design.looks()[0]
+    same = np.exp(0.001 * draw.normal(size=max(passes) + 1)).tolist()
+    assert judge_pairs(same[: min(passes) + 1], design, over=True).verdict == PASS
+    assert judge_pairs(same, design, over=True).verdict is None  # all looks for PASS are behind
     few = [1.2] * (min(plan) - 4)
     assert judge_pairs(few, design, over=True).verdict is None
 

@@ -96,14 +96,13 @@ class Judgement:
     more: int | None = None  # pairs that it would take
 
 
-def _level(plan: dict[int, float], n: int, over: bool) -> float:
-    """The alpha of a look at n pairs. If the time is `over`, all that earlier looks have left.
+def _level(plan: dict[int, float], n: int, over: bool) -> float | None:
+    """The alpha of a look at n pairs; None if there is no look.
 
-    The clock ends a gate, and not what it found, so that this look is as valid as one that was planned.
+    The clock ends a gate, and not what it found. So if the time is `over`, the look that is made instead of
+    all that were to come may spend what these would have spent.
     """
-    if over:
-        return sum(alpha for look, alpha in plan.items() if look >= n)
-    return plan.get(n, min(plan.values()))
+    return sum(alpha for look, alpha in plan.items() if look >= n) or None if over else plan.get(n)
 
 
 def judge_pairs(
@@ -125,12 +124,12 @@ def judge_pairs(
     averages = sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
     found.ratio = math.exp(statistics.median(averages))
     passes, regresses = design.looks()
-    low, high = (_level(plan, n, over and n < max(plan)) for plan in (regresses, passes))
-    found.low = math.exp(lower_bound(averages, n, low))  # 0: too few pairs to say
-    found.high = math.exp(-lower_bound([-a for a in reversed(averages)], n, high))
-    if (over or n in regresses) and found.low > 1 + tolerance:
+    low, high = (_level(plan, n, over) for plan in (regresses, passes))
+    found.low = math.exp(lower_bound(averages, n, low or min(regresses.values())))  # 0: too few pairs to say
+    found.high = math.exp(-lower_bound([-a for a in reversed(averages)], n, high or min(passes.values())))
+    if low and found.low > 1 + tolerance:
         found.verdict = REGRESSED
-    elif (over or n in passes) and found.high < 1 + tolerance:
+    elif high and found.high < 1 + tolerance:
         found.verdict = PASS
     distance = abs(math.log(found.ratio) - limit)
     found.more = max(
