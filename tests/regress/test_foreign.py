@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import textwrap
 import venv
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_a_configuration_in_a_subfolder_and_the_package_at_the_top(workplace, pa
     with contextlib.chdir(folder):
         assert run("gate", *commits, "--json", "gate.json")[0] == 1
         assert judged()["suite.track_cost"]["ratio"] == 2.0
+
+
+def test_a_python_whose_tarfile_knows_no_filters(workplace, monkeypatch):
+    """Python 3.11.0 to 3.11.3."""
+    plain = tarfile.TarFile.extractall
+
+    def extractall(self, path=".", members=None, *, numeric_owner=False):
+        return plain(self, path, members, numeric_owner=numeric_owner)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", extractall)
+    foreign.make(workplace, OF_TINY)
+    commit = foreign.commit(workplace, "one", tiny="COST = 1")
+    assert (builds.worktree(Project(workplace), commit) / "tiny.py").is_file()
 
 
 def test_links_that_lead_out_of_the_archive(workplace):

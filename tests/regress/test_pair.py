@@ -113,6 +113,38 @@ def test_a_disturbance_affects_both_sides(workers):
         assert outcome.lower_quartile == pytest.approx(0.004 * factor)
 
 
+SLOW = """
+    import json, time
+    from pathlib import Path
+    import work
+
+    LOG = Path(__file__).parents[1] / ".asv/log"
+
+    class Slow:
+        version = "1"
+        number, repeat, warmup_time = 1, (1, 10, 0.1), 0.0
+
+        def setup(self):
+            if not hasattr(work, "ready"):  # asv sets up before each sample
+                start, work.ready = time.time(), True
+                time.sleep(1.5)
+                with LOG.open("a") as file:
+                    file.write(json.dumps([start, time.time()]) + "\\n")
+
+        def time_it(self):
+            time.sleep(0.002)
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_sides_set_up_at_once_in_their_first_pair_only(workers, tmp_path, first):
+    both, found = workers(SLOW, "NAME = 'base'", "NAME = 'head'")
+    outcomes = measure_pair(both, dict.fromkeys(both, found["time_it"]), first)
+    assert {outcome.status for outcome in outcomes.values()} == {OK}
+    a, b = sorted(json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines())
+    assert (b[0] < a[1]) == first
+
+
 def test_automatic_number_and_timeraw(workers):
     both, found = workers(LOGGED, "NAME = ''", "NAME = ''")
     quick = measure_pair(both, dict.fromkeys(both, found["time_quick"]))["base"]
