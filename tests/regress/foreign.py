@@ -19,6 +19,9 @@ from click.testing import CliRunner
 
 from projecta.regress.cli import cli
 
+# Seconds that a process sleeps. They tell it from processes of tests that run beside this one.
+FOREVER = f"4243.{os.getpid():08d}"
+
 SUITE = """
     class Sleep:
         params = ([1, 2], ["a", "b"])
@@ -62,7 +65,7 @@ FAULTS = """
             os.kill(os.getpid(), signal.SIGKILL)
 
         def track_hangs_while_printing(self):
-            subprocess.Popen(["sleep", "4243"])
+            subprocess.Popen(["sleep", "FOREVER"])
             while True:
                 print("still here", flush=True)
                 time.sleep(0.01)
@@ -101,7 +104,7 @@ FAULTS = """
             return 7
         def track_cached(self, seven):
             return seven
-"""
+""".replace("FOREVER", FOREVER)
 ENDINGS = {
     "good": ("ok", ""), "raises": ("failed", "KeyError: 'planted' (suite.py:13)"),
     "segfaults": ("crashed", "ended by SIGSEGV"), "memory_is_short": ("out of memory", "MemoryError (suite.py:20)"),

@@ -23,9 +23,7 @@ from projecta.regress.store import journal
 from projecta.regress.store.journal import Journal
 from projecta.regress.store.results import list_commits, read_measurements
 from tests.regress import foreign
-from tests.regress.foreign import ENDINGS, FAULTS, run, running, start
-
-pytestmark = pytest.mark.xdist_group("processes")  # these tests look for processes by name
+from tests.regress.foreign import ENDINGS, FAULTS, FOREVER, run, running, start
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def test_every_fault_has_its_reason(project, method):
     assert len(rows) == len(ENDINGS)
     assert facts["processors"] == os.cpu_count()
     assert facts["packages"]["asv-runner" if "asv-runner" in facts["packages"] else "asv_runner"]
-    assert not running("4243")
+    assert not running(FOREVER)
     stored = {
         m.benchmark.split("_")[-1]: m.value for m in read_measurements(Project(project), "desk") if m.measured
     }
@@ -156,8 +154,8 @@ LONG = """
         version = "1"
 
         def track_it(self):
-            subprocess.run(["sleep", "4244"])
-"""
+            subprocess.run(["sleep", "FOREVER"])
+""".replace("FOREVER", FOREVER)
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
@@ -167,15 +165,15 @@ def test_a_killed_run_leaves_no_process(project, method):
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", start_new_session=True)
     limit = time.monotonic() + 60
-    while not running("4244") and time.monotonic() < limit:
+    while not running(FOREVER) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert running("4244")
+    assert running(FOREVER)
     process.kill()
     process.communicate()
     limit = time.monotonic() + 10
-    while (running("4244") or running(str(project / "benchmarks"))) and time.monotonic() < limit:
+    while (running(FOREVER) or running(str(project / "benchmarks"))) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert not running("4244")
+    assert not running(FOREVER)
     assert not running(str(project / "benchmarks"))
 
 
@@ -185,13 +183,13 @@ def test_a_run_ends_with_its_parent(project):
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", parent=True, start_new_session=True)
     limit = time.monotonic() + 60
-    while not running("4244") and time.monotonic() < limit:
+    while not running(FOREVER) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert running("4244")
+    assert running(FOREVER)
     process.kill()
     text, _ = process.communicate(timeout=30)  # ends when the command has closed its output
     assert "Interrupted" in text
-    assert not running("4244")
+    assert not running(FOREVER)
     assert not running(str(project / "benchmarks"))
 
 
@@ -200,12 +198,12 @@ def test_an_interrupted_quick_run_does_not_claim_stored_results(project):
     foreign.commit(project, "one")
     process = start(project, "bench", "HEAD", "--machine", "desk", "--quick", start_new_session=True)
     limit = time.monotonic() + 60
-    while not running("4244") and time.monotonic() < limit:
+    while not running(FOREVER) and time.monotonic() < limit:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert (process.returncode, text.splitlines()[-1]) == (130, "Interrupted.")
-    assert not running("4244")
+    assert not running(FOREVER)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -234,7 +232,7 @@ def test_an_interrupt_while_a_process_starts_leaves_no_process(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests' environment may ignore it
     try:
         with (tmp_path / "printed").open("wb") as out, pytest.raises(KeyboardInterrupt):
-            guard.start(["sleep", "4244"], out, tmp_path, os.environ)
+            guard.start(["sleep", FOREVER], out, tmp_path, os.environ)
     finally:
         signal.signal(signal.SIGINT, before)
     (process,) = guard.groups

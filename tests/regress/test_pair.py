@@ -12,7 +12,7 @@ from projecta.regress.run.case import OK
 from projecta.regress.run.launch import Worker
 from projecta.regress.run.pair import measure_pair
 from tests.regress import foreign
-from tests.regress.foreign import ENDINGS, FAULTS, running
+from tests.regress.foreign import ENDINGS, FAULTS, FOREVER, running
 
 pytestmark = pytest.mark.serial
 
@@ -164,7 +164,7 @@ def test_every_fault_has_its_reason_and_the_next_case_runs(workers, method):
         for outcome in measure_pair(both, dict.fromkeys(both, case)).values():
             assert outcome.status == status, name
             assert reason in outcome.reason, name
-    assert not running("4243")
+    assert not running(FOREVER)
 
 
 def test_messages_to_a_dead_case_do_not_reach_the_next(workers):
