@@ -120,29 +120,53 @@ SLOW = """
 
     LOG = Path(__file__).parents[1] / ".asv/log"
 
+    def note(kind, seconds):
+        start = time.time()
+        time.sleep(seconds)
+        with LOG.open("a") as file:
+            file.write(json.dumps([start, time.time(), kind]) + "\\n")
+
     class Slow:
         version = "1"
-        number, repeat, warmup_time = 1, (1, 10, 0.1), 0.0
+        number, repeat, warmup_time = 1, (1, 10, 0.1), 0.2
 
         def setup(self):
             if not hasattr(work, "ready"):  # asv sets up before each sample
-                start, work.ready = time.time(), True
-                time.sleep(1.5)
-                with LOG.open("a") as file:
-                    file.write(json.dumps([start, time.time()]) + "\\n")
+                work.ready = True
+                note("set up", work.SECONDS)
 
         def time_it(self):
-            time.sleep(0.002)
+            note("call", 0.002)
 """
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_sides_set_up_at_once_in_their_first_pair_only(workers, tmp_path, first):
-    both, found = workers(SLOW, "NAME = 'base'", "NAME = 'head'")
-    outcomes = measure_pair(both, dict.fromkeys(both, found["time_it"]), first)
+def test_sides_set_up_at_once_and_warm_up_in_turn(workers, tmp_path):
+    both, found = workers(SLOW, "SECONDS = 1.0", "SECONDS = 1.5")
+    outcomes = measure_pair(both, dict.fromkeys(both, found["time_it"]))
     assert {outcome.status for outcome in outcomes.values()} == {OK}
-    a, b = sorted(json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines())
-    assert (b[0] < a[1]) == first
+    first, second, *calls = sorted(
+        json.loads(line) for line in (tmp_path / ".asv/log").read_text().splitlines()
+    )
+    assert [first[2], second[2]] == ["set up"] * 2
+    assert second[0] < first[1]
+    assert calls[0][0] >= max(first[1], second[1])
+    assert len(calls) > 100
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(calls))
+
+
+def test_forks_collect_no_garbage_of_imports(workers):
+    suite = """
+        import gc
+
+        class Collector:
+            version = "1"
+
+            def track_frozen(self):
+                return gc.get_freeze_count() if gc.isenabled() else -1
+    """
+    both, found = workers(suite, launch_method="forkserver")
+    outcomes = measure_pair(both, dict.fromkeys(both, found["track_frozen"]))
+    assert all(outcome.value > 1000 for outcome in outcomes.values())
 
 
 def test_automatic_number_and_timeraw(workers):

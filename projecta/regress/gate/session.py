@@ -179,7 +179,7 @@ def run_session(
                 workers[name].restart(pair == 0 and changed is not None, checked=pair > 0)
             for row in open_rows:
                 both = {name: workers[name] for name in order}
-                for name, outcome in measure_pair(both, row.cases, first=pair == 0).items():
+                for name, outcome in measure_pair(both, row.cases).items():
                     row.outcomes[name].append(outcome)
                     where = builds[name].environment.name
                     words = f"{session} {name}"

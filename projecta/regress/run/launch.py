@@ -73,8 +73,13 @@ class Worker:
         return None
 
     def ready(self) -> Outcome | None:
-        """Wait until a paired benchmark has set up and warmed up; return its outcome if it ended instead."""
+        """Wait until a paired benchmark has set up; return its outcome if it ended instead."""
         return self._wait_for("ready")
+
+    def warm_up(self) -> Outcome | None:
+        """Have a paired benchmark warm up; return its outcome if it ended instead."""
+        self._send({"warm": True})
+        return self._wait_for("warm")
 
     def sample(self, seconds: float) -> Outcome | None:
         """Have a paired benchmark take samples for so long; return its outcome if it ended instead."""

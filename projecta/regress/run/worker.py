@@ -12,8 +12,9 @@ Orders arrive over a socket, one JSON object a line:
 
     {"cache": ...}                    run the benchmark's setup_cache
     {"name": ..., "paired": false}    run the benchmark as asv does
-    {"name": ..., "paired": true}     set up, answer {"ready": true}, then take samples on {"seconds": s}
-                                      and answer {"sampled": true}, until {"seconds": 0}
+    {"name": ..., "paired": true}     set up and answer {"ready": true}; on {"warm": true} warm up, and answer
+                                      the same; then take samples on {"seconds": s} and answer
+                                      {"sampled": true}, until {"seconds": 0}
 
 With PROJECTA_TRACE=1 the files that an order has read are written beside its result. PROJECTA_CHECKED=1 tells
 the benchmarks that an earlier process has checked their results.
@@ -34,7 +35,7 @@ import sys
 import time
 import timeit
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,18 @@ class Trace:
         return path
 
 
+def wait_to_warm_up(link: Link) -> None:
+    """Say that the benchmark has set up; return when the other end asks it to warm up."""
+    link.send({"ready": True})
+    link.receive()
+
+
 def take_samples(take: Callable[[], float], link: Link) -> list[float]:
-    """Samples, taken when the other end asks for them.
+    """Say that the benchmark has warmed up; samples, taken when the other end asks for them.
 
     The first of several samples of a request is left out: it refills the caches that the other process used.
     """
-    link.send({"ready": True})
+    link.send({"warm": True})
     samples = []
     while (seconds := link.receive().get("seconds", 0)) > 0:
         end = time.monotonic() + seconds
@@ -116,6 +123,7 @@ def sample_on_request(benchmark: Any, link: Link) -> None:
         timer: Any, min_repeat: int, max_repeat: int, max_time: float, warmup_time: float, number: int,
         min_run_count: int,
     ) -> tuple[list[float], int]:  # fmt: skip
+        wait_to_warm_up(link)
         first, number = measure(timer, 1, 1, 0.0, warmup_time, number, 1)
         return take_samples(lambda: timer.timeit(number), link) or first, number
 
@@ -148,6 +156,15 @@ def perform(work: Callable[[], None], trace: Trace | None, order: dict[str, Any]
     work()
     if trace is not None and "result" in order:
         trace.write(order["result"])
+
+
+@contextlib.contextmanager
+def ready_to_fork() -> Iterator[None]:
+    """Import without collections of garbage, a quarter of the time; no fork collects what is imported."""
+    gc.disable()
+    yield
+    gc.freeze()  # a fork's collections would mark every imported object, and so copy its page
+    gc.enable()
 
 
 def run_in_fork(work: Callable[[], None], trace: Trace | None, order: dict[str, Any]) -> int:
@@ -205,6 +222,7 @@ class Tests:
         if self.link is None:
             return True
         items = {item.nodeid: item for item in session.items}
+        gc.freeze()
         while order := self.link.receive():
             if "cwd" in order:  # a request for samples may be left over from an order that has ended
                 work = functools.partial(self.run, items[order["name"]], Path(order["result"]))
@@ -252,6 +270,8 @@ class Tests:
     def call(self, fixture: Any, plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of `benchmark(function, ...)`."""
         found = plain(fixture, function, *args, **kwargs)
+        assert self.link is not None
+        wait_to_warm_up(self.link)
         timer = timeit.Timer(lambda: function(*args, **kwargs), gc.enable)
         number = 1
         while timer.timeit(number) < LEAST:
@@ -266,6 +286,8 @@ class Tests:
         """In place of `benchmark.pedantic(target, ...)`: the caller's iterations, as many rounds as asked."""
         rest = {"rounds": rounds, "warmup_rounds": warmup_rounds, "iterations": iterations}
         found = plain(fixture, target, args, kwargs, setup, teardown, **rest)
+        assert self.link is not None
+        wait_to_warm_up(self.link)
 
         def once(number: int) -> float:
             own_args, own_kwargs = (setup and setup()) or (args, kwargs or {})
@@ -309,8 +331,9 @@ def serve_suites(link: Link, folder: str, forks: bool, trace: Trace | None) -> N
         order = link.receive()
         perform(functools.partial(run, folder, order, link), trace, order)
         return
-    for _ in disc_benchmarks(folder, ignore_import_errors=True):
-        pass
+    with ready_to_fork():
+        for _ in disc_benchmarks(folder, ignore_import_errors=True):
+            pass
     while order := link.receive():
         if "cwd" in order:  # a request for samples may be left over from an order that has ended
             work = functools.partial(run, folder, order, link)
