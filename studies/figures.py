@@ -397,18 +397,19 @@ def gate_rates() -> str:
 
 
 def gate_whole() -> str:
-    """Real gates of all that the project gates by itself, by benchmark."""
-    own: dict[str, list[dict[str, str]]] = {}
-    for row in read("gate_rates.csv"):
-        if row["gate"].endswith("whole"):
-            own.setdefault(row["benchmark"], []).append(row)
+    """Real gates of all that the project gates, by planted change and benchmark, as sampled last."""
+    whole = [row for row in read("gate_rates.csv") if row["gate"].endswith("whole")]
+    own: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in whole:
+        if row["gate"] == whole[-1]["gate"]:
+            own.setdefault((row["planted"], row["benchmark"]), []).append(row)
     verdicts, rows = ("REGRESSED", "INCONCLUSIVE", "PASS"), []
-    for name, gates in own.items():
+    for (planted, name), gates in own.items():
         counts = [sum(r["verdict"] == verdict for r in gates) for verdict in verdicts]
         ratios, pairs = [float(r["ratio"]) for r in gates], [int(r["pairs"]) for r in gates]
         spans = f"{min(ratios):.3f} to {max(ratios):.3f}", f"{min(pairs)} to {max(pairs)}"
-        rows.append([f"`{name}`", len(gates), *counts, *spans])
-    return table(["benchmark", "gates", *verdicts, "head / base", "pairs"], rows)
+        rows.append([planted, f"`{name}`", len(gates), *counts, *spans])
+    return table(["planted", "benchmark", "gates", *verdicts, "head / base", "pairs"], rows)
 
 
 def compat_tests() -> str:

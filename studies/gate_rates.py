@@ -157,7 +157,7 @@ def gates(kind: str, count: int, whole: bool = False) -> None:
     from projecta.regress.run.case import Outcome
     from projecta.regress.run.pair import MOST
 
-    name = f"{MOST} samples" + (WHOLE if whole else "")
+    name = f"{MOST} samples, set up at once" + (WHOLE if whole else "")
     folder, base, head = _clone(kind, _ALL if whole else _TWO)
     words = ["projecta", "gate", base, head, "--always", "--machine", "rates", "--json", "gate.json"]
     for _ in range(count):
