@@ -349,6 +349,19 @@ def test_a_metric_that_varies_is_judged_in_its_direction():
         assert row.judgement.ratio == pytest.approx(factor)
 
 
+@pytest.mark.parametrize(("unit", "verdict"), [("MiB", statistics.PASS), ("unit", statistics.REGRESSED)])
+def test_a_small_peak_that_varies_by_what_the_allocator_makes_passes(unit, verdict):
+    case = Case("a.b", 0, (), "track", unit, "1", 1.0)
+    row = session.Row(case, dict.fromkeys(session.SIDES, case))
+    for i in range(14):
+        for side, size in (("base", 14.0), ("head", 14.15)):  # 1 %, and below the floor of peaks
+            row.outcomes[side].append(Outcome("ok", (size + 0.16 * (i % 2),)))
+        row.judge(statistics.Design())
+        if row.judgement.verdict:
+            break
+    assert row.verdict == verdict
+
+
 # --- messages to the user
 
 

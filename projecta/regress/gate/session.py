@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import stdev
+from statistics import median, stdev
 from typing import Any
 
 from projecta.regress.gate import statistics
@@ -88,12 +88,13 @@ class Row:
                 f"{zero} took 0 s, less than its clock resolves: set a larger `number`",
             )
             return
+        tolerance = design.tolerance
         if not self.case.timed:
             floor = FLOORS.get(self.case.unit, 0.0)
             self.judgement = statistics.judge_exact(base, head, design, floor, better)
             if self.judgement.verdict or not self.judgement.reason or min(base + head) <= 0:
                 return
-        tolerance = design.tolerance if self.case.timed else design.memory_tolerance
+            tolerance = max(design.memory_tolerance, floor / median(base))
         if better:
             found = statistics.judge_pairs([1 / ratio for ratio in self.ratios], design, tolerance, over)
             self.judgement = statistics.invert(found)
