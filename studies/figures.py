@@ -37,7 +37,7 @@ def headline() -> str:
     both = " and ".join(
         f"{mean(float(r[f'{kind}_times_as_fast']) for r in gpu):.2f}" for kind in ("forward", "both")
     )
-    label = f"Selective scan, GPU, {len(gpu)} shapes, forward and with gradients"
+    label = f"Selective scan, GPU, {len(gpu)} shapes and dtypes, forward and with gradients"
     rows.append([label, "mamba-ssm's CUDA kernel", f"{both} times as fast (geometric means)"])
     blocks = [r for r in read("block.csv") if r["dtype"] == "bfloat16" and r["projecta_both_ms"]]
     both = " and ".join(f"{mean(_gains(blocks, f'{kind}_ms')):.2f}" for kind in ("forward", "both"))
@@ -269,7 +269,7 @@ def parallel_steps() -> str:
         known = r["step_ms"] != ""
         rows.append([
             r["model"], f"{int(r['tokens']):,}", r["ranks"], r["schedule"], ms(r["step_ms"]) if known else "",
-            modelled, r["speedup"], f"{float(r['rate']):.0%}" if known else "",
+            modelled, r["speedup"], f"{100 * float(r['rate']):.0f} %" if known else "",
             f"{float(r['peak_mib']) / 1024:.1f} GiB" if known else r["peak_mib"],
         ])  # fmt: skip
     head = [
@@ -301,7 +301,7 @@ def parallel_outlook() -> str:
                 piece / _modelled_ms(piece, layers, ranks, schedule, gigabytes[model], rate)
                 for schedule in ("pass", "gather")
             ]
-            rows.append([model, ranks, f"{ranks * 262_144:,}", *(f"{s:.0%}" for s in share)])
+            rows.append([model, ranks, f"{ranks * 262_144:,}", *(f"{100 * s:.0f} %" for s in share)])
     text = (
         f"Averaging moves twice the gradients, at {LINK_GB_S['host']} GB/s within a host of 8 GPUs"
         f" (measured), and at {LINK_GB_S['network']} GB/s between hosts (assumed).\n\n"
@@ -374,6 +374,15 @@ def _false_alarms(tool: str) -> tuple[int, int]:
         last[key] = last.get(key, -1) + 1
         by_gate.setdefault((tool, str(last[key])), []).append(row["verdict"])
     return sum("REGRESSED" in verdicts for verdicts in by_gate.values()), len(by_gate)
+
+
+def gate_alarms() -> str:
+    """Real gates on identical code: asv continuous, and ours."""
+    rows: list[list[object]] = []
+    for tool, name in (("asv continuous", "asv 0.6.6"), ("projecta gate", "samples")):
+        wrong, gates = _false_alarms(name)
+        rows.append([tool, gates, wrong])
+    return table(["tool", "gates", "REGRESSED"], rows)
 
 
 def gate_rates() -> str:
@@ -479,6 +488,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         mrss_accuracy,
         mrss_time,
         mrss_gpu,
+        gate_alarms,
         gate_rates,
         gate_whole,
         compat_tests,

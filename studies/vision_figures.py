@@ -130,7 +130,13 @@ def vision_time() -> str:
             full = [known[kind, f"{tower} 1.0", pixels] for tower in ("attention", "scans")]
             half = known[kind, "scans 0.5", pixels]
             rows.append(
-                [kind, pixels, *map(ms, full), f"{full[0] / full[1]:.2f}", f"{half / full[1] - 1:+.0%}"]
+                [
+                    kind,
+                    pixels,
+                    *map(ms, full),
+                    f"{full[0] / full[1]:.2f}",
+                    f"{100 * (half / full[1] - 1):+.0f} %",
+                ]
             )
     head = ["size, images", "pixels", "ViT", "Vision Mamba", "ViT / Vision Mamba", "with keep 0.5"]
     return table(head, rows)
@@ -166,7 +172,15 @@ def vision_pruned() -> str:
         if keep != 0.5:
             continue
         full = known[size, tower, 1.0, "drop, block 0"]
-        rows.append([size, tower, plan, ms(time), f"{time / full[0] - 1:+.0%}", f"{peak / full[1] - 1:+.0%}"])
+        rows.append(
+            [
+                size,
+                tower,
+                plan,
+                ms(time),
+                *(f"{100 * (new / old - 1):+.0f} %" for new, old in zip((time, peak), full, strict=True)),
+            ]
+        )
     return table(["size", "tower", "plan", "time", "change", "peak memory"], rows)
 
 
