@@ -120,6 +120,35 @@ def test_a_gate_compares_what_has_the_same_parameters(workplace):
     assert 1.7 < timed["ratio"] < 2.3
 
 
+def test_a_new_benchmark_does_not_count_beside_others(workplace):
+    text = """
+        import work
+        from asv_runner.benchmarks.mark import SkipNotImplemented
+
+        class Skips:
+            version = "1"
+
+            def setup(self):
+                if not hasattr(work, "NEW"):
+                    raise SkipNotImplemented("this commit has no NEW")
+
+            def track_skips(self):
+                return 1
+
+        def track_all(): return 1
+        if hasattr(work, "NEW"):
+            def track_new(): return 1
+    """
+    foreign.make(workplace, text)
+    first = foreign.commit(workplace, "one", work="")
+    second = foreign.commit(workplace, "two", work="NEW = 1\n")
+    for pattern, expected, missing in ((".", 0, 2), ("new|skips", 4, 2), ("skips", 4, 1)):
+        code, text = run("gate", first, second, "--bench", pattern)
+        assert (code, text.count("NOT MEASURED  ")) == (expected, missing), text
+    code, text = run("gate", second, first, "--bench", "track")  # what head lacks counts
+    assert code == 4, text
+
+
 def test_another_version_of_a_benchmark_is_not_compared(workplace):
     text = "import work\ndef track_n():\n    return 1\ntrack_n.version = str(work.VERSION)\n"
     foreign.make(workplace, text)

@@ -41,6 +41,7 @@ class Row:
     environment: str = ""  # its name, if there are several
     outcomes: dict[str, list[Outcome]] = field(default_factory=lambda: {side: [] for side in SIDES})
     judgement: Judgement = field(default_factory=Judgement)
+    new: bool = False  # base does not have it, or skips it: there is nothing that it could have made worse
 
     @property
     def label(self) -> str:
@@ -76,7 +77,7 @@ class Row:
                 return
         skipped = [side for side in SIDES if last[side].status == SKIPPED]
         if skipped:
-            where = "" if len(skipped) == 2 else f"{skipped[0]} "
+            where, self.new = "" if len(skipped) == 2 else f"{skipped[0]} ", skipped == ["base"]
             self.decide(statistics.NOT_MEASURED, f"{where}skipped: {last[skipped[0]].reason}")
             return
         base, head = (self.values[side] for side in SIDES)
@@ -118,7 +119,8 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        return statistics.overall([row.verdict for row in self.rows])
+        """The worst of all rows but new ones; NOT MEASURED if there is no other."""
+        return statistics.overall([row.verdict for row in self.rows if not row.new])
 
 
 def run_session(
@@ -257,7 +259,7 @@ def _matched(
             continue
         other = labels["base"].get(case.label)
         why = "absent in base" if other is None else "base has another version of it"
-        one.append((Row(case, {"head": case}, environment), why))
+        one.append((Row(case, {"head": case}, environment, new=other is None), why))
     for case in select(found["base"], pattern):
         if case.label not in labels["head"]:
             one.append((Row(case, {"base": case}, environment), "absent in head"))
