@@ -23,8 +23,8 @@ class Factorised(nn.Sequential):
     """The map x -> (x V^T) U^T + bias, returned by `factorise`.
 
     Attributes:
-        rank: rank of the factors. error: ||W - U V||_F / ||W||_F, exact. break_even: the largest rank that
-            saves arithmetic.
+        rank: rank of the factors. error: ||W - U V||_F / ||W||_F, before the factors are rounded to the dtype
+            of W. break_even: the largest rank that saves arithmetic.
     """
 
     def __init__(self, first: nn.Linear, second: nn.Linear, error: float, break_even: int):
@@ -40,9 +40,9 @@ def factorise(linear: nn.Linear, rank: int) -> Factorised:
 
         W = P S Q^T (singular values);   U = P_r S_r^(1/2) (out, r),   V = S_r^(1/2) Q_r^T (r, in)
 
-    The error is the root of the sum of squares of the omitted singular values. No other product of this rank
-    has a smaller one (Eckart and Young, 1936). `linear` is not changed. Above rank `break_even` the factors
-    cost more than W.
+    ||W - U V||_F is the root of the sum of squares of the omitted singular values. No other product of this
+    rank has a smaller one (Eckart and Young, 1936). `linear` is not changed. Above rank `break_even` the
+    factors cost more than W.
 
     Raises:
         TypeError: `linear` is not an nn.Linear. ValueError: `rank` is not in 1...min(in, out).
@@ -56,6 +56,7 @@ def factorise(linear: nn.Linear, rank: int) -> Factorised:
     check.that(
         isinstance(linear, nn.Linear), "linear", "be an nn.Linear", type(linear).__name__, error=TypeError
     )
+    _check_floating(check, linear)
     most = min(linear.in_features, linear.out_features)
     check.that(isinstance(rank, int) and 1 <= rank <= most, "rank", f"lie in 1...{most}", rank)
     weight = linear.weight.detach()
@@ -74,6 +75,11 @@ def factorise(linear: nn.Linear, rank: int) -> Factorised:
     return Factorised(first, second, error, break_even_rank(linear)).train(linear.training)
 
 
+def _check_floating(check: Checker, linear: nn.Linear) -> None:
+    kind = linear.weight.dtype
+    check.that(kind.is_floating_point, "linear", "have floating-point weights", kind, error=TypeError)
+
+
 def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "MergedLora":
     """Add a low-rank update to a linear map in place.
 
@@ -83,7 +89,8 @@ def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "Merged
         linear: W (out, in). A: (r, in). B: (out, r). alpha: scale of the update, before division by r.
 
     Returns:
-        A handle whose `unmerge()` restores W bit for bit; also a context manager. It keeps a copy of W.
+        A handle whose `unmerge()` restores W bit for bit; also a context manager. It keeps a copy of W: undo
+        several merges in reverse order.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or shape.
@@ -99,6 +106,7 @@ def merge_lora(linear: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> "Merged
     check.that(
         isinstance(linear, nn.Linear), "linear", "be an nn.Linear", type(linear).__name__, error=TypeError
     )
+    _check_floating(check, linear)
     outputs, inputs = linear.weight.shape
     for name, t in (("A", A), ("B", B)):
         check.that(isinstance(t, Tensor), name, "be a tensor", type(t).__name__, error=TypeError)

@@ -47,13 +47,13 @@ def context(group: Any = None, schedule: str = "pass") -> Iterator["Context"]:
     Raises:
         RuntimeError: torch.distributed is not initialised; or, from a layer, a rank differs or is lost.
     """
-    before = getattr(_thread, "current", None)
-    _thread.current = Context(group, schedule)
+    before, where = getattr(_thread, "current", None), Context(group, schedule)
+    _thread.current = where
     try:
-        yield _thread.current
+        yield where
     finally:
-        _thread.current.finish()
         _thread.current = before
+        where.finish()
 
 
 def current() -> "Context | None":
@@ -343,8 +343,8 @@ def split_packed(cu_seqlens: Tensor, first: int, last: int) -> Tensor:
     rank before.
 
     Examples:
-        >>> split_packed(torch.tensor([0, 3, 8, 12]), 4, 10)
-        tensor([-1,  4,  6])
+        >>> split_packed(torch.tensor([0, 3, 8, 12], dtype=torch.int32), 4, 10)
+        tensor([-1,  4,  6], dtype=torch.int32)
     """
     own = cu_seqlens[(cu_seqlens > first) & (cu_seqlens < last)]
     begun = cu_seqlens[cu_seqlens <= first][-1:]
@@ -370,6 +370,9 @@ def mean_loss(total: Tensor, count: int | Tensor, group: Any = None) -> Tensor:
 
     Args:
         total: the sum of this rank's losses. count: the number of its terms.
+
+    Returns:
+        This rank's share of the loss; it is not finite if no rank has terms.
     """
     where = Context(group)
     every = torch.as_tensor(count, dtype=torch.float64, device=total.device).clone()
@@ -378,7 +381,10 @@ def mean_loss(total: Tensor, count: int | Tensor, group: Any = None) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Any = None) -> None:
-    """Average the gradients over the ranks, as DDP and FSDP do; for models that neither wraps."""
+    """Average the gradients over the ranks, as DDP and FSDP do; for models that neither wraps.
+
+    All ranks must have gradients of the same parameters.
+    """
     where = Context(group)
     grads = [p.grad for p in parameters if p.grad is not None]
     for dtype in dict.fromkeys(g.dtype for g in grads):

@@ -69,7 +69,7 @@ def discretise(
 
 
 def s4d_kernel(log_A_bar: Tensor, B_bar: Tensor, C: Tensor, l: int) -> Tensor:
-    """K (d, l) = 2 Re(sum over n of C B_bar A_bar^t), t = 0...l - 1.
+    """K (d, l) = 2 Re(sum over n of C B_bar A_bar^t), t = 0...l - 1; the sum itself if all are real.
 
     Let t = r s + q: compute the powers for all r and all q, then one matrix product. So no (d, n, l) tensor
     is formed.
@@ -109,13 +109,15 @@ def s4d_scan(
         initial_state: (b, d, n).
         mode: "convolution" (FFT, O(l log l), parallel in time) or "recurrence" (by `selective_scan`). The
             results agree to 1e-5 of the largest value.
-        backend: backend of the recurrence, as in `selective_scan`.
+        backend: backend of the recurrence, as in `selective_scan`; a convolution runs on any device.
 
     Returns:
-        y (b, d, l) in u's dtype; with `return_last_state` also the last state (b, d, n).
+        y (b, d, l) in u's dtype; with `return_last_state` also the last state (b, d, n) in float32 or
+        complex64 (float64 or complex128 if u, delta or A is).
 
     Raises:
-        ValueError: a shape or value is wrong. TypeError: a dtype is wrong.
+        ValueError: a shape or value is wrong. TypeError: a dtype is wrong. BackendUnavailable: `backend`
+            cannot run the recurrence here.
 
     Examples:
         >>> u = torch.tensor([[[1.0, 0.0, 0.0]]])
@@ -225,6 +227,8 @@ class S4DBlock(nn.Module):
     ):
         super().__init__()
         Checker("S4DBlock").one_of("discretisation", discretisation, DISCRETISATIONS)
+        rises = 0 < step_range[0] <= step_range[1]
+        Checker("S4DBlock").that(rises, "step_range", "be two steps above 0, ascending", step_range)
         low, high = (math.log(step) for step in step_range)
         A = s4d_rates(n, init)
         self.discretisation = discretisation

@@ -85,3 +85,13 @@ def test_misuse_is_named_in_one_line():
         merge_lora(linear, torch.ones(2, 4), torch.ones(2, 3), 1.0)
     with pytest.raises(TypeError, match=r"^merge_lora: A must be a tensor; got list\.$"):
         merge_lora(linear, [[1.0]], torch.ones(3, 1), 1.0)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda t: factorise(t, 1), lambda t: merge_lora(t, torch.ones(1, 4), torch.ones(3, 1), 1.0)]
+)
+def test_integer_weights_are_refused(call):
+    linear = nn.Linear(4, 3, bias=False)
+    linear.weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"linear must have floating-point weights; got torch\.int8"):
+        call(linear)

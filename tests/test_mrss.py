@@ -291,3 +291,13 @@ def test_a_piece_is_not_packed():
     state = MrssState.start(a.pop("initial_state"))
     with pytest.raises(ValueError, match="cu_seqlens must be None with a MrssState"):
         mrss_scan(**a, initial_state=state)
+
+
+def test_a_token_needs_a_state_with_blocks():
+    x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
+    with pytest.raises(
+        TypeError, match=r"^mrss_update: state must be a MrssState; got Tensor\. Take MrssState\.start"
+    ):
+        mrss_update(torch.zeros(1, 2, 1), x, x, A, B, B)
+    with pytest.raises(ValueError, match=r"^mrss_update: x must have shape \(b, d\); got \(2,\)\.$"):
+        mrss_update(MrssState.start(torch.zeros(1, 2, 1)), x[0], x, A, B, B)

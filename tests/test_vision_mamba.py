@@ -528,3 +528,12 @@ def test_peak_memory_is_what_the_docs_say(plan, numbers):
     with torch.inference_mode(), prune(model, Plan(score="grid", **plan)):
         peak = _peak_of_tensors(lambda: model(images))
     assert peak == pytest.approx(4 * b * numbers(c, r + 4 * n, t, kept), rel=0.05)
+
+
+def test_labels_are_class_indices_and_their_loss_is_a_mean():
+    model = build(VisionMambaForImageClassification, num_labels=3)
+    assert model.accepts_loss_kwargs is False  # else Trainer does not divide it by the steps it accumulates
+    with pytest.raises(
+        ValueError, match=r"labels must be class indices \(b,\); got torch.float32 \(2, 3\)\.$"
+    ):
+        model(torch.rand(2, 3, 32, 32), labels=torch.zeros(2, 3))

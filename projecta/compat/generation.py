@@ -40,7 +40,8 @@ def decode(
     """Extend input_ids (b, l) to at most `max_length` tokens.
 
     Args:
-        top_k: 1 is greedy, 0 keeps all. top_p, min_p: 0 keeps all. temperature: above 0.
+        top_k: 1 is greedy, and temperature, top_p and min_p then change nothing; 0 keeps all.
+        top_p, min_p: 0 keeps all. temperature: above 0.
         repetition_penalty: above 1 makes the tokens so far less likely.
         eos_token_id: generation ends where all rows have just given it.
         teacher_outputs: (b, at most max_length): tokens that are taken instead of the model's.
@@ -53,7 +54,7 @@ def decode(
     Returns:
         sequences (b, l), and scores, a tuple of (b, vocabulary), or ().
     """
-    check = Checker("generate")
+    check = Checker("decode")
     check.that(temperature > 0, "temperature", "be above 0", temperature)
     check.that(
         not cg or input_ids.is_cuda, "cg", "be False on a device other than a GPU", input_ids.device.type

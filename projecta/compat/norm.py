@@ -17,7 +17,8 @@ def layer_norm_fn(
 
     Args:
         x: (..., n). weight, bias: (n,). residual, x1: of the shape of x. rowscale: (...).
-        prenorm: also return the sum. residual_in_fp32: return it in float32; else in the dtype of `residual`.
+        prenorm: also return the sum, in the dtype of `residual`; without one in float32 if
+            `residual_in_fp32`, else in that of x.
         is_rms_norm: divide by the root mean square instead of subtracting the mean first.
 
     Returns:

@@ -49,8 +49,9 @@ def causal_conv(
         cu_seqlens: int32 (s + 1): packs s sequences into one row (b = 1), as in `projecta.selective_scan`.
         reverse: go from the last step to the first, with the bits of `causal_conv` of the flipped x. The
             initial state then stands behind the last step, and the last state is that of the first step.
-        backend: "reference", "cpu" (k <= 8), "triton" (k <= 8), or "auto": by device; for a wider filter or
-            float64 on a GPU "reference".
+        backend: "reference", "cpu" (k <= 8), "triton" (k <= 8), or "auto": "cpu" on a CPU and "triton" on an
+            NVIDIA GPU; "reference" elsewhere, for a wider filter, for float64 on a GPU, and where triton
+            cannot run.
 
     Returns:
         y, of the shape, dtype and strides of x; with `return_last_state` also the last inputs
@@ -58,7 +59,8 @@ def causal_conv(
 
     Raises:
         ValueError: a shape or value is wrong. TypeError: a dtype is wrong. BackendUnavailable: `backend`
-            cannot run here.
+            cannot run here. RuntimeError: a forward-mode or second derivative, of another backend than
+            "reference".
 
     Examples:
         >>> import torch

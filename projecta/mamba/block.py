@@ -53,7 +53,7 @@ class MambaBlock(nn.Module):
             initialisation: the first band takes the largest steps.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: an argument is out of range. BackendUnavailable: `backend` cannot run here.
 
     Examples:
         >>> import torch
@@ -98,7 +98,11 @@ class MambaBlock(nn.Module):
         self.backend, self.bidirectional, self.mrss = backend, bidirectional, mrss
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        check.that(self.d_inner >= 1, "expand", "give at least one channel", expand)
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        whole = isinstance(rank, int) and rank >= 1
+        check.that(whole, "dt_rank", "be 'auto' or an integer above 0", repr(dt_rank))
+        self.dt_rank = int(rank)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **to)
         self.conv1d = nn.Conv1d(
@@ -134,8 +138,20 @@ class MambaBlock(nn.Module):
         weight = self.conv1d.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=wide)
-        ssm = zeros if self.mrss is None else MrssState.start(zeros, len(self.mrss))
+        ssm: Tensor | MrssState = zeros
+        if self.mrss is not None:
+            cut = check_bands(Checker("MambaBlock"), self.mrss, self.d_inner, name="mrss")
+            ssm = MrssState.start(zeros, len(cut))
         return State(weight.new_zeros(batch, self.d_inner, self.d_conv - 1), ssm)
+
+    def _check_state(self, check: Checker, state: State, b: int, inputs: int) -> None:
+        """Check shapes, at which kernels do not look."""
+        check.shape("state.conv", state.conv, (b, self.d_inner, inputs), "(b, d_inner, d_conv - 1)")
+        blocks = isinstance(state.ssm, MrssState)
+        kind = type(state.ssm).__name__
+        check.that(not blocks or self.mrss is not None, "state.ssm", "be a tensor", kind, error=TypeError)
+        h = state.ssm.h if isinstance(state.ssm, MrssState) else state.ssm
+        check.shape("state.ssm", h, (b, self.d_inner, self.d_state), "(b, d_inner, d_state)")
 
     def forward(
         self,
@@ -148,7 +164,9 @@ class MambaBlock(nn.Module):
         """Map (b, l, d_model) to the same shape, starting from `state` if given; differentiable in both.
 
         cu_seqlens: int32 (s + 1), packs s sequences into one row (b = 1), as in `projecta.selective_scan`;
-        the states are then (s, ...).
+        the states are then (s, ...). Within `projecta.parallel.context` it is `parallel.split_packed`'s.
+
+        With mrss and `return_state` or a state, tokens are scanned one after the other: slow.
 
         A bidirectional block has no state, and does not run within `projecta.parallel.context`.
 
@@ -173,6 +191,9 @@ class MambaBlock(nn.Module):
                 self, hidden_states, where, self.backend, before, cu_seqlens, drop=not return_state
             )
             return (output, State(*after)) if return_state else output
+        if state is not None:
+            b = len(hidden_states) if cu_seqlens is None else len(cu_seqlens) - 1
+            self._check_state(check, state, b, self.d_conv - 1)
         conv, ssm = (None, None) if state is None else state
         if self.mrss is not None and ssm is None and return_state:
             ssm = self.initial_state(len(hidden_states)).ssm
@@ -187,6 +208,12 @@ class MambaBlock(nn.Module):
         check = Checker("MambaBlock.step")
         check.that(not self.bidirectional, "bidirectional", "be False for a step", True)
         check.shape("hidden_states", hidden_states, (len(state.conv), self.d_model), "(b, d_model)")
+        self._check_state(check, state, len(hidden_states), max(state.conv.shape[-1], self.d_conv - 1))
+        blocks, kind = isinstance(state.ssm, MrssState), type(state.ssm).__name__
+        check.that(
+            blocks or self.mrss is None, "state.ssm", "be a MrssState with mrss", kind,
+            "`initial_state` gives one.", TypeError,
+        )  # fmt: skip
         if self.mrss is None and not torch.is_grad_enabled():
             module, weights = fused(self, hidden_states, self.backend)
             if module is not None:

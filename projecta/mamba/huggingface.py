@@ -54,8 +54,9 @@ def accelerate(
         A handle. As a context manager it undoes at its end the changes of this call.
 
     Raises:
-        TypeError: the model has no such layer. ValueError: it is accelerated already, on another backend, or
-            parts of it are offloaded. BackendUnavailable: `backend` cannot run here.
+        TypeError: the model has no such layer. ValueError: it is accelerated already, on another backend or
+            with `mrss` or `group` now; parts of it are offloaded; or bands do not fit. RuntimeError: `group`
+            is given, and torch.distributed is not initialised. BackendUnavailable: `backend` cannot run here.
 
     Examples:
         >>> from transformers import MambaConfig, MambaForCausalLM
@@ -68,7 +69,7 @@ def accelerate(
     named = _mixers(check, model)
     mixers = [mixer for _, mixer in named]
     check_backend(check, backend)
-    for mixer in mixers:
+    for name, mixer in named:
         current = vars(mixer).get("forward")
         if isinstance(current, _Forward) and not current.has_handle:
             _restore(mixer)
@@ -82,14 +83,16 @@ def accelerate(
         else:
             check.that(
                 current is None and not hasattr(mixer.conv1d, "_hf_hook"), "model",
-                "have layers with their own forward, and weights in place", "a wrapped or offloaded layer",
+                "have layers with their own forward, and weights in place",
+                f"a wrapped or offloaded layer, {name!r}",
             )  # fmt: skip
     order: list[Tensor | None] = [None] * len(mixers)
+    fresh = not any(isinstance(vars(mixer).get("forward"), _Forward) for mixer in mixers)
+    for argument, value in (("mrss", mrss), ("group", group)):
+        rule, advice = "be None on an accelerated model", "Call remove() of its handle first."
+        check.that(value is None or fresh, argument, rule, value, advice)
+    check.that(mrss is None or group is None, "mrss", "be None with group", mrss)
     if mrss is not None:
-        fresh = not any(isinstance(vars(mixer).get("forward"), _Forward) for mixer in mixers)
-        check.that(
-            fresh, "mrss", "be None on an accelerated model", mrss, "Call remove() of its handle first."
-        )
         for i, mixer in enumerate(mixers):
             check_bands(check, mrss, mixer.A_log.shape[0], name="mrss")
             order[i] = _sort_order(check, mixer)

@@ -85,10 +85,12 @@ def mrss_scan(
     Arguments that are not listed, and the errors, are those of `projecta.selective_scan`.
 
     Args:
-        bands: (fraction of the channels, period) in the order of the channels; fractions sum to 1. With
-            periods of 1 alone the bits are those of `selective_scan`.
+        bands: (fraction of the channels, period) in the order of the channels; fractions sum to 1. A band
+            ends at channel round(d times the sum of the fractions so far), and may be empty. With periods of
+            1 alone the bits are those of `selective_scan`.
         initial_state: as in `selective_scan`, or a `MrssState` of an earlier piece of the sequence; then the
-            last state is a `MrssState` too. The tokens of the first block read 0 with a tensor.
+            last state is a `MrssState` too, and tokens are scanned one after the other, on any backend:
+            slow. The tokens of the first block read 0 with a tensor.
         backend: as in `selective_scan`; "cpu" and "triton" sum and read blocks in kernels of their own.
 
     Returns:
@@ -183,8 +185,12 @@ def mrss_update(
     """One more token: y (b, d), and the state after it.
 
     Args:
-        state: of `mrss_scan`, or `MrssState.start`; not changed. x, dt, z: (b, d). B, C: (b, n) or
-            (b, g, n).
+        state: `MrssState.start(h, number of bands)` of a first state h, or what `mrss_scan` returns if it
+            started from one; not changed.
+        x, dt, z: (b, d). B, C: (b, n) or (b, g, n). A, D, dt_bias, dt_softplus, bands: as in `mrss_scan`.
+
+    Raises:
+        ValueError: a shape or value is wrong. TypeError: a dtype is wrong, or `state` is no `MrssState`.
 
     Examples:
         >>> x, A, B = torch.ones(1, 2), -torch.ones(2, 1), torch.ones(1, 1)
@@ -192,6 +198,13 @@ def mrss_update(
         >>> y
         tensor([[1., 0.]])
     """
+    check = Checker("mrss_update", "x")
+    check.that(
+        isinstance(state, MrssState), "state", "be a MrssState", type(state).__name__,
+        "Take MrssState.start, or the state of an mrss_scan that started from one.", TypeError,
+    )  # fmt: skip
+    check.tensor("x", x)
+    check.that(x.dim() == 2, "x", "have shape (b, d)", tuple(x.shape))
     x, dt, B, C = (t[..., None] for t in (x, dt, B, C))
     z = None if z is None else z[..., None]
     y, last = mrss_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, True, bands=bands, initial_state=state)

@@ -30,7 +30,7 @@ from projecta.scan.pool import blank_rows, read_rows, write_rows
 
 SAVE_EVERY = (8, 16, 32)
 BACKENDS = ("reference", "vectorised", "cpu", "triton")
-# Choice of "auto" by device type. If it cannot run, and on a GPU for float64 and complex A: "vectorised".
+# Choice of "auto" by device type; on others "vectorised", as on a GPU for float64, complex A, or no triton.
 AUTO = {"cpu": "cpu", "cuda": "triton"}
 
 
@@ -71,8 +71,8 @@ def selective_scan(
     Args:
         u: input (b, d, l); float16, bfloat16, float32 or float64. Any strides.
         delta: step size (b, d, l), of any of these types.
-        A: decay rates (d, n), float32 or complex64 (float64 or complex128 allowed); real parts are negative
-            for decay.
+        A: decay rates (d, n), float32 or complex64 (float64 or complex128 are rounded to these unless u is
+            float64); real parts are negative for decay.
         B: input weights: (d, n) constant, (b, n, l), or (b, g, n, l) with g dividing d. Complex A: constant B
             is complex, and B over time is complex or has 2 l interleaved real and imaginary parts.
         C: output weights, as B.
@@ -90,7 +90,9 @@ def selective_scan(
             `torch.utils.checkpoint` only one layer's states exist at a time: take 8.
         reverse: scan from the last step to the first, with the bits of `selective_scan` of flipped tensors.
             `initial_state` then stands behind the last step, and the last state is that of the first step.
-        backend: one of `available_backends()`, or "auto": the table `AUTO` of this module.
+        backend: one of `available_backends()`, or "auto": "cpu" on a CPU; "triton" on an NVIDIA GPU, but
+            "vectorised" if triton cannot run there, u is float64 or A is complex; "vectorised" elsewhere.
+            "triton" computes with delta and z in float32.
 
     Returns:
         y (b, d, l) in u's dtype; with `return_last_state` also the last state (b, d, n), or (s, d, n) if
@@ -99,7 +101,8 @@ def selective_scan(
 
     Raises:
         ValueError: a shape or value is wrong. TypeError: a dtype is wrong. BackendUnavailable: `backend`
-            cannot run here.
+            cannot run here. RuntimeError: a forward-mode or second derivative, of another backend than
+            "reference".
 
     Examples:
         >>> import torch
@@ -178,7 +181,8 @@ def selective_state_update(
 ) -> Tensor:
     """Advance the state by one step; positional arguments as in mamba-ssm's `selective_state_update`.
 
-    The formula is that of `selective_scan` with l = 1. `state` is overwritten with the new state.
+    The formula is that of `selective_scan` with l = 1. `state` is overwritten with the new state, so call it
+    within `torch.no_grad()`; for gradients take `selective_scan` with `initial_state`.
 
     Args:
         state: (b, d, n), or (b, h, d, n) for h heads: then x, dt, z are (b, h, d), A (h, d, n), D, dt_bias
@@ -190,7 +194,8 @@ def selective_state_update(
             state_batch_indices[i] of a pool of N states, (N, d, n) or (N, h, d, n). Indices are distinct and
             in 0...N - 1, or below 0 for padding: such a row gives 0 and writes nothing. This is checked on
             the CPU only, where reading them is free.
-        backend: as in `selective_scan`.
+        backend: as in `selective_scan`. "cpu" and "vectorised" take the step of "reference", and so does
+            "triton" where a gradient may be asked for.
 
     Returns:
         y, of the shape and dtype of x.

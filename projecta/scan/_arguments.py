@@ -100,9 +100,12 @@ def check_step(check, state, x, dt, A, B, C, D, z, dt_bias, indices) -> None:
     ):  # fmt: skip
         if t is not None or name == "dt":
             check.tensor(name, t, x.device)
+            check.dtype(name, t, FLOATS)
             check.shape(name, t, shape, names)
     for name, t in (("B", B), ("C", C)):
         check.tensor(name, t, x.device)
+        real = A.is_complex() or not t.is_complex()
+        check.that(real, name, "be real like A", t.dtype, error=TypeError)
         g = t.shape[1] if t.dim() == 3 else 1
         shapes = f"have shape (b, n) = {(b, n)} or (b, g, n)"
         check.that(tuple(t.shape) in ((b, n), (b, g, n)), name, shapes, tuple(t.shape))

@@ -442,7 +442,12 @@ class VisionMambaModel(VisionMambaPreTrainedModel):
 
 
 class VisionMambaForImageClassification(VisionMambaPreTrainedModel):
-    """The tower and a linear classifier of its pooled output; with `labels` (b,), the loss."""
+    """The tower and a linear classifier of its pooled output.
+
+    With `labels`, class indices (b,), the loss is the mean cross-entropy.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the steps that it accumulates
 
     def __init__(self, config: VisionMambaConfig):
         check_config(config)
@@ -458,6 +463,11 @@ class VisionMambaForImageClassification(VisionMambaPreTrainedModel):
     ) -> ImageClassifierOutput | tuple:  # fmt: skip
         found = self.vision_mamba(pixel_values, return_dict=True, **options)
         logits = self.classifier(found.pooler_output)
+        if labels is not None:
+            Checker("VisionMambaForImageClassification").that(
+                labels.dim() == 1 and not labels.is_floating_point(), "labels", "be class indices (b,)",
+                f"{labels.dtype} {tuple(labels.shape)}",
+            )  # fmt: skip
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
         plain = self.config.return_dict if return_dict is None else return_dict
@@ -481,10 +491,13 @@ def convert_vim(weights: Mapping[str, Tensor], **changes: Any) -> VisionMambaFor
         weights: by name, as Vim saves them. changes: fields of the config that weights do not show.
 
     Raises:
-        ValueError: names are missing or unknown.
+        ValueError: names are missing or unknown. RuntimeError: a shape does not fit; give `image_size` if the
+            images are not square.
     """
-    check = Checker("convert_vim")
-    check.that("patch_embed.proj.weight" in weights, "weights", "be those of a Vim", sorted(weights)[:3])
+    check, parts = Checker("convert_vim"), ("A_log", "conv1d.weight", "dt_proj.weight")
+    read = "patch_embed.proj.weight", "pos_embed", *(f"layers.0.mixer.{part}" for part in parts)
+    known = all(name in weights for name in read)
+    check.that(known, "weights", "be those of a Vim", sorted(weights)[:3])
     named: dict[str, Tensor] = {}
     for name, t in weights.items():
         new = name

@@ -73,15 +73,16 @@ class Plan:
             `at`, computed in advance: "cls", the class token's attention to a patch; "value", the same times
             ||v||; "received", the attention of all tokens to it; "probe", that of SigLIP's pooling head; from
             a scan: "delta", the mean step size in block `at`; or a function of the patches (b, p, c) that
-            returns (b, p).
+            returns (b, p). The fusions "bipartite" and "checkerboard" use no score.
         fuse: "drop" the others, or merge them by "mean", "cluster", "squeeze", "next", "bipartite" or
             "checkerboard" (see `fusion`).
-        mass: add log(mass) to the logits of later attention, so that a token counts for all tokens in it.
+        mass: add log(mass) to the logits of later attention, so that a token counts for all tokens in it
+            (Bolya et al., "Token Merging", arXiv 2210.09461, proportional attention).
         multiple_of: round the tokens that remain, class token included, up to a multiple of this.
         semantics: `keep` is the fraction of the patches that remains at the end ("tokens"), of the patches
             that each stage sees ("stage"), or of the tower's FLOPs ("flops").
-        centres: number of tokens into which others are merged, for "cluster".
-        seed: seed of the random score.
+        centres: number of tokens into which others are merged, for "cluster"; unused otherwise.
+        seed: seed of the random score; unused by others.
         forget: in a tower of scans, the state of a kept token also forgets for those that are missing before
             it, as if their steps were its own. Towers with attention have no such state. A small CLIP was
             less accurate with it (docs/vision_mamba.md).
@@ -241,13 +242,15 @@ class Plan:
         """Prune (b, t, c) tokens once.
 
         Args:
-            count: number of tokens that remain, prefix included; `tokens_kept` if not given.
+            count: number of tokens that remain, prefix included; if not given, `keep` of the patches,
+                whatever `semantics` and `at` say.
             scores: (b, t - prefix), if the plan's score needs a model or is already computed.
             mass: (b, t), from an earlier stage; ones if not given.
             visible: (b, t), False for masked tokens. They have no score and no mass: they are pruned first,
                 and add nothing to other tokens.
-            grid: rows and columns of the image, for score "grid"; a square if not given.
-            places: (b, t - prefix), index of each patch in the grid, if some were pruned before.
+            grid: rows and columns of the image, for score "grid" and fuse "checkerboard"; a square if not
+                given.
+            places: (b, t - prefix), index of each patch in the grid, if some were pruned before; with `grid`.
 
         If nothing is pruned, the result holds `tokens` itself.
 

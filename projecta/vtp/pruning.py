@@ -53,14 +53,16 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         ratios and the tokens per block.
 
     An attention mask is reduced to the kept tokens. Masked patches are pruned first, and are merged into no
-    other token. A classifier that averages its patches weights each by its mass. Threads may call a pruned
+    other token. If a classifier that averages patches holds the tower when `prune` is called, patches in
+    `last_hidden_state` are multiplied by their mass over the mean mass. Threads may call a pruned
     tower at the same time. A compiled tower is compiled again when it is pruned, when `keep` is set and when
     the pruning is removed.
 
     Raises:
         TypeError: the model has no such tower, or a head that needs every patch. ValueError: it is pruned
             already, has no block `plan.at`, or lacks a part that the plan needs: a class token for "cls" and
-            "value", a pooling head for "probe", attention with a mask ("sdpa" or "eager") for `mass`.
+            "value", a pooling head for "probe", attention with a mask ("sdpa" or "eager") for `mass`, scans
+            for "delta", `forget` and `unmerge`.
 
     Examples:
         >>> import torch
@@ -87,7 +89,8 @@ def prune(model: nn.Module, plan: Plan) -> "Pruning":
         pruning.remove()
     check_score(check, family, tower, blocks[plan.stages[0]], plan.score)
     check.that(not (plan.mass and family.scans), "plan.mass", "be False in a tower without attention", True)
-    check.that(family.scans or not plan.unmerge, "plan.unmerge", "be False in a tower without scans", True)
+    for name, wanted in (("unmerge", plan.unmerge), ("forget", plan.forget)):
+        check.that(family.scans or not wanted, f"plan.{name}", "be False in a tower without scans", True)
     attention = tower.config._attn_implementation
     check.that(
         not plan.mass or attention in MASKABLE, "plan.mass",
@@ -134,6 +137,9 @@ class Pruning:
         owner: in the last forward pass, index of the remaining token that holds each token, (b, t); -1: none.
         mass: in the last forward pass, number of tokens merged in each remaining token, (b, t'); 0: masked.
         grid: in the last forward pass, rows and columns of patches.
+
+    In a Vision Mamba these count the class token as 0, wherever it stands, and then the patches by rows; the
+    tokens of `last_hidden_state` are in the order of their places instead.
     """
 
     def __init__(self, family: Family, tower: Any, plan: Plan):

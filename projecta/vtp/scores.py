@@ -56,6 +56,8 @@ def _score_random(patches: Tensor, view: View) -> Tensor:
 def stand(patches: Tensor, view: View, user: str) -> tuple[Tensor, Tensor, int]:
     """Row and column of each patch, (1 or b, p), and the larger side of the image, which `user` needs."""
     count = patches.shape[1]
+    if view.places is not None and view.grid is None:
+        fail("Plan.apply", "grid", f"be given with places, for {user}", "None")
     side = math.isqrt(count)
     rows, columns = view.grid or (side, side)
     if view.places is None and rows * columns != count:

@@ -498,11 +498,53 @@ def test_blocks_compile_before_any_eager_call():
             lambda: MambaBlock(8).step(torch.ones(1, 3), MambaBlock(8).initial_state(1)),
             "MambaBlock.step: hidden_states must have shape (b, d_model) = (1, 8); got (1, 3).",
         ),
+        (lambda: MambaBlock(8, dt_rank=0), "MambaBlock: dt_rank must be 'auto' or an integer above 0; got 0."),
+        (lambda: MambaBlock(8, dt_rank="a"), "MambaBlock: dt_rank must be 'auto' or an integer above 0; got 'a'."),
+        (lambda: MambaBlock(8, expand=0), "MambaBlock: expand must give at least one channel; got 0."),
+        (
+            lambda: MambaBlock(8)(torch.ones(2, 4, 8), MambaBlock(8).initial_state(1)),
+            "MambaBlock: state.conv must have shape (b, d_inner, d_conv - 1) = (2, 16, 3); got (1, 16, 3).",
+        ),
+        (
+            lambda: MambaBlock(8)(torch.ones(1, 4, 8), MambaBlock(8, d_conv=5).initial_state(1)),
+            "MambaBlock: state.conv must have shape (b, d_inner, d_conv - 1) = (1, 16, 3); got (1, 16, 4).",
+        ),
+        (
+            lambda: MambaBlock(8).step(torch.ones(1, 8), MambaBlock(8, d_state=4).initial_state(1)),
+            "MambaBlock.step: state.ssm must have shape (b, d_inner, d_state) = (1, 16, 16); got (1, 16, 4).",
+        ),
     ],
 )  # fmt: skip
 def test_errors_of_the_block(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_states_of_another_kind_are_refused():
+    plain, bands = MambaBlock(8), MambaBlock(8, mrss=BANDS)
+    x = torch.ones(1, 4, 8)
+    with pytest.raises(TypeError, match=r"^MambaBlock: state\.ssm must be a tensor; got MrssState\.$"):
+        plain(x, bands.initial_state(1))
+    message = (
+        "MambaBlock.step: state.ssm must be a MrssState with mrss; got Tensor. `initial_state` gives one."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        bands.step(x[:, 0], plain.initial_state(1))
+
+
+def test_a_state_of_bands_that_join_takes_steps():
+    block = MambaBlock(8, mrss=((0.25, 1), (0.25, 1), (0.5, 4)))
+    x, state = torch.randn(1, 6, 8), block.initial_state(1)
+    with torch.no_grad():
+        steps = [block.step(x[:, t], state) for t in range(6)]
+        close(torch.stack(steps, 1), block(x))
+
+
+def test_a_group_is_refused_where_it_could_not_be_undone(mamba):
+    with accelerate(mamba), pytest.raises(ValueError, match="group must be None on an accelerated model"):
+        accelerate(mamba, group="ranks")
+    with pytest.raises(ValueError, match="mrss must be None with group"):
+        accelerate(mamba, group="ranks", mrss=BANDS)
 
 
 # --- the multi-resolution scan
