@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from projecta import parallel
 from projecta._checks import Checker
 from projecta.compat.scan import bimamba_inner_fn
 from projecta.conv import last_inputs
@@ -73,8 +72,9 @@ class Mamba(MambaBlock):
         return output * self.gamma if self.init_layer_scale is not None else output
 
     def _both_ways(self, hidden_states: Tensor) -> Tensor:
-        alone = parallel.context_of(self) is None
-        Checker("Mamba").that(alone, "bimamba_type", "be 'none' in parallel.context", self.bimamba_type)
+        Checker("Mamba").that(
+            not self.takes_pieces(), "bimamba_type", "be 'none' in parallel.context", self.bimamba_type
+        )
         if self.bimamba_type == "v2":
             return run_both_ways(self, hidden_states, self.backend, halve=self.if_divide_out)
         xz = self.in_proj(hidden_states).transpose(1, 2)

@@ -133,6 +133,10 @@ class MambaBlock(nn.Module):
             self.conv1d_b, self.x_proj_b, self.dt_proj_b = back.conv1d, back.x_proj, back.dt_proj
             self.A_b_log, self.D_b = back.A_log, back.D
 
+    def takes_pieces(self) -> bool:
+        """Whether a call takes a piece of a sequence: it is within `projecta.parallel.context`."""
+        return parallel.context_of(self) is not None
+
     def initial_state(self, batch: int) -> State:
         """The state before the first token: zeros."""
         weight = self.conv1d.weight

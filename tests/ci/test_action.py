@@ -84,7 +84,9 @@ def test_a_verdict_is_the_job_s(tool):
 def test_inconclusive_passes_unless_asked(tool, monkeypatch):
     stub = tool / "runner/bin"
     stub.mkdir(parents=True)
-    (stub / "python").write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 5\nexec {sys.executable} "$@"\n')
+    (stub / "python").write_text(
+        f'#!/bin/sh\n[ "$2 $3" = "-m projecta" ] && exit 5\nexec {sys.executable} "$@"\n'
+    )
     (stub / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stub / "python"))
     assert act(tool)[0].returncode == 0

@@ -362,6 +362,63 @@ def test_a_small_peak_that_varies_by_what_the_allocator_makes_passes(unit, verdi
     assert row.verdict == verdict
 
 
+def test_the_size_of_an_object_has_no_floor():
+    case = Case("a.b", 0, (), "memory", "bytes", "1", 1.0)  # asv's mem_ benchmarks
+    row = session.Row(case, dict.fromkeys(session.SIDES, case))
+    for _ in range(2):
+        for side, size in (("base", 2000.0), ("head", 200_000.0)):
+            row.outcomes[side].append(Outcome("ok", (size,)))
+        row.judge(statistics.Design())
+    assert row.verdict == statistics.REGRESSED
+
+
+def test_results_are_written_into_new_folders(workplace):
+    foreign.make(workplace, "import tiny\ndef track_size():\n    return tiny.SIZE\n")
+    commits = [foreign.commit(workplace, str(n), tiny=f"SIZE = {n}\n") for n in (1, 10)]
+    words = ("--json", "new/gate.json", "--markdown", "new/gate.md", "--plot", "new/gate.chart")
+    code, text = run("gate", *commits, *words)
+    assert code == 1, text
+    assert {path.name for path in (workplace / "new").iterdir()} == {"gate.json", "gate.md", "gate.chart"}
+
+
+def test_a_metric_that_was_0_gives_valid_json(workplace):
+    foreign.make(workplace, "import tiny\ndef track_errors():\n    return tiny.ERRORS\n")
+    commits = [foreign.commit(workplace, str(n), tiny=f"ERRORS = {n}\n") for n in (0, 5)]
+    assert run("gate", *commits, "--json", "gate.json")[0] == 1
+    assert "Infinity" not in (workplace / "gate.json").read_text()
+
+
+def test_a_setup_cache_that_crashes_says_how(workplace):
+    foreign.make(
+        workplace,
+        """
+        import os, signal
+
+        class Cached:
+            def setup_cache(self):
+                os.kill(os.getpid(), signal.SIGSEGV)
+
+            def track_n(self, cached):
+                return 1
+    """,
+    )
+    foreign.commit(workplace, "one")
+    code, text = run("bench", "HEAD", "--machine", "desk")
+    assert code == 3
+    assert "setup_cache: ended by SIGSEGV" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_the_worker_starts_where_its_path_has_a_link(workplace, safe):
+    link = workplace / "link"
+    link.symlink_to(builds.WORKER.parent)
+    (workplace / "test_a.py").write_text("def test_a(benchmark):\n    benchmark(print)\n")
+    words = [sys.executable, str(link / builds.WORKER.name), "-", "pytest", str(workplace), "test_a.py"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONSAFEPATH": safe})
+    assert done.returncode == 0, done.stderr
+    assert "test_a.py::test_a" in json.loads(done.stdout.splitlines()[-1])["tests"]
+
+
 # --- messages to the user
 
 

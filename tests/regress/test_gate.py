@@ -141,6 +141,19 @@ def test_calibration_asks_for_more_pairs_where_it_is_noisier():
     assert found >= 85
 
 
+@pytest.mark.parametrize("benchmarks", [1, 3, 10, 20])
+def test_every_planned_look_is_made_and_none_waits_for_more_than_is_asked(benchmarks):
+    for pairs in (0, 20, 30, 40):
+        design = Design(benchmarks=benchmarks, pairs=pairs)
+        passes, regresses = design.looks()
+        assert design.most == max(*passes, *regresses)
+        assert pairs != 40 or design.most == 40
+
+
+def test_a_gate_without_tolerance_needs_no_power():
+    assert pairs_for_power(0.02, Design(tolerance=0.0), 0.0) > 1000
+
+
 def test_exact_metrics_are_compared_as_they_are():
     design = Design()
     assert judge_exact([50.0], [60.0], design, 0.25).verdict is None  # one process is not enough
@@ -149,6 +162,7 @@ def test_exact_metrics_are_compared_as_they_are():
     assert judge_exact([50.0, 50.0], [40.0, 40.0], design, 0.25).verdict == PASS
     assert judge_exact([0.0, 0.0], [0.0, 0.0], design, 0.0).verdict == PASS
     assert "varies" in judge_exact([50.0, 55.0], [50.0, 50.0], design, 0.25).reason
+    assert "varies" in judge_exact([50.0, 51.0], [52.0, 53.0], design, 0.25).reason  # apart, as 1 in 6 are
     assert (
         judge_exact([50.0, 50.3], [60.0, 60.0], design, 0.25).verdict == REGRESSED
     )  # the variation is smaller than the growth

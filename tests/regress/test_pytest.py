@@ -67,6 +67,13 @@ def test_skipped(benchmark):
     benchmark(sort, [])
 
 
+def test_skipped_in_base(benchmark):
+    import sorting
+    if not hasattr(sorting, "new"):
+        pytest.skip("sorting has no new")
+    benchmark(sort, [])
+
+
 def test_imports_what_the_commit_has(benchmark):
     benchmark(time.sleep, 0.01)
     import sorting
@@ -109,8 +116,9 @@ def test_a_slower_function_is_found(sorting, monkeypatch):
                  "test_imports_what_the_commit_has")  # fmt: skip
     assert {name: row["verdict"] for name, row in rows.items()} == dict.fromkeys(undecided, "INCONCLUSIVE") | {
         "test_wrong": "BROKEN", "test_uses_nothing": "BROKEN", "test_skipped": "NOT MEASURED",
-        "test_new": "NOT MEASURED",
+        "test_new": "NOT MEASURED", "test_skipped_in_base": "NOT MEASURED",
     }  # fmt: skip
+    assert rows["test_skipped_in_base"]["reason"] == "base skipped: sorting has no new"
     assert 1.3 < rows["test_sort[10]"]["ratio"] < 1.45
     assert 0.010 < rows["test_sort[10]"]["base"][0]["samples"][0] < 0.012
     assert 0.95 < rows["test_time_alone"]["ratio"] < 1.05

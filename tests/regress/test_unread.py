@@ -11,7 +11,7 @@ from tests.regress import foreign
 from tests.regress.foreign import git, run
 
 SUITE = """
-    import subprocess, sys
+    import multiprocessing, subprocess, sys
     import work.early
 
     class Reads:
@@ -42,13 +42,22 @@ SUITE = """
         def track_cached(self, value):
             return value
 
+    def look():
+        import work.late
+
     class Starts:
         version = "1"
+
+        def track_pool(self):
+            process = multiprocessing.get_context("spawn").Process(target=look)
+            process.start()
+            process.join()
+            return float(process.exitcode)
 
         def track_process(self):
             return float(subprocess.run([sys.executable, "-c", "import work.late"]).returncode)
 """
-UNKNOWN = {"track_process", "track_cached"}
+UNKNOWN = {"track_process", "track_pool", "track_cached"}
 ALL = {"time_nothing", "time_late", "time_text", "time_all"} | UNKNOWN
 FILES = ["work/__init__.py", "work/early.py", "work/late.py", "work/text.py", "work/other.py", "README.md"]
 CHANGES = [  # files, the benchmarks that are measured

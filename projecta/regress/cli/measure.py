@@ -160,6 +160,8 @@ def gate(
         return
     if base is None:
         fail("projecta gate", "BASE", "be given, without --report", "nothing", error=UsageError)
+    for path in filter(None, (as_json, markdown, plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     design = statistics.Design(tolerance=tolerance, memory_tolerance=memory_tolerance)
     result, _ = _run_gate(machine, base, head, regex, design, budget, always=always, project=project)
     Console().print(output.table(result))
@@ -169,7 +171,7 @@ def gate(
     if markdown:
         markdown.write_text(output.as_markdown(result))
     if plot:
-        output.draw(result).savefig(plot, dpi=120)
+        output.draw(result).savefig(plot, dpi=120, format="png")
     sys.exit(statistics.EXIT_CODES[result.verdict])
 
 
@@ -216,7 +218,8 @@ def calibrate(machine: str | None, regex: str | None, budget: float, pairs: int,
 
     design = statistics.Design(tolerance=tolerance)
     result, noise = _run_gate(machine, "HEAD", "HEAD", regex, design, budget, pairs)
-    measured = [row for row in result.rows if row.case.timed and row.label in noise]
+    timed = [row for row in result.rows if row.case.timed and len(row.ratios) >= 3]
+    measured = [row for row in timed if row.label in noise]
     broken = [row for row in result.rows if row.verdict == statistics.BROKEN]
     for row in broken:
         click.echo(f"BROKEN: {row.label}: {row.judgement.reason}", err=True)

@@ -79,7 +79,8 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     size = amount(sorted(base)[len(base) // 2], row.case.unit) if base else ""
     why = j.reason
     if row.verdict == statistics.INCONCLUSIVE:
-        more = f"about {j.more} more pairs are needed" if j.more else "one pair has no spread"
+        unknown = "one pair has no spread" if j.pairs < 2 else "a value of 0 or less has no ratio"
+        more = f"about {j.more} more pairs are needed" if j.more else unknown
         why = "; ".join(filter(None, [why, more]))
     return ratio, bounds, size, str(j.pairs or ""), why
 
@@ -130,8 +131,9 @@ def as_json(result: Result) -> dict[str, Any]:
             {
                 "name": row.case.name, "params": list(row.case.params), "environment": row.environment,
                 "unit": row.case.unit, "higher_is_better": row.case.higher_is_better,
-                "verdict": row.verdict, "ratio": row.judgement.ratio, "low": _finite(row.judgement.low),
-                "high": _finite(row.judgement.high), "pairs": row.judgement.pairs, "more": row.judgement.more,
+                "verdict": row.verdict,
+                **{name: _finite(getattr(row.judgement, name)) for name in ("ratio", "low", "high")},
+                "pairs": row.judgement.pairs, "more": row.judgement.more,
                 "reason": row.judgement.reason,
                 **{side: [vars(outcome) for outcome in row.outcomes[side]] for side in SIDES},
             }

@@ -91,7 +91,7 @@ class Row:
             return
         tolerance = design.tolerance
         if not self.case.timed:
-            floor = FLOORS.get(self.case.unit, 0.0)
+            floor = 0.0 if self.case.type == "memory" else FLOORS.get(self.case.unit, 0.0)  # an object's size
             self.judgement = statistics.judge_exact(base, head, design, floor, better)
             if self.judgement.verdict or not self.judgement.reason or min(base + head) <= 0:
                 return
@@ -128,7 +128,7 @@ def run_session(
     log: Callable[[str], None] = lambda line: None, pairs: int | None = None, environment: str = "",
     always: bool = False,
 ) -> Result:  # fmt: skip
-    """Measure base and head in turn for `budget` seconds at most, the building not counted.
+    """Measure base and head in turn for `budget` seconds, but two pairs at least; building is not counted.
 
     Nothing is measured where both builds have the same contents, unless `always`: the verdict is PASS.
 

@@ -48,7 +48,7 @@ class Design:
     @property
     def most(self) -> int:
         """Pairs after the last look."""
-        return max(self.looks()[1])
+        return max(max(plan) for plan in self.looks())
 
 
 def _plan(share: float, last: int) -> dict[int, float]:
@@ -62,6 +62,8 @@ def _plan(share: float, last: int) -> dict[int, float]:
     looks = [first]
     while len(looks) < LOOKS:
         looks.append(math.ceil(looks[-1] * factor - 1e-9))
+    if factor > GROWTH:
+        looks[-1] = last  # which the steps above round up
     least = 2.0**-first
     return dict.fromkeys(looks, least) | {looks[-1]: share - (LOOKS - 1) * least}
 
@@ -77,6 +79,8 @@ def pairs_for_power(spread: float, design: Design, slower: float, power: float =
     from scipy.stats import norm
 
     distance = math.log1p(slower) - math.log1p(design.tolerance)
+    if distance <= 0:
+        return 10**6
     regresses = design.looks()[1]
     level = regresses[max(regresses)]
     needed = ((float(norm.isf(level)) + float(norm.ppf(power))) * spread / distance) ** 2
@@ -192,6 +196,7 @@ def judge_exact(
     """The verdict over a metric that does not vary, from two values a side; below `floor` a difference is 0.
 
     If a side's own values differ by more than half of what is tolerated, there is no verdict: it varies.
+    Unless the sides differ by twenty times as much, which two values of each hardly do by chance.
     """
     found = Judgement(pairs=min(len(base), len(head)))
     if found.pairs < 2:
@@ -201,7 +206,7 @@ def judge_exact(
     found.ratio = high / low if low else (1.0 if high == low else math.inf)
     spread = max(max(base) - min(base), max(head) - min(head))
     worse = min(base) - max(head) if higher_is_better else min(head) - max(base)
-    if spread > allowed / 2 and not worse > 2 * allowed:
+    if spread > allowed / 2 and not worse > max(2 * allowed, 20 * spread):
         found.reason = f"varies by {spread:.3g} from process to process"
         return found
     found.low = found.high = found.ratio

@@ -214,15 +214,18 @@ class Build:
     @functools.cached_property
     def _inventory(self) -> tuple[dict[str, tuple[str, str]], str]:
         """`files`, and a digest of everything else that is installed."""
-        done = subprocess.run([self.python, "-c", _FILES], capture_output=True, text=True, env=self.variables)
+        done = self._ask(_FILES)
         found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {"files": {}, "rest": ""}
         return {name: (place, digest) for name, (place, digest) in found["files"].items()}, found["rest"]
 
+    def _ask(self, code: str) -> "subprocess.CompletedProcess[str]":
+        """Run code in the environment, where no folder of the project is on the path."""
+        words, place = [self.python, "-c", code], Path(self.python).parent
+        return subprocess.run(words, capture_output=True, text=True, env=self.variables, cwd=place)
+
     def packages(self) -> dict[str, str]:
         """Versions of what is installed beside the project."""
-        done = subprocess.run(
-            [self.python, "-c", _PACKAGES], capture_output=True, text=True, env=self.variables
-        )
+        done = self._ask(_PACKAGES)
         built = self.project.folder / self.config.env_dir
         return other_packages(json.loads(done.stdout or "[]"), self.config.project, built)
 

@@ -24,7 +24,6 @@ from projecta.regress.run.case import (
     Case,
     Outcome,
     asv_name,
-    last_words,
     outcome_of,
     tail_of,
     too_long,
@@ -61,7 +60,7 @@ class Worker:
 
     def begin(self, case: Case, paired: bool) -> Outcome | None:
         """Send the order to run a benchmark; return why it cannot run, if so."""
-        missing = self._set_up_cache(case)
+        missing = self.set_up_cache(case)
         if missing is not None:
             return missing
         self._expect(case)
@@ -139,7 +138,7 @@ class Worker:
             folder.cleanup()
         self._caches.clear()
 
-    def _set_up_cache(self, case: Case) -> Outcome | None:
+    def set_up_cache(self, case: Case) -> Outcome | None:
         """Run the setup_cache that a benchmark needs, once; return why it could not."""
         if case.cache is None or case.cache in self._caches:
             return None
@@ -153,9 +152,8 @@ class Worker:
         if code == 0:
             self._caches[case.cache] = folder
             return None
-        reason = (
-            too_long(limit) if code is None else last_words(tail_of(self._folder / "printed", self._mark))
-        )
+        printed = tail_of(self._folder / "printed", self._mark)
+        reason = too_long(limit) if code is None else outcome_of(case, code, printed, Path(), 0.0).reason
         if code is None:
             self.end()
         folder.cleanup()
@@ -194,12 +192,14 @@ class Worker:
     def _receive(self, limit: float) -> dict[str, Any]:
         """The next message; {"ended": status} if the process has ended, with None for a timeout."""
         assert self._process is not None
-        self._socket.settimeout(limit)
+        self._socket.settimeout(min(limit, 1e6))  # more is not known to sockets
         line = ""
         try:
             with contextlib.suppress(ConnectionError):  # as if it had closed its end
                 line = self._incoming.readline()
             found: dict[str, Any] = json.loads(line) if line else {"ended": self._process.wait(limit)}
         except (TimeoutError, subprocess.TimeoutExpired):
-            return {"ended": None}
+            return {
+                "ended": self._process.poll()
+            }  # it may have ended, and left a process that has its socket
         return found

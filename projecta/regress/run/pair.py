@@ -23,6 +23,8 @@ def measure_pair(workers: Mapping[str, Worker], cases: Mapping[str, Case]) -> di
         worker.prepare()
     if not all(case.timed for case in cases.values()):
         return {name: worker.run(cases[name]) for name, worker in workers.items()}
+    for name, worker in workers.items():
+        worker.set_up_cache(cases[name])
     ended = {name: worker.begin(cases[name], paired=True) for name, worker in workers.items()}
     for name, worker in workers.items():
         ended[name] = ended[name] or worker.ready()

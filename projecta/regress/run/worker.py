@@ -22,6 +22,7 @@ the benchmarks that an earlier process has checked their results.
 
 from __future__ import annotations  # the environment's Python may be older than projecta's
 
+import _posixsubprocess
 import contextlib
 import functools
 import gc
@@ -68,6 +69,13 @@ class Trace:
         self.spawned = False
         self.paused = False
         sys.addaudithook(self.note)
+        plain = _posixsubprocess.fork_exec
+
+        def fork_exec(*args: Any) -> int:
+            self.spawned = True
+            return plain(*args)
+
+        _posixsubprocess.fork_exec = fork_exec  # multiprocessing calls it, which raises no event
 
     def note(self, event: str, values: tuple[Any, ...]) -> None:
         if event == "open" and not isinstance(values[0], int):  # of a file that is open already
@@ -235,7 +243,7 @@ class Tests:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.skipped and not self.skipped:
             own = getattr(report, "wasxfail", None)
-            self.skipped = own if own is not None else str(report.longrepr[2])
+            self.skipped = own if own is not None else str(report.longrepr[2]).removeprefix("Skipped: ")
         self.failed = self.failed or report.failed
 
     def run(self, item: Any, result: Path) -> None:
@@ -264,7 +272,8 @@ class Tests:
         """Take samples: `once` gives the seconds of so many calls."""
         assert self.link is not None
         self.number = number
-        self.samples = [seconds / number for seconds in take_samples(lambda: once(number), self.link)]
+        taken = take_samples(lambda: once(number), self.link) or [once(number)]  # none: the other side failed
+        self.samples = [seconds / number for seconds in taken]
 
     # Both run the plain method first. As benchmarks are disabled, it calls the function once.
     def call(self, fixture: Any, plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -312,7 +321,7 @@ def serve_tests(link: Link | None, tree: str, paths: list[str], trace: Trace | N
         "-s", "-q", "--rootdir", tree, "-p", "no:cacheprovider", "--benchmark-disable",
         "--continue-on-collection-errors",
     ]  # fmt: skip
-    for module, option in (("xdist", "-n0"), ("pytest_cov", "--no-cov")):
+    for module, option in (("xdist", "-n0"), ("pytest_cov", "--no-cov"), ("pytest_timeout", "--timeout=0")):
         if importlib.util.find_spec(module):
             words.append(option)
     code = pytest.main([*words, *paths], plugins=[plugin])
@@ -342,8 +351,13 @@ def serve_suites(link: Link, folder: str, forks: bool, trace: Trace | None) -> N
 
 def main() -> None:
     number, kind, folder, *rest = sys.argv[1:]
-    sys.path.remove(str(Path(__file__).parent))  # its modules are not the benchmarks' to import
-    link = None if number == "-" else Link(socket.socket(fileno=int(number)))
+    own = os.path.realpath(Path(__file__).parent)  # whose modules are not the benchmarks' to import
+    sys.path[:] = [place for place in sys.path if os.path.realpath(place) != own]
+    link = None
+    if number != "-":
+        end = socket.socket(fileno=int(number))
+        end.set_inheritable(False)  # what a benchmark starts would keep it open
+        link = Link(end)
     trace = Trace() if os.environ.pop(TRACE, "") else None
     if kind == "pytest":
         sys.exit(serve_tests(link, folder, rest, trace))
