@@ -118,6 +118,10 @@ def joint() -> str:
     )
 
 
+def _change(new: float, old: float) -> str:
+    return f"{100 * (new / old - 1):+.0f} %"
+
+
 def vision_time() -> str:
     """Attention and scans by image size, on a CPU."""
     known = {
@@ -129,15 +133,8 @@ def vision_time() -> str:
         for pixels in sorted({p for k, _, p in known if k == kind}):
             full = [known[kind, f"{tower} 1.0", pixels] for tower in ("attention", "scans")]
             half = known[kind, "scans 0.5", pixels]
-            rows.append(
-                [
-                    kind,
-                    pixels,
-                    *map(ms, full),
-                    f"{full[0] / full[1]:.2f}",
-                    f"{100 * (half / full[1] - 1):+.0f} %",
-                ]
-            )
+            times = [*map(ms, full), f"{full[0] / full[1]:.2f}"]
+            rows.append([kind, pixels, *times, _change(half, full[1])])
     head = ["size, images", "pixels", "ViT", "Vision Mamba", "ViT / Vision Mamba", "with keep 0.5"]
     return table(head, rows)
 
@@ -172,15 +169,7 @@ def vision_pruned() -> str:
         if keep != 0.5:
             continue
         full = known[size, tower, 1.0, "drop, block 0"]
-        rows.append(
-            [
-                size,
-                tower,
-                plan,
-                ms(time),
-                *(f"{100 * (new / old - 1):+.0f} %" for new, old in zip((time, peak), full, strict=True)),
-            ]
-        )
+        rows.append([size, tower, plan, ms(time), _change(time, full[0]), _change(peak, full[1])])
     return table(["size", "tower", "plan", "time", "change", "peak memory"], rows)
 
 

@@ -463,12 +463,13 @@ class VisionMambaForImageClassification(VisionMambaPreTrainedModel):
     ) -> ImageClassifierOutput | tuple:  # fmt: skip
         found = self.vision_mamba(pixel_values, return_dict=True, **options)
         logits = self.classifier(found.pooler_output)
+        loss = None
         if labels is not None:
             Checker("VisionMambaForImageClassification").that(
                 labels.dim() == 1 and not labels.is_floating_point(), "labels", "be class indices (b,)",
                 f"{labels.dtype} {tuple(labels.shape)}",
             )  # fmt: skip
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels)
         output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
         plain = self.config.return_dict if return_dict is None else return_dict
         return output if plain else output.to_tuple()

@@ -85,7 +85,7 @@ class Plan:
         seed: seed of the random score; unused by others.
         forget: in a tower of scans, the state of a kept token also forgets for those that are missing before
             it, as if their steps were its own. Towers with attention have no such state. A small CLIP was
-            less accurate with it (docs/vision_mamba.md).
+            about as accurate with it (docs/vision_mamba.md).
         unmerge: in a tower of scans, scan all tokens, each missing one as the token that holds it. The linear
             maps before and after still run over the kept ones alone. It takes longer than a scan of the kept
             tokens, and stays closer to the full tower.
